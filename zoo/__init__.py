@@ -1,0 +1,32 @@
+"""MoE Zoo: one mixture-of-experts core, and the models and tasks built on it.
+
+Nothing heavy is imported until it is used: `import zoo` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import moe
+    from .models import create_model, list_models
+    from .pretrained import from_pretrained, save_pretrained
+
+__version__ = "0.1.0"
+__all__ = ["create_model", "from_pretrained", "list_models", "moe", "save_pretrained"]
+
+_LAZY = {
+    "create_model": "zoo.models",
+    "list_models": "zoo.models",
+    "from_pretrained": "zoo.pretrained",
+    "save_pretrained": "zoo.pretrained",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in ("moe", "models", "pretrained"):
+        return importlib.import_module(f"zoo.{name}")
+    raise AttributeError(f"module 'zoo' has no attribute {name!r}")

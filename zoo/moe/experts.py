@@ -1,0 +1,105 @@
+"""Experts whose weights are stacked into one tensor a projection, laid out as `transformers` does."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .kernels import get_activation, moe_mlp
+from .routing import Routing
+
+
+class Experts(nn.Module):
+    """E two-layer MLPs computed together: gated (SwiGLU, GeGLU, ReGLU, gpt-oss) or plain (ReLU, GELU, SiLU).
+
+    Parameters: gate_up_proj [E, 2F, D] as [gate; up] (gated) or up_proj [E, F, D] (plain); down_proj [E, D, F];
+    with `bias`, gate_up_proj_bias [E, 2F] or up_proj_bias [E, F], and down_proj_bias [E, D]. Weights start as
+    `nn.Linear`'s do, each expert on its own. `backend` goes to `zoo.moe.kernels.moe_mlp`.
+
+    Raises ValueError on an unknown activation or a size below one.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        activation: str = "swiglu",
+        bias: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ValueError(f"Experts: {name} must be at least 1, got {value}")
+        self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
+        self.activation, self.backend = activation, backend
+        self.gated = get_activation(activation).gated
+        rows = 2 * hidden_dim if self.gated else hidden_dim
+        self._in = "gate_up_proj" if self.gated else "up_proj"
+        self.register_parameter(self._in, nn.Parameter(torch.empty(num_experts, rows, dim)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        bias_in = nn.Parameter(torch.empty(num_experts, rows)) if bias else None
+        self.register_parameter(f"{self._in}_bias", bias_in)
+        self.down_proj_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw every weight uniformly within 1/sqrt(fan in), and zero the biases."""
+        for weight, fan_in in ((self.w_in, self.dim), (self.down_proj, self.hidden_dim)):
+            weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        for bias in (self.b_in, self.down_proj_bias):
+            if bias is not None:
+                bias.zero_()
+
+    @property
+    def w_in(self) -> Tensor:
+        """Stacked input projection, [E, 2F, D] or [E, F, D]."""
+        return getattr(self, self._in)
+
+    @property
+    def b_in(self) -> Tensor | None:
+        """Bias of the input projection, [E, 2F] or [E, F], or None."""
+        return getattr(self, f"{self._in}_bias")
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
+        return moe_mlp(
+            x,
+            self.w_in,
+            self.down_proj,
+            routing,
+            self.activation,
+            self.backend,
+            b_in=self.b_in,
+            b_out=self.down_proj_bias,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        return f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, activation={self.activation!r}"
+
+
+class MLP(nn.Module):
+    """One dense expert with the same activations: a shared expert, a dense twin.
+
+    Linear layers gate_proj and up_proj (gated) or up_proj (plain), then down_proj; x [..., D] -> [..., D].
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, activation: str = "swiglu", bias: bool = False) -> None:
+        super().__init__()
+        self.activation = activation
+        gated = get_activation(activation).gated
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=bias) if gated else None
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=bias)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x [..., D]."""
+        pre = self.up_proj(x)
+        if self.gate_proj is not None:
+            pre = torch.cat([self.gate_proj(x), pre], dim=-1)
+        return self.down_proj(get_activation(self.activation).forward(pre))

@@ -1,0 +1,82 @@
+"""Grouped expert math behind one function, `moe_mlp`, with several backends.
+
+    y[t] = sum over assignments (t, e, w) of  w * (act(x[t] @ w_in[e].T + b_in[e]) @ w_out[e].T + b_out[e])
+
+`reference` defines the result; `cpu`, `grouped_mm` and `triton` compute it fast; `auto` picks one by device and
+dtype, and `explain` says which and why.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .activations import ACTIVATIONS, Activation, get_activation
+from .ops import BACKENDS, backend_module, check_shapes, moe_mlp_op
+
+__all__ = ["ACTIVATIONS", "BACKENDS", "Activation", "explain", "get_activation", "moe_mlp"]
+
+
+class Assignments(Protocol):
+    """What `moe_mlp` reads of a routing decision (see `zoo.moe.Routing`)."""
+
+    token_index: Tensor
+    offsets: Tensor
+    weight: Tensor
+
+
+def explain(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str = "swiglu") -> tuple[str, str]:
+    """The backend that `auto` takes for these tensors, and the reason in words."""
+    order = ("triton", "grouped_mm") if x.is_cuda else ("cpu",) if x.device.type == "cpu" else ()
+    passed_over = []
+    for name in order:
+        reason = backend_module(name).unsupported(x, w_in, w_out, activation)
+        if reason is None:
+            why = f"fastest backend for {x.dtype} on {x.device.type}"
+            return name, "; ".join([why, *passed_over])
+        passed_over.append(f"not {name}: {reason}")
+    return "reference", "; ".join([f"no faster backend for {x.dtype} on {x.device.type}", *passed_over])
+
+
+def moe_mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    routing: Assignments,
+    activation: str = "swiglu",
+    backend: str = "auto",
+    *,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+) -> Tensor:
+    """Send tokens x [T, D] through their experts and sum the weighted results into [T, D].
+
+    w_in [E, 2F, D] as [gate; up] for gated activations, [E, F, D] for plain ones; w_out [E, D, F]; biases
+    b_in [E, 2F or F] and b_out [E, D]. `routing` gives token_index [A] sorted by expert, offsets [E+1] and the
+    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype.
+
+    Raises ValueError on an unknown activation or backend, on shapes that do not fit, and when a backend named
+    explicitly cannot run these tensors.
+    """
+    check_shapes(x, w_in, w_out, b_in, b_out, activation)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
+        b_in, b_out = (b if b is None else b.to(dtype) for b in (b_in, b_out))
+    if not x.dtype == w_in.dtype == w_out.dtype:
+        raise ValueError(f"moe_mlp: x, w_in and w_out must share a dtype, got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
+    if backend == "auto":
+        backend = explain(x, w_in, w_out, activation)[0]
+    elif backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
+    elif reason := backend_module(backend).unsupported(x, w_in, w_out, activation):
+        raise ValueError(f"backend {backend!r} cannot run this: {reason}")
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out, routing.weight)
+    )
+    y, _ = moe_mlp_op(
+        x, w_in, w_out, b_in, b_out, routing.weight, routing.token_index, routing.offsets, activation, backend, needs_grad
+    )
+    return y

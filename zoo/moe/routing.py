@@ -1,0 +1,106 @@
+"""What a router hands on: which tokens meet which experts, and how much each result counts.
+
+T tokens, E experts, K choices a token, A assignments (token, expert) that were kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Routing:
+    """A sparse decision: A assignments sorted by expert and, within an expert, in token order.
+
+    token_index [A] int64; offsets [E+1] int32, the assignments of expert e being offsets[e]:offsets[e+1];
+    weight [A], the differentiable combine weights; losses, weighted scalars ready to add to the objective.
+    For telemetry only: probs [T, E], the router's distribution before any choice, and asked [T] or a number,
+    how many experts each token asked for before capacity dropped some.
+    """
+
+    token_index: Tensor
+    offsets: Tensor
+    weight: Tensor
+    num_tokens: int
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    probs: Tensor | None = None
+    asked: Tensor | int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E, the number of experts."""
+        return self.offsets.numel() - 1
+
+    @property
+    def counts(self) -> Tensor:
+        """Assignments kept per expert, [E] int32."""
+        return self.offsets.diff()
+
+    @property
+    def expert_index(self) -> Tensor:
+        """Expert of every assignment, [A] int64."""
+        experts = torch.arange(self.num_experts, device=self.offsets.device)
+        return experts.repeat_interleave(self.counts.long(), output_size=self.token_index.numel())
+
+    def dense(self) -> Tensor:
+        """The same decision as a matrix [T, E] of combine weights, zero where a token is not sent."""
+        out = self.weight.new_zeros(self.num_tokens * self.num_experts)
+        flat = self.token_index * self.num_experts + self.expert_index
+        return out.index_add(0, flat, self.weight).view(self.num_tokens, self.num_experts)
+
+    def apply(self, x: Tensor, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+        """Run tokens x [T, D] through stacked experts; tokens without an expert give zero."""
+        return experts(x, self)
+
+    @classmethod
+    def from_choices(
+        cls,
+        expert: Tensor,
+        weight: Tensor,
+        num_experts: int,
+        *,
+        keep: Tensor | None = None,
+        losses: dict[str, Tensor] | None = None,
+        probs: Tensor | None = None,
+        asked: Tensor | int | None = None,
+    ) -> Routing:
+        """Build from each token's choices: expert [T, K] int64, weight [T, K], keep [T, K] bool or None."""
+        num_tokens, k = expert.shape
+        flat = expert.reshape(-1)
+        if keep is not None:
+            # A dropped choice sorts behind the last expert, so that it can be cut off.
+            flat = flat.where(keep.reshape(-1), num_experts)
+        order = flat.argsort(stable=True)
+        counts = _count(flat, num_experts)
+        if keep is not None:
+            order = order[: int(counts.sum())]
+        offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=expert.device)
+        offsets[1:] = counts.cumsum(0)
+        return cls(
+            token_index=order // k,
+            offsets=offsets,
+            weight=weight.reshape(-1)[order],
+            num_tokens=num_tokens,
+            losses=losses or {},
+            probs=probs,
+            asked=k if asked is None else asked,
+        )
+
+    @classmethod
+    def from_matrix(cls, weight: Tensor, keep: Tensor, **extra: object) -> Routing:
+        """Build from a matrix of combine weights [T, E] and a mask [T, E] of the assignments that exist."""
+        expert, token = keep.T.nonzero(as_tuple=True)
+        offsets = torch.zeros(weight.shape[1] + 1, dtype=torch.int32, device=weight.device)
+        offsets[1:] = keep.sum(0).cumsum(0)
+        return cls(token, offsets, weight[token, expert], weight.shape[0], **extra)  # type: ignore[arg-type]
+
+
+def _count(expert: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs, [E] int64; ids outside 0..E-1 are not counted."""
+    # bincount synchronises with the host on a GPU; a scatter does not.
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
+    return counts.scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
