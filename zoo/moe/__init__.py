@@ -1,9 +1,22 @@
 """The shared mixture-of-experts core: tensors only, no task, no model family, no file format."""
 
 from . import balance, kernels, routers
+from .capacity import Capacity
 from .experts import MLP, Experts
 from .layer import MoE, Step, record
 from .routers import Router
 from .routing import Routing
 
-__all__ = ["MLP", "Experts", "MoE", "Router", "Routing", "Step", "balance", "kernels", "record", "routers"]
+__all__ = [
+    "MLP",
+    "Capacity",
+    "Experts",
+    "MoE",
+    "Router",
+    "Routing",
+    "Step",
+    "balance",
+    "kernels",
+    "record",
+    "routers",
+]

@@ -1,0 +1,175 @@
+"""Auxiliary losses on routing, and the loss-free alternative.
+
+Each loss is a plain function of tensors whose last dimensions are tokens and experts, [..., T, E]; leading dimensions
+are groups that are judged apart (a sequence each, say) and averaged. `mask` [..., T] leaves tokens out. With every
+normalisation named explicitly: at uniform routing `load_balance` is 1 ("assignments") or k ("tokens").
+
+    probs     the router's distribution over experts (sigmoid scores divided by their sum), before noise
+    logits    what it was computed from; noisy_logits with noise added, noise_std its width
+    selected  1 where a token chose an expert, before capacity dropped any; first the same for first choices alone
+    gates     the combine weights as a matrix, zero where not chosen
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def load_balance(
+    probs: Tensor,
+    selected: Tensor,
+    mask: Tensor | None = None,
+    normalization: str = "assignments",
+    global_batch: bool = False,
+) -> Tensor:
+    """E * sum_e f_e P_e with P_e the mean probability of expert e and f_e its share of the choices.
+
+    `normalization="assignments"` divides the counts by all choices, so that f sums to 1: Switch (2101.03961, eq. 4),
+    Megatron, MegaBlocks, DeepSeekMoE (2401.06066, eq. 12) and, a sequence a group, DeepSeek-V3 (2412.19437, eq. 17).
+    "tokens" divides by the number of tokens, so that f sums to k: transformers, flaxformer. `global_batch` sums the
+    counts over all processes (2501.11873); probabilities stay local, and averaging gradients does the rest.
+    """
+    counts = _sum(selected, mask)
+    tokens = _tokens(probs, mask)
+    share_of_tokens = tokens
+    if global_batch:
+        counts, share_of_tokens = _all_reduce(counts), _all_reduce(tokens)
+    if normalization == "assignments":
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    elif normalization == "tokens":
+        share = counts / share_of_tokens.clamp(min=1)
+    else:
+        raise ValueError(f"load_balance: normalization must be 'assignments' or 'tokens', got {normalization!r}")
+    mean_probs = _sum(probs, mask) / tokens.clamp(min=1)
+    return (probs.shape[-1] * (share * mean_probs).sum(-1)).mean()
+
+
+def gshard(probs: Tensor, first: Tensor, mask: Tensor | None = None, global_batch: bool = False) -> Tensor:
+    """E * sum_e f_e P_e with f_e from first choices alone (GShard 2006.16668, algorithm 1); 1 when uniform."""
+    return load_balance(probs, first, mask, global_batch=global_batch)
+
+
+def importance(gates: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV^2 of the summed combine weights of every expert (Shazeer 1701.06538, eq. 6), population variance."""
+    return _cv_squared(_sum(gates, mask)).mean()
+
+
+def importance_probs(probs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """CV^2 of the summed probabilities, before any choice (V-MoE 2106.05974, appendix A)."""
+    return _cv_squared(_sum(probs, mask)).mean()
+
+
+def load(
+    logits: Tensor,
+    noisy_logits: Tensor,
+    noise_std: Tensor,
+    k: int,
+    selected: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """CV^2 of the smooth load: the probability that fresh noise would put expert e among the k (Shazeer, eq. 8-11).
+
+    The threshold of a chosen expert is the (k+1)-th largest noisy logit, of the others the k-th largest. Without noise,
+    or with k = E, the load is the plain count, which has no gradient.
+    """
+    if k >= logits.shape[-1] or not bool((noise_std > 0).all()):
+        return _cv_squared(_sum(selected, mask)).mean()
+    top = noisy_logits.topk(k + 1, dim=-1).values
+    threshold = torch.where(noisy_logits > top[..., k:], top[..., k:], top[..., k - 1 : k])
+    return _cv_squared(_sum(_normal_cdf((logits - threshold) / noise_std), mask)).mean()
+
+
+def load_vmoe(logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+    """CV^2 of the mean probability of beating the k-th largest noisy logit (V-MoE, appendix A).
+
+    One threshold for all experts, where Shazeer's form has two. Without noise the step function takes its place.
+    """
+    threshold = noisy_logits.topk(k, dim=-1).values[..., -1:]
+    margin = logits - threshold
+    if bool((noise_std > 0).all()):
+        wins = _normal_cdf(margin / noise_std)
+    else:
+        wins = (margin >= 0).to(logits.dtype)
+    return _cv_squared(_sum(wins, mask) / _tokens(logits, mask).clamp(min=1)).mean()
+
+
+def z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean squared log-sum-exp of the logits (ST-MoE 2202.08906, eq. 5): keeps them small."""
+    squared = logits.logsumexp(-1, keepdim=True).square()
+    return (_sum(squared, mask) / _tokens(logits, mask).clamp(min=1)).mean()
+
+
+def device_level(probs: Tensor, selected: Tensor, num_devices: int, mask: Tensor | None = None) -> Tensor:
+    """D-group balance of DeepSeekMoE (2401.06066, eq. 15): sum over devices of mean f times summed P.
+
+    Experts are split evenly, in order, over `num_devices`; f_e = E count_e / (k T), so 1 when uniform.
+    """
+    experts = probs.shape[-1]
+    if experts % num_devices:
+        raise ValueError(f"device_level: {experts} experts do not split evenly over num_devices={num_devices}")
+    counts = _sum(selected, mask)
+    f = experts * counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    p = _sum(probs, mask) / _tokens(probs, mask).clamp(min=1)
+    per_device = (num_devices, experts // num_devices)
+    return (f.unflatten(-1, per_device).mean(-1) * p.unflatten(-1, per_device).sum(-1)).sum(-1).mean()
+
+
+def updated_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
+    """Loss-free balancing (2408.15664, algorithm 1): bias + rate * sign(mean load - load), [E]."""
+    counts = counts.to(bias.dtype)
+    return bias + rate * torch.sign(counts.mean() - counts)
+
+
+@torch.no_grad()
+def update_biases(model: nn.Module) -> None:
+    """Move the selection bias of every router in `model` by one step, and forget the counts it was based on.
+
+    Call once an optimizer step. Counts are what training forwards saw since the last call, over all micro-batches and,
+    where torch.distributed runs, all processes. A router that saw no token keeps its bias.
+    """
+    for router in model.modules():
+        counts = getattr(router, "load_since_update", None)
+        bias = getattr(router, "selection_bias", None)
+        if bias is None or (counts is None and _world() == 1):
+            continue
+        counts = _all_reduce(torch.zeros_like(bias) if counts is None else counts.to(bias))
+        if bool(counts.any()):
+            bias.copy_(updated_bias(bias, counts, router.bias_update_rate))  # type: ignore[arg-type]
+        router.load_since_update = None  # type: ignore[assignment]
+
+
+def _sum(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over tokens: [..., T, E] -> [..., E]."""
+    # A masked token may hold anything, even nan: select, do not multiply.
+    return (values if mask is None else values.where(mask.unsqueeze(-1), 0)).sum(-2)
+
+
+def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Number of tokens that count, [..., 1]."""
+    if mask is None:
+        return values.new_full((*values.shape[:-2], 1), float(values.shape[-2]))
+    return mask.sum(-1, keepdim=True).to(values.dtype)
+
+
+def _cv_squared(values: Tensor) -> Tensor:
+    """Squared coefficient of variation over the last dimension, population variance."""
+    return values.var(-1, correction=0) / (values.mean(-1).square() + 1e-10)
+
+
+def _normal_cdf(values: Tensor) -> Tensor:
+    return torch.special.ndtr(values)
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_reduce(values: Tensor) -> Tensor:
+    """Sum over all processes; gradients do not cross, counts have none."""
+    if _world() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values)
+    return values

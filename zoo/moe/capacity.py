@@ -1,0 +1,111 @@
+"""Expert capacity: how many tokens an expert takes, and who gives way when more come.
+
+N tokens in a routing group, K choices a token, E experts, C places an expert has for a group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Drop = Literal["choice", "position", "probability", "priority", "priority_sum", "random"]
+ROUNDING = {"ceil": math.ceil, "floor": math.floor, "round": round}
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Places per expert and group, and the order in which choices claim them.
+
+    C = rounding(factor * N * K / E), at least `minimum`, rounded up to `multiple_of`, at most N; `tokens` sets C
+    outright, and `eval_factor` (or `eval_tokens`) replaces it outside training. `count_choices=False` leaves K out, as
+    mesh-tensorflow, lingvo and flaxformer do; Megatron, DeepSpeed's top-k gate and V-MoE keep it. A capacity that is a
+    fraction f of the tokens (torchscale's evaluation) is factor = f * E with count_choices=False.
+
+    `drop` is the order of claims:
+        choice        every first choice before any second, each in token order (GShard, Switch, V-MoE)
+        position      earliest tokens first, whichever of their choices it is (Megatron, DeepSpeed's top-k gate)
+        probability   by score within each expert, highest first (Megatron's and DeepSpeed's `probs`)
+        priority      batch priority routing: tokens by their largest weight, first choices first (V-MoE)
+        priority_sum  the same with tokens ordered by the sum of their K weights (the paper's variant)
+        random        tokens in random order, first choices first (random token selection, Z-code M3)
+    `renormalize` divides what is left of a token's weights by their sum (GShard as in DeepSpeed; V-MoE and Switch do not).
+
+    Raises ValueError when an option is unknown or a capacity would be below one.
+    """
+
+    factor: float = 1.25
+    eval_factor: float | None = None
+    tokens: int | None = None
+    eval_tokens: int | None = None
+    rounding: Literal["ceil", "floor", "round"] = "ceil"
+    minimum: int = 0
+    multiple_of: int = 1
+    count_choices: bool = True
+    drop: Drop = "choice"
+    renormalize: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("rounding", self.rounding, ROUNDING), ("drop", self.drop, Drop.__args__)):  # type: ignore[attr-defined]
+            if value not in known:
+                raise ValueError(f"Capacity: unknown {name} {value!r}; known: {', '.join(known)}")
+        if self.multiple_of < 1:
+            raise ValueError(f"Capacity: multiple_of must be at least 1, got {self.multiple_of}")
+
+    def places(self, tokens: int, k: int, num_experts: int, training: bool) -> int:
+        """C for a group of `tokens` tokens; at least 1, and never more than there are tokens to take."""
+        factor, absolute = self.factor, self.tokens
+        if not training and (self.eval_factor is not None or self.eval_tokens is not None):
+            factor, absolute = self.eval_factor or 0.0, self.eval_tokens
+        if absolute is None:
+            # Rounded to nine digits first: 1.1 * 30 is 33.000000000000004 and would round up to 34.
+            share = round(tokens * (k if self.count_choices else 1) * factor / num_experts, 9)
+            absolute = int(ROUNDING[self.rounding](share))
+        places = max(absolute, self.minimum)
+        places += -places % self.multiple_of
+        if tokens and places < 1:
+            raise ValueError(
+                f"Capacity: {tokens} tokens, k={k} and {num_experts} experts with factor={factor} leave "
+                f"{places} places an expert; expected at least 1. Raise the factor or set minimum"
+            )
+        return places
+
+    def keep(self, expert: Tensor, weight: Tensor, num_experts: int, places: int) -> Tensor:
+        """Which choices find a place, bool like `expert`.
+
+        expert [G, N, K] int64, with num_experts for a choice that asks for no place; weight [G, N, K], larger is better.
+        """
+        groups, tokens, k = expert.shape
+        order = self._claim_order(weight.detach())
+        group = torch.arange(groups, device=expert.device).view(-1, 1, 1)
+        bucket = (expert + group * (num_experts + 1)).view(groups, -1).gather(1, order).view(-1)
+        # Stable, so that within a bucket claims stay in order; a claim's rank is its distance to the bucket's first.
+        sorted_bucket, by_bucket = bucket.sort(stable=True)
+        position = torch.arange(bucket.numel(), device=expert.device)
+        rank = torch.empty_like(position)
+        rank[by_bucket] = position - torch.searchsorted(sorted_bucket, sorted_bucket)
+        kept = torch.empty(groups, tokens * k, dtype=torch.bool, device=expert.device)
+        kept.scatter_(1, order, (rank < places).view(groups, -1))
+        return kept.view_as(expert) & (expert < num_experts)
+
+    def _claim_order(self, weight: Tensor) -> Tensor:
+        """Flat choice numbers [G, N*K] in the order in which they claim places."""
+        groups, tokens, k = weight.shape
+        flat = torch.arange(tokens * k, device=weight.device).view(1, tokens, k).expand(groups, -1, -1)
+        if self.drop == "position":
+            return flat.reshape(groups, -1)
+        if self.drop == "probability":
+            return weight.reshape(groups, -1).argsort(dim=1, descending=True, stable=True)
+        if self.drop == "random":
+            by_token = torch.rand(groups, tokens, device=weight.device).argsort(dim=1)
+        elif self.drop == "priority":
+            by_token = weight.amax(-1).argsort(dim=1, descending=True, stable=True)
+        elif self.drop == "priority_sum":
+            by_token = weight.sum(-1).argsort(dim=1, descending=True, stable=True)
+        else:
+            return flat.transpose(1, 2).reshape(groups, -1)
+        ordered = flat.gather(1, by_token.unsqueeze(-1).expand(-1, -1, k))
+        return ordered.transpose(1, 2).reshape(groups, -1)
