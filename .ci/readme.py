@@ -1,0 +1,48 @@
+"""Run what the README tells a user to run: each line of its ```bash blocks, and each ```python block.
+
+`make test` is left to the caller, who has just run it. Stops at the first failure.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run(what: str, command: list[str]) -> None:
+    """Run one command in the checkout, with the environment's programs first on the path."""
+    print(f"README: {what}", flush=True)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    started = time.monotonic()
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdin=subprocess.DEVNULL)
+    print(f"README: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Run all commands, then all Python examples."""
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    for line in joined.splitlines():
+        command = line.split("#")[0].strip()
+        if command and command != "make test" and not command.startswith(("git clone", "cd ")):
+            run(command, ["bash", "-ec", command])
+    for number, source in enumerate(blocks("python"), 1):
+        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+            script.write(source)
+            script.flush()
+            run(f"Python example {number}", [sys.executable, script.name])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The package as a whole: what importing costs, and which way imports point."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "timm", "torchvision", "torchrec", "lightning", "triton", "numpy")
+# A module may import from its own layer and from the layers after it.
+LAYERS = ("tasks", "zoo.models", "zoo.pretrained", "zoo.parallel", "zoo.moe")
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_zoo_loads_nothing_heavy() -> None:
+    loaded = run_python(f"import zoo, sys; print([m for m in {HEAVY!r} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_the_core_needs_torch_alone() -> None:
+    others = [m for m in HEAVY if m not in ("torch", "numpy", "triton")]
+    loaded = run_python(f"import zoo.moe, sys; print([m for m in {others!r} if m in sys.modules])")
+    assert loaded.strip() == "[]"
+
+
+def test_an_unknown_attribute_is_an_attribute_error() -> None:
+    import zoo
+
+    with pytest.raises(AttributeError, match="no attribute 'creat_model'"):
+        zoo.creat_model  # noqa: B018
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Absolute names of everything a file imports, at any depth."""
+    package = path.relative_to(ROOT).parent.parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def layer_of(module: str) -> int | None:
+    for rank, layer in enumerate(LAYERS):
+        if module == layer or module.startswith(layer + "."):
+            return rank
+    return None
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_imports_point_down(layer: str) -> None:
+    rank = LAYERS.index(layer)
+    for path in (ROOT / layer.replace(".", "/")).rglob("*.py"):
+        for module in imported_modules(path):
+            target = layer_of(module)
+            assert target is None or target >= rank, f"{path.relative_to(ROOT)} imports {module}, a layer above"
+
+
+def test_the_kernels_import_nothing_of_ours() -> None:
+    for path in (ROOT / "zoo/moe/kernels").rglob("*.py"):
+        ours = {m for m in imported_modules(path) if m.startswith(("zoo", "tasks"))}
+        assert all(m.startswith("zoo.moe.kernels") for m in ours), f"{path.relative_to(ROOT)} imports {ours}"
+
+
+def test_pins_are_complete_and_name_no_address() -> None:
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all("==" in line and "://" not in line for line in pins)
+
+
+def test_the_pinned_versions_load_together() -> None:
+    """torchrec and torchvision carry compiled operators that break when torch is another version's."""
+    code = "import torchvision, torchrec, timm, torch; print(torch.ops.torchvision.nms, torch.ops.fbgemm.jagged_to_padded_dense)"
+    assert "nms" in run_python(code)
