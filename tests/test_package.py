@@ -79,5 +79,5 @@ def test_pins_are_complete_and_name_no_address() -> None:
 
 def test_the_pinned_versions_load_together() -> None:
     """torchrec and torchvision carry compiled operators that break when torch is another version's."""
-    code = "import torchvision, torchrec, timm, torch; print(torch.ops.torchvision.nms, torch.ops.fbgemm.jagged_to_padded_dense)"
-    assert "nms" in run_python(code)
+    operators = "torch.ops.torchvision.nms, torch.ops.fbgemm.jagged_to_padded_dense"
+    assert "nms" in run_python(f"import torchvision, torchrec, timm, torch; print({operators})")
