@@ -1,0 +1,194 @@
+"""Backward of the expert computation from x, the pre-activations and the routing: nothing else was kept.
+
+With dA' = dY W_out^T, gathered, the gradient of a combine weight is <dA', A> (+ <dY, b_out>), so the expert
+outputs are not needed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import constants, hidden_grads, hidden_units
+from .combine import combine, d_combine, token_lists
+from .expert_grads import d_bias, d_weight
+from .forward import unit_stride
+from .gemm import grouped_gemm
+from .schedule import RowTiles, grouped_order, on_device, row_tiles
+from .tiles import Tile, input_precision, plan_for
+
+
+@triton.jit
+def d_hidden_kernel(
+    dy: tl.tensor,
+    w: tl.tensor,
+    pre: tl.tensor,
+    weight: tl.tensor,
+    token_index: tl.tensor,
+    tile_expert: tl.tensor,
+    tile_row: tl.tensor,
+    offsets: tl.tensor,
+    d_pre: tl.tensor,
+    scaled: tl.tensor,
+    partial: tl.tensor,
+    num_tiles: tl.tensor,
+    E: tl.tensor,
+    A: tl.tensor,
+    D: tl.tensor,
+    F: tl.tensor,
+    stride_yt: tl.tensor,
+    stride_we: tl.tensor,
+    stride_wk: tl.tensor,
+    stride_wn: tl.tensor,
+    FORM: tl.constexpr,
+    GATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """dA'[a, n] = dy[token[a]] . w[e, :, n]; from it d_pre, weight * hidden, and <dA', hidden> over these columns."""
+    tile, tile_n = grouped_order(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    e = tl.load(tile_expert + tile)
+    if e >= E:
+        return
+    m = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+    live = m < tl.load(offsets + e + 1)
+    # Rows past the expert's end read token 0 instead of a mask: what they compute is not stored.
+    token = tl.load(token_index + m, mask=live, other=0)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    left = dy + token[:, None] * stride_yt + k[None, :]
+    right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        if EVEN_K:
+            u = tl.load(left)
+            v = tl.load(right, mask=(n < F)[None, :], other=0.0)
+        else:
+            u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
+            v = tl.load(right, mask=(n < F)[None, :] & (k < D - k0)[:, None], other=0.0)
+        acc = tl.dot(u, v, acc, input_precision=PRECISION)
+        left += BLOCK_K
+        right += BLOCK_K * stride_wk
+    H = 2 * F if GATED else F
+    inside = live[:, None] & (n < F)[None, :]
+    row = m.to(tl.int64)
+    gate = tl.load(pre + row[:, None] * H + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if GATED:
+        up = tl.load(pre + row[:, None] * H + F + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(weight + m, mask=live, other=0.0).to(tl.float32)[:, None]
+    hidden = hidden_units(gate, up, FORM, GATED, CLAMPED)
+    if partial is not None:
+        tl.store(partial + tile_n.to(tl.int64) * A + m, tl.sum(acc * hidden, 1), mask=live)
+    if scaled is not None:
+        tl.store(scaled + row[:, None] * F + n[None, :], hidden * scale, mask=inside)
+    if d_pre is not None:
+        d_gate, d_up = hidden_grads(gate, up, acc * scale, FORM, GATED, CLAMPED)
+        tl.store(d_pre + row[:, None] * H + n[None, :], d_gate, mask=inside)
+        if GATED:
+            tl.store(d_pre + row[:, None] * H + F + n[None, :], d_up, mask=inside)
+
+
+def d_hidden(
+    dy: Tensor,
+    w_out: Tensor,
+    pre: Tensor,
+    weight: Tensor,
+    token_index: Tensor,
+    tiles: RowTiles,
+    tile: Tile,
+    activation: str,
+    d_pre: Tensor | None,
+    scaled: Tensor | None,
+    partial: Tensor | None,
+) -> None:
+    """Fill those that are given: d_pre [A, H], weight * hidden [A, F], and <dA', hidden> by column tile, [*, A]."""
+    experts, depth, width = w_out.shape
+    d_hidden_kernel[(len(tiles) * triton.cdiv(width, tile.n),)](
+        dy,
+        w_out,
+        pre,
+        weight,
+        token_index,
+        tiles.expert,
+        tiles.row,
+        tiles.offsets,
+        d_pre,
+        scaled,
+        partial,
+        len(tiles),
+        experts,
+        pre.shape[0],
+        depth,
+        width,
+        dy.stride(0),
+        *w_out.stride(),
+        **constants(activation),
+        EVEN_K=depth % tile.k == 0,
+        PRECISION=input_precision(dy),
+        **tile.options(),
+    )
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    weight: Tensor,
+    pre: Tensor,
+    token_index: Tensor,
+    offsets: Tensor,
+    activation: str,
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of x, w_in, w_out, b_in, b_out and weight; an empty tensor for each that is not needed."""
+    inputs = (x, w_in, w_out, b_in, b_out, weight)
+    grads = [torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(inputs, needs)]
+    assignments = token_index.shape[0]
+    if assignments == 0:
+        return [g.zero_() for g in grads]
+    dx, dw_in, dw_out, db_in, db_out, dweight = grads
+    need_x, need_w_in, need_w_out, need_b_in, need_b_out, need_weight = (g.numel() > 0 for g in grads)
+    dy, x, token_index, weight = (
+        unit_stride(dy),
+        unit_stride(x),
+        token_index.contiguous(),
+        weight.contiguous(),
+    )
+    plan = plan_for(x, assignments, w_in.shape[0])
+    with on_device(x):
+        tiles = row_tiles(offsets, assignments, plan.d_hidden.m)
+        d_pre = torch.empty_like(pre) if need_x or need_w_in or need_b_in else None
+        scaled = x.new_empty(assignments, w_out.shape[2]) if need_w_out else None
+        columns = triton.cdiv(w_out.shape[2], plan.d_hidden.n)
+        partial = x.new_empty(columns, assignments, dtype=torch.float32) if need_weight else None
+        out = (d_pre, scaled, partial)
+        if any(t is not None for t in out):
+            d_hidden(dy, w_out, pre, weight, token_index, tiles, plan.d_hidden, activation, *out)
+        if partial is not None:
+            d_combine(partial, dy, None if b_out is None else b_out.contiguous(), token_index, tiles, dweight)
+        if scaled is not None:
+            d_weight(dy, scaled, token_index, tiles.offsets, True, plan.d_weight, dw_out)
+        del out, scaled, partial  # before the next large buffer
+        if need_b_out:
+            d_bias(dy, token_index, weight, tiles.offsets, db_out)
+        if d_pre is None:
+            return grads
+        if need_b_in:
+            d_bias(d_pre, token_index, None, tiles.offsets, db_in)
+        if need_w_in:
+            d_weight(d_pre, x, token_index, tiles.offsets, False, plan.d_weight, dw_in)
+        if need_x:
+            rows = grouped_gemm(d_pre, w_in.transpose(1, 2), None, tiles, plan.d_x)
+            combine(rows, None, token_lists(token_index, x.shape[0]), dx)
+    return grads

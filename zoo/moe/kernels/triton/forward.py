@@ -1,0 +1,156 @@
+"""Forward of the expert computation: up projection with gather and activation, down projection, combine."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import constants, hidden_units
+from .combine import combine, token_lists
+from .gemm import grouped_gemm
+from .schedule import RowTiles, grouped_order, on_device, row_tiles
+from .tiles import Tile, input_precision, plan_for
+
+
+@triton.jit
+def up_kernel(
+    x: tl.tensor,
+    w: tl.tensor,
+    bias: tl.tensor,
+    token_index: tl.tensor,
+    tile_expert: tl.tensor,
+    tile_row: tl.tensor,
+    offsets: tl.tensor,
+    pre: tl.tensor,
+    hidden: tl.tensor,
+    num_tiles: tl.tensor,
+    E: tl.tensor,
+    D: tl.tensor,
+    F: tl.tensor,
+    stride_xt: tl.tensor,
+    stride_we: tl.tensor,
+    stride_wn: tl.tensor,
+    stride_wk: tl.tensor,
+    FORM: tl.constexpr,
+    GATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """hidden[a, n] of gate = x[token[a]] . w[e, n] and, if gated, up = x[token[a]] . w[e, F + n]."""
+    tile, tile_n = grouped_order(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    e = tl.load(tile_expert + tile)
+    if e >= E:
+        return
+    m = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
+    live = m < tl.load(offsets + e + 1)
+    # Rows past the expert's end read token 0 instead of a mask: what they compute is not stored.
+    token = tl.load(token_index + m, mask=live, other=0)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    left = x + token[:, None] * stride_xt + k[None, :]
+    right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
+    right_up = right + F.to(tl.int64) * stride_wn
+    gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for k0 in range(0, D, BLOCK_K):
+        if EVEN_K:
+            u = tl.load(left)
+            inside = (n < F)[None, :]
+        else:
+            u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
+            inside = (n < F)[None, :] & (k < D - k0)[:, None]
+        gate = tl.dot(u, tl.load(right, mask=inside, other=0.0), gate, input_precision=PRECISION)
+        if GATED:
+            up = tl.dot(u, tl.load(right_up, mask=inside, other=0.0), up, input_precision=PRECISION)
+            right_up += BLOCK_K * stride_wk
+        left += BLOCK_K
+        right += BLOCK_K * stride_wk
+    H = 2 * F if GATED else F
+    if bias is not None:
+        gate += tl.load(bias + e * H + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + e * H + F + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    inside = live[:, None] & (n < F)[None, :]
+    m = m.to(tl.int64)
+    if pre is not None:
+        tl.store(pre + m[:, None] * H + n[None, :], gate, mask=inside)
+        if GATED:
+            tl.store(pre + m[:, None] * H + F + n[None, :], up, mask=inside)
+    tl.store(hidden + m[:, None] * F + n[None, :], hidden_units(gate, up, FORM, GATED, CLAMPED), mask=inside)
+
+
+def up_projection(
+    x: Tensor,
+    w_in: Tensor,
+    b_in: Tensor | None,
+    token_index: Tensor,
+    tiles: RowTiles,
+    tile: Tile,
+    activation: str,
+    pre: Tensor | None,
+    hidden: Tensor,
+) -> None:
+    """Fill hidden [A, F] and, if given, the pre-activations [A, H]."""
+    width, depth = hidden.shape[1], x.shape[1]
+    up_kernel[(len(tiles) * triton.cdiv(width, tile.n),)](
+        x,
+        w_in,
+        b_in,
+        token_index,
+        tiles.expert,
+        tiles.row,
+        tiles.offsets,
+        pre,
+        hidden,
+        len(tiles),
+        w_in.shape[0],
+        depth,
+        width,
+        x.stride(0),
+        *w_in.stride(),
+        **constants(activation),
+        EVEN_K=depth % tile.k == 0,
+        PRECISION=input_precision(x),
+        **tile.options(),
+    )
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x [T, D] itself if its rows are dense, else a copy."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    weight: Tensor,
+    token_index: Tensor,
+    offsets: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor)."""
+    assignments, experts = token_index.shape[0], w_in.shape[0]
+    y = torch.empty_like(x)
+    pre = x.new_empty(assignments if save else 0, w_in.shape[1])
+    if assignments == 0:
+        return y.zero_(), pre
+    x, token_index = unit_stride(x), token_index.contiguous()
+    b_in, b_out = (b if b is None else b.contiguous() for b in (b_in, b_out))
+    plan = plan_for(x, assignments, experts)
+    with on_device(x):
+        tiles = row_tiles(offsets, assignments, plan.up.m)
+        hidden = x.new_empty(assignments, w_out.shape[2])
+        up_projection(x, w_in, b_in, token_index, tiles, plan.up, activation, pre if save else None, hidden)
+        rows = grouped_gemm(hidden, w_out, b_out, tiles, plan.down)
+        return combine(rows, weight.contiguous(), token_lists(token_index, x.shape[0]), y), pre
