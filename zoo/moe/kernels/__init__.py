@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, Activation, get_activation
-from .ops import BACKENDS, backend_module, check_shapes, moe_mlp_op
+from .ops import BACKENDS, CASTS_WEIGHTS, backend_module, check_shapes, moe_mlp_op
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "Activation", "explain", "get_activation", "moe_mlp"]
 
@@ -30,7 +30,7 @@ class Assignments(Protocol):
 def explain(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str = "swiglu") -> tuple[str, str]:
     """The backend that `auto` takes for these tensors, and the reason in words."""
     order = ("triton", "grouped_mm") if x.is_cuda else ("cpu",) if x.device.type == "cpu" else ()
-    passed_over = []
+    passed_over: list[str] = []
     for name in order:
         reason = backend_module(name).unsupported(x, w_in, w_out, activation)
         if reason is None:
@@ -61,11 +61,10 @@ def moe_mlp(
     explicitly cannot run these tensors.
     """
     check_shapes(x, w_in, w_out, b_in, b_out, activation)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w_in, w_out = x.to(dtype), w_in.to(dtype), w_out.to(dtype)
-        b_in, b_out = (b if b is None else b.to(dtype) for b in (b_in, b_out))
-    if not x.dtype == w_in.dtype == w_out.dtype:
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    elif not x.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(f"moe_mlp: x, w_in and w_out must share a dtype, got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
     if backend == "auto":
         backend = explain(x, w_in, w_out, activation)[0]
@@ -73,10 +72,12 @@ def moe_mlp(
         raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     elif reason := backend_module(backend).unsupported(x, w_in, w_out, activation):
         raise ValueError(f"backend {backend!r} cannot run this: {reason}")
+    if autocast and backend not in CASTS_WEIGHTS:
+        w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
+        b_in, b_out = (b if b is None else b.to(x.dtype) for b in (b_in, b_out))
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out, routing.weight)
     )
-    y, _ = moe_mlp_op(
-        x, w_in, w_out, b_in, b_out, routing.weight, routing.token_index, routing.offsets, activation, backend, needs_grad
-    )
+    indices = routing.token_index, routing.offsets
+    y, _ = moe_mlp_op(x, w_in, w_out, b_in, b_out, routing.weight, *indices, activation, backend, needs_grad)
     return y

@@ -1,7 +1,8 @@
 """Activations an expert may use: forward and derivative, from pre-activations to hidden units.
 
 A gated activation reads pre-activations [A, 2F] laid out as [gate; up] and gives [A, F]; a plain one keeps
-the width. `backward` takes the gradient of the hidden units and gives that of the pre-activations.
+the width. `backward` takes the gradient of the hidden units and gives that of the pre-activations. The forms
+with `out` write into buffers of the caller with as few passes as torch's operators allow.
 """
 
 from __future__ import annotations
@@ -14,9 +15,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+aten = torch.ops.aten
+
 # gpt-oss: gate clamped from above, up clamped from both sides, sigmoid sharpened by 1.702, up shifted by one.
 CLAMP_LIMIT = 7.0
 CLAMP_ALPHA = 1.702
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """A function of one variable: `f`, its derivative `df`, and both written into a buffer.
+
+    `into(x, out=)` stores f(x); `vjp_into(grad, x, out)` stores grad * f'(x), where grad may be out itself.
+    """
+
+    f: Callable[[Tensor], Tensor]
+    df: Callable[[Tensor], Tensor]
+    into: Callable[..., Tensor]
+    vjp_into: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _silu_grad(x: Tensor) -> Tensor:
@@ -51,39 +67,6 @@ def _relu2_grad(x: Tensor) -> Tensor:
     return 2 * F.relu(x)
 
 
-@dataclass(frozen=True)
-class Activation:
-    """One entry of the table: `f` and `df` act element by element on the gate (or on the only input)."""
-
-    name: str
-    gated: bool
-    f: Callable[[Tensor], Tensor]
-    df: Callable[[Tensor], Tensor]
-    clamped: bool = False
-
-    def forward(self, pre: Tensor) -> Tensor:
-        """Hidden units [A, F] of pre-activations [A, 2F] (gated) or [A, F] (plain)."""
-        if not self.gated:
-            return self.f(pre)
-        gate, up = pre.chunk(2, dim=-1)
-        if self.clamped:
-            gate = gate.clamp(max=CLAMP_LIMIT)
-            up = up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT) + 1
-        return self.f(gate) * up
-
-    def backward(self, pre: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the pre-activations [A, 2F] or [A, F], given that of the hidden units [A, F]."""
-        if not self.gated:
-            return grad * self.df(pre)
-        gate, up = pre.chunk(2, dim=-1)
-        if not self.clamped:
-            return torch.cat([grad * up * self.df(gate), grad * self.f(gate)], dim=-1)
-        gate_c, up_c = gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT)
-        d_gate = grad * (up_c + 1) * self.df(gate_c) * (gate <= CLAMP_LIMIT)
-        d_up = grad * self.f(gate_c) * (up.abs() <= CLAMP_LIMIT)
-        return torch.cat([d_gate, d_up], dim=-1)
-
-
 def _sharp_silu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(CLAMP_ALPHA * x)
 
@@ -93,19 +76,112 @@ def _sharp_silu_grad(x: Tensor) -> Tensor:
     return s * (1 + CLAMP_ALPHA * x * (1 - s))
 
 
+SILU = Pointwise(
+    F.silu, _silu_grad, aten.silu.out, lambda g, x, out: aten.silu_backward.grad_input(g, x, grad_input=out)
+)
+GELU = Pointwise(
+    F.gelu, _gelu_grad, aten.gelu.out, lambda g, x, out: aten.gelu_backward.grad_input(g, x, grad_input=out)
+)
+GELU_TANH = Pointwise(
+    _gelu_tanh,
+    _gelu_tanh_grad,
+    lambda x, out: aten.gelu.out(x, approximate="tanh", out=out),
+    lambda g, x, out: aten.gelu_backward.grad_input(g, x, approximate="tanh", grad_input=out),
+)
+RELU = Pointwise(
+    F.relu,
+    _relu_grad,
+    lambda x, out: torch.clamp_min(x, 0, out=out),
+    lambda g, x, out: aten.threshold_backward.grad_input(g, x, 0, grad_input=out),
+)
+RELU2 = Pointwise(
+    _relu2,
+    _relu2_grad,
+    lambda x, out: torch.square(F.relu(x), out=out),
+    lambda g, x, out: torch.mul(g, _relu2_grad(x), out=out),
+)
+SHARP_SILU = Pointwise(
+    _sharp_silu,
+    _sharp_silu_grad,
+    lambda x, out: torch.mul(x, torch.sigmoid(CLAMP_ALPHA * x), out=out),
+    lambda g, x, out: torch.mul(g, _sharp_silu_grad(x), out=out),
+)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One entry of the table: `point` acts element by element on the gate (or on the only input)."""
+
+    name: str
+    gated: bool
+    point: Pointwise
+    clamped: bool = False
+
+    def _split(self, pre: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = pre.chunk(2, dim=-1)
+        if self.clamped:
+            return gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT) + 1
+        return gate, up
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """Hidden units [A, F] of pre-activations [A, 2F] (gated) or [A, F] (plain)."""
+        if not self.gated:
+            return self.point.f(pre)
+        gate, up = self._split(pre)
+        return self.point.f(gate) * up
+
+    def backward(self, pre: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the pre-activations [A, 2F] or [A, F], given that of the hidden units [A, F]."""
+        if not self.gated:
+            return grad * self.point.df(pre)
+        gate, up = self._split(pre)
+        d_gate, d_up = grad * up * self.point.df(gate), grad * self.point.f(gate)
+        if self.clamped:
+            raw_gate, raw_up = pre.chunk(2, dim=-1)
+            d_gate, d_up = d_gate * (raw_gate <= CLAMP_LIMIT), d_up * (raw_up.abs() <= CLAMP_LIMIT)
+        return torch.cat([d_gate, d_up], dim=-1)
+
+    def forward_out(self, pre: Tensor, out: Tensor, point_out: Tensor | None = None) -> None:
+        """Write the hidden units into out [A, F], and f(gate) into point_out [A, F] where it is given."""
+        if not self.gated:
+            self.point.into(pre, out=out)
+            return
+        gate, up = self._split(pre)
+        f_gate = out if point_out is None else point_out
+        self.point.into(gate, out=f_gate)
+        torch.mul(f_gate, up, out=out)
+
+    def backward_out(self, pre: Tensor, grad: Tensor, point_out: Tensor, out: Tensor) -> None:
+        """Write the gradient of the pre-activations into out [A, 2F or F]; overwrites grad [A, F].
+
+        point_out [A, F] is what `forward_out` left there (not read for a plain activation).
+        """
+        if not self.gated:
+            self.point.vjp_into(grad, pre, out)
+            return
+        gate, up = self._split(pre)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        torch.mul(grad, point_out, out=d_up)
+        self.point.vjp_into(grad.mul_(up), gate, d_gate)
+        if self.clamped:
+            raw_gate, raw_up = pre.chunk(2, dim=-1)
+            d_gate.masked_fill_(raw_gate > CLAMP_LIMIT, 0)
+            d_up.masked_fill_(raw_up.abs() > CLAMP_LIMIT, 0)
+
+
 ACTIVATIONS: dict[str, Activation] = {
     a.name: a
     for a in (
-        Activation("swiglu", True, F.silu, _silu_grad),
-        Activation("geglu", True, F.gelu, _gelu_grad),
-        Activation("geglu_tanh", True, _gelu_tanh, _gelu_tanh_grad),
-        Activation("reglu", True, F.relu, _relu_grad),
-        Activation("swiglu_clamped", True, _sharp_silu, _sharp_silu_grad, clamped=True),
-        Activation("relu", False, F.relu, _relu_grad),
-        Activation("relu2", False, _relu2, _relu2_grad),
-        Activation("gelu", False, F.gelu, _gelu_grad),
-        Activation("gelu_tanh", False, _gelu_tanh, _gelu_tanh_grad),
-        Activation("silu", False, F.silu, _silu_grad),
+        Activation("swiglu", True, SILU),
+        Activation("geglu", True, GELU),
+        Activation("geglu_tanh", True, GELU_TANH),
+        Activation("reglu", True, RELU),
+        Activation("swiglu_clamped", True, SHARP_SILU, clamped=True),
+        Activation("relu", False, RELU),
+        Activation("relu2", False, RELU2),
+        Activation("gelu", False, GELU),
+        Activation("gelu_tanh", False, GELU_TANH),
+        Activation("silu", False, SILU),
     )
 }
 

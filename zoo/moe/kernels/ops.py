@@ -2,7 +2,7 @@
 
 As operators `zoo::moe_mlp` and `zoo::moe_mlp_backward` it is opaque to torch.compile (no graph break), counted
 by FLOP counters, and recomputed or saved as a unit by activation checkpointing. Saved for the backward: the
-inputs and the pre-activations, nothing else.
+inputs and the pre-activations, nothing else. Outputs are contiguous, gradients of weights laid out like them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,25 @@ from torch.utils.flop_counter import register_flop_formula
 from .activations import get_activation
 
 BACKENDS = ("reference", "cpu", "grouped_mm", "triton")
+# These read weights of another dtype than x's and cast one expert at a time; the others want one dtype.
+CASTS_WEIGHTS = ("reference", "cpu")
+
+# Defined without torch.library.custom_op, whose checks at each call cost more than decoding one token.
+_LIBRARY = torch.library.Library("zoo", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor weight"
+_LIBRARY.define(
+    f"moe_mlp({_TENSORS}, Tensor token_index, Tensor offsets, str activation, str backend, bool save)"
+    " -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIBRARY.define(
+    f"moe_mlp_backward(Tensor dy, {_TENSORS}, Tensor pre, Tensor token_index, Tensor offsets, str activation,"
+    " str backend, bool[] needs) -> Tensor[]",
+    tags=_TAGS,
+)
+moe_mlp_op = torch.ops.zoo.moe_mlp.default
+moe_mlp_backward_op = torch.ops.zoo.moe_mlp_backward.default
 
 
 def backend_module(name: str) -> ModuleType:
@@ -24,57 +43,36 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{name}")
 
 
-@torch.library.custom_op("zoo::moe_mlp", mutates_args=())
-def moe_mlp_op(
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    token_index: Tensor,
-    offsets: Tensor,
-    activation: str,
-    backend: str,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def _forward(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
     """Outputs [T, D] and the pre-activations [A, H] kept for the backward (empty unless `save`)."""
-    return backend_module(backend).forward(
+    y, pre = backend_module(backend).forward(
         x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, save
     )
+    return y.contiguous(), pre
 
 
-@moe_mlp_op.register_fake
-def _(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x), x.new_empty(token_index.shape[0] if save else 0, w_in.shape[1])
+def _forward_fake(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty(token_index.shape[0] if save else 0, w_in.shape[1])
 
 
-@torch.library.custom_op("zoo::moe_mlp_backward", mutates_args=())
-def moe_mlp_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
-    b_in: Tensor | None,
-    b_out: Tensor | None,
-    weight: Tensor,
-    pre: Tensor,
-    token_index: Tensor,
-    offsets: Tensor,
-    activation: str,
-    backend: str,
-    needs: list[bool],
-) -> list[Tensor]:
+def _backward(  # type: ignore[no-untyped-def]
+    dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs
+):
     """Gradients of x, w_in, w_out, b_in, b_out, weight; an empty tensor for each that is not needed."""
-    return backend_module(backend).backward(
+    grads = backend_module(backend).backward(
         dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, needs
     )
-
-
-@moe_mlp_backward_op.register_fake
-def _(dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs):  # type: ignore[no-untyped-def]
     inputs = (x, w_in, w_out, b_in, b_out, weight)
-    return [torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(inputs, needs)]
+    return [g if n and t is not None else x.new_empty(0) for g, n, t in zip(grads, needs, inputs)]
+
+
+def _backward_fake(  # type: ignore[no-untyped-def]
+    dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs
+):
+    like = (x.new_empty(x.shape), *(t if t is None else torch.empty_like(t) for t in (w_in, w_out, b_in, b_out)))
+    return [
+        t if n and t is not None else x.new_empty(0) for t, n in zip((*like, weight.new_empty(weight.shape)), needs)
+    ]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -84,7 +82,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, dy, _):  # type: ignore[no-untyped-def]
     x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     grads = moe_mlp_backward_op(
@@ -93,7 +91,17 @@ def _backward(ctx, dy, _):  # type: ignore[no-untyped-def]
     return (*(g if n else None for g, n in zip(grads, needs)), None, None, None, None, None)
 
 
-moe_mlp_op.register_autograd(_backward, setup_context=_setup_context)
+def _differentiate_twice(ctx, grads):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("moe_mlp can be differentiated once; its backward has no gradient")
+
+
+for _name, _run, _fake, _vjp, _context in (
+    ("moe_mlp", _forward, _forward_fake, _differentiate, _setup_context),
+    ("moe_mlp_backward", _backward, _backward_fake, _differentiate_twice, None),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"zoo::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"zoo::{_name}", _vjp, setup_context=_context, lib=_LIBRARY)
 
 
 @register_flop_formula(torch.ops.zoo.moe_mlp)
@@ -106,19 +114,25 @@ def _backward_flops(dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, *
     return 4 * token_index[0] * (w_in[1] * w_in[2] + w_out[1] * w_out[2])
 
 
-def check_shapes(x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, activation: str) -> None:
+def check_shapes(
+    x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, activation: str
+) -> None:
     """Raise ValueError naming the first tensor whose shape does not fit the others."""
     if x.dim() != 2:
         raise ValueError(f"moe_mlp: x must be [T, D], got {list(x.shape)}")
     if w_in.dim() != 3 or w_out.dim() != 3:
-        raise ValueError(f"moe_mlp: w_in and w_out must be [E, H, D] and [E, D, F], got {list(w_in.shape)} and {list(w_out.shape)}")
+        raise ValueError(
+            f"moe_mlp: w_in and w_out must be [E, H, D] and [E, D, F], got {list(w_in.shape)} and {list(w_out.shape)}"
+        )
     experts, width, hidden = w_out.shape[0], x.shape[1], w_out.shape[2]
     rows = 2 * hidden if get_activation(activation).gated else hidden
     for name, tensor, want in (
-        ("w_in", w_in, [experts, rows, width]),
-        ("w_out", w_out, [experts, width, hidden]),
-        ("b_in", b_in, [experts, rows]),
-        ("b_out", b_out, [experts, width]),
+        ("w_in", w_in, (experts, rows, width)),
+        ("w_out", w_out, (experts, width, hidden)),
+        ("b_in", b_in, (experts, rows)),
+        ("b_out", b_out, (experts, width)),
     ):
-        if tensor is not None and list(tensor.shape) != want:
-            raise ValueError(f"moe_mlp: {name} must be {want} for activation {activation!r}, got {list(tensor.shape)}")
+        if tensor is not None and tensor.shape != want:
+            raise ValueError(
+                f"moe_mlp: {name} must be {list(want)} for activation {activation!r}, got {list(tensor.shape)}"
+            )
