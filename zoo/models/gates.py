@@ -1,0 +1,93 @@
+"""From what a user or a YAML file says about a gate to something that makes one for each layer."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..moe import Capacity, Router, routers
+from ..nearest import unknown
+
+
+def shortcuts(losses: Mapping[str, Any] | None, capacity: Any) -> dict[str, Any]:
+    """Gate arguments for the losses and capacity of `create_model`; capacity is one, its arguments, or its factor."""
+    given: dict[str, Any] = {}
+    if losses is not None:
+        given["losses"] = losses
+    if capacity is not None:
+        if isinstance(capacity, Mapping):
+            capacity = Capacity(**capacity)
+        given["capacity"] = capacity if isinstance(capacity, Capacity) else Capacity(factor=float(capacity))
+    return given
+
+
+def gate_factory(spec: Any, dim: int, num_experts: int, k: int | None = None, **given: Any) -> Callable[[], Router]:
+    """A function that makes a new gate each time; `k` is for gates that have such an argument where spec leaves it out.
+
+    Raises ValueError naming the nearest classes for an unknown one and the nearest arguments for an unknown argument,
+    and TypeError for a spec that is no description of a gate.
+    """
+    make, arguments = _parse(spec)
+    label = getattr(make, "__name__", type(make).__name__)
+    signature = inspect.signature(make)
+    if isinstance(make, functools.partial):
+        arguments = {**make.keywords, **arguments}
+    accepted = {name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
+    anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    arguments = {**given, **arguments}
+    if k is not None and "k" in accepted:
+        arguments.setdefault("k", k)
+    if isinstance(arguments.get("capacity"), Mapping):
+        arguments["capacity"] = Capacity(**arguments["capacity"])
+    for name in arguments:
+        if name not in accepted and not anything:
+            raise unknown(f"argument of {label}", name, accepted - {"dim", "num_experts"})
+
+    def gate() -> Router:
+        made = make(**{"dim": dim, "num_experts": num_experts, **arguments})
+        if not isinstance(made, Router):
+            raise TypeError(f"router: {label} made a {type(made).__name__}, expected a zoo.moe.Router")
+        return made
+
+    return gate
+
+
+def _parse(spec: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    if isinstance(spec, Router):
+        raise TypeError(
+            "router: got one gate, but every layer needs its own; give its class, or a function that makes one"
+        )
+    if isinstance(spec, str):
+        return _named(spec), {}
+    if isinstance(spec, Mapping):
+        rest = dict(spec)
+        if "class_path" in rest:
+            path, arguments = rest.pop("class_path"), dict(rest.pop("init_args", None) or {})
+            if rest:
+                raise unknown("key beside class_path", next(iter(rest)), ("class_path", "init_args"))
+            return _named(path), arguments
+        if "name" in rest:
+            return _named(rest.pop("name")), rest
+    if callable(spec):
+        return spec, {}
+    raise TypeError(
+        'router: expected a class, a function, a name, {"name": ..., arguments} or '
+        f'{{"class_path": ..., "init_args": ...}}; got {spec!r}'
+    )
+
+
+def _named(name: str) -> Callable[..., Any]:
+    """A gate class by its name in zoo.moe.routers or its full path."""
+    known = {n: c for n, c in vars(routers).items() if inspect.isclass(c) and issubclass(c, Router) and c is not Router}
+    module, _, short = name.rpartition(".")
+    if module in ("", "zoo.moe.routers"):
+        if short not in known:
+            raise unknown("router", short, known)
+        return known[short]
+    try:
+        return getattr(importlib.import_module(module), short)
+    except (ImportError, AttributeError):
+        raise unknown("router", name, [*known, *(f"zoo.moe.routers.{n}" for n in known)]) from None

@@ -1,0 +1,234 @@
+"""Language models: transformers' causal language models of five families on our MoE layers, by name.
+
+MODELS is data: a family (transformers' model_type) and the fields of its configuration. The tiny ones train on a
+laptop; the real ones have the published sizes, and build under `torch.device("meta")`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..nearest import unknown
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+_TINY = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+
+# name: (family, configuration)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral_tiny": ("mixtral", {**_TINY, "intermediate_size": 256, "num_local_experts": 8}),
+    "olmoe_tiny": (
+        "olmoe",
+        {**_TINY, "intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4},
+    ),
+    "qwen2_moe_tiny": (
+        "qwen2_moe",
+        {
+            **_TINY,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 256,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+        },
+    ),
+    "qwen3_moe_tiny": (
+        "qwen3_moe",
+        {
+            **_TINY,
+            "head_dim": 32,
+            "moe_intermediate_size": 128,
+            "num_experts": 16,
+            "num_experts_per_tok": 4,
+            "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v3_tiny": (
+        "deepseek_v3",
+        {
+            **_TINY,
+            "num_key_value_heads": 4,
+            "intermediate_size": 512,
+            "first_k_dense_replace": 1,
+            "moe_intermediate_size": 128,
+            "n_routed_experts": 16,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 24,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 32,
+            "num_nextn_predict_layers": 0,
+        },
+    ),
+    "mixtral_8x7b": ("mixtral", {"max_position_embeddings": 32768}),
+    "olmoe_1b_7b": ("olmoe", {"intermediate_size": 1024}),
+    "qwen1.5_moe_a2.7b": (
+        "qwen2_moe",
+        {
+            "max_position_embeddings": 8192,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "bos_token_id": 151643,
+            "eos_token_id": 151643,
+        },
+    ),
+    "qwen3_30b_a3b": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 48,
+            "head_dim": 128,
+            "max_position_embeddings": 40960,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "bos_token_id": 151643,
+            "eos_token_id": 151645,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            "max_position_embeddings": 163840,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 40.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+}
+
+
+def build(
+    name: str,
+    *,
+    router: Any = None,
+    losses: Mapping[str, Any] | None = None,
+    capacity: Any = None,
+    backend: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """The model called `name`, initialised as its family is (normal, config.initializer_range).
+
+    router: any gate, for every MoE layer: a class or function taking (dim, num_experts), or its name or class path
+    with arguments, {"name": "TopKRouter", "k": 1} or {"class_path": "my.Router", "init_args": {...}}; dim and
+    num_experts are filled in, and k too where the gate has one and none is given. losses and capacity (a `Capacity`,
+    its arguments, or the factor alone) go to that gate, or to the family's own. backend is that of `moe_mlp`. All other
+    keywords are fields of the family's configuration. Raises ValueError naming the nearest fields or gates for an
+    unknown one.
+    """
+    from ..pretrained import adopt
+    from .gates import gate_factory, shortcuts
+
+    config = configuration(name, **fields)
+    family = adopt.family_of(config.model_type)
+    given = shortcuts(losses, capacity)
+    make = None
+    if router is not None:
+        sizes = (config.hidden_size, getattr(config, family.num_experts))
+        make = gate_factory(router, *sizes, k=config.num_experts_per_tok, **given)
+    return adopt.build(
+        config, router=make, router_args=given, backend=backend, dtype=dtype, attn_implementation=attn_implementation
+    )
+
+
+def configuration(name: str, **fields: Any) -> Any:
+    """transformers' configuration of the model called `name`, with `fields` changed; ValueError for unknown ones."""
+    from ..pretrained.language import FAMILIES
+
+    if name not in MODELS:
+        raise unknown("language model", name, MODELS)
+    model_type, preset = MODELS[name]
+    config_class = FAMILIES[model_type].classes()[0]
+    _check_fields(config_class, fields)
+    aliases = config_class.attribute_map
+    merged = {aliases.get(field, field): value for field, value in preset.items()}
+    merged.update({aliases.get(field, field): value for field, value in fields.items()})
+    return config_class(**merged)
+
+
+def _check_fields(config_class: Any, fields: Mapping[str, Any]) -> None:
+    import dataclasses
+
+    # head_dim is read by every family, but is a field of some only.
+    known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map) | {"head_dim"}
+    shortcuts = {"router", "losses", "capacity", "backend", "dtype", "attn_implementation"}
+    for field in fields:
+        if field not in known:
+            raise unknown(f"override of {config_class.model_type}", field, known | shortcuts)
+
+
+def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
+    """The same backbone with one dense gated MLP in place of router and experts, as wide as a token's experts together.
+
+    Its width is k*F, plus that of the shared experts: equal active parameters, but for the router's. `model` is a name
+    ("language/mixtral_tiny") or a model built here; weights are fresh. overrides are those of `build`; what concerns
+    the gate or the experts' backend has no meaning here and is ignored, so that both models may share them.
+    """
+    import copy
+
+    from ..pretrained import adopt
+
+    dtype = overrides.pop("dtype", None)
+    attention = overrides.pop("attn_implementation", None)
+    for name in ("router", "losses", "capacity", "backend"):
+        overrides.pop(name, None)
+    config: Any
+    if isinstance(model, str):
+        config = configuration(model.removeprefix("language/"), **overrides)
+    else:
+        config = copy.deepcopy(model.config)
+        _check_fields(type(config), overrides)
+        config.num_experts_per_tok = _choices(model) or config.num_experts_per_tok
+        for name, value in overrides.items():
+            setattr(config, name, value)
+        dtype = dtype or next(model.parameters()).dtype
+    return adopt.build(config, dense=True, dtype=dtype, attn_implementation=attention)
+
+
+def _choices(model: nn.Module) -> int | None:
+    """How many experts a token meets, where the gates of a model say so."""
+    from ..moe import MoE
+
+    chosen = [getattr(module.router, "k", None) for module in model.modules() if isinstance(module, MoE)]
+    return next((k for k in chosen if isinstance(k, int)), None)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Parameters in all, and active for one token (all but those of the experts it does not meet).
+
+    Works on the meta device. Raises ValueError for a gate that does not say, as attribute k, how many experts that is.
+    """
+    from ..moe import MoE
+
+    total = sum(p.numel() for p in model.parameters())
+    active = total
+    for name, layer in model.named_modules():
+        if isinstance(layer, MoE):
+            k = getattr(layer.router, "k", None)
+            if k is None:
+                raise ValueError(f"{name}: {type(layer.router).__name__} has no fixed number of experts k a token")
+            size = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
+            active -= size * (layer.experts.num_experts - k)
+    return total, active

@@ -1,0 +1,152 @@
+"""transformers' causal language model of a family, with its sparse blocks replaced by `zoo.moe.MoE`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..moe import MLP, Experts, MoE, Router
+from ..moe.routers import TopKRouter
+from ..nearest import unknown
+from .context import pass_context
+from .language import FAMILIES, Family, activation_of, resolve_dtype
+
+RouterFactory = Callable[[], Router]
+
+
+def family_of(model_type: str, where: str = "") -> Family:
+    """The family of a configuration's model_type; raises ValueError naming the nearest ones and `where` it was read."""
+    if model_type not in FAMILIES:
+        raise unknown(f"language family{where}", str(model_type), FAMILIES)
+    return FAMILIES[model_type]
+
+
+def build(
+    config: Any,
+    *,
+    router: RouterFactory | None = None,
+    router_args: dict[str, Any] | None = None,
+    dense: bool = False,
+    backend: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+    initialize: bool = True,
+) -> Any:
+    """The model that a transformers configuration describes, on our layers.
+
+    `router` makes the gate of one layer (the family's own by default, with `router_args` on top); `dense` puts one
+    dense MLP of the same active width in place of router and experts. Without `initialize` weights are left unset,
+    for a loader to fill. On the meta device nothing is allocated. Raises ValueError for an unknown family or activation.
+    """
+    family = family_of(config.model_type)
+    config = copy.deepcopy(config)
+    dtype = resolve_dtype(dtype) or torch.get_default_dtype()
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with torch.device("meta"):
+        model = family.classes()[1]._from_config(config, dtype=dtype, **options)
+    blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
+    for layer in model.model.layers:
+        if layer.mlp in blocks:
+            layer.mlp = _dense(config, family) if dense else _shared(layer.mlp, family)
+    model.to(dtype)
+    if device.type != "meta":
+        _materialize(model, device, initialize)
+    if not dense:
+        own = {**family.router(config), **(router_args or {})}
+        make = router or (lambda: TopKRouter(config.hidden_size, getattr(config, family.num_experts), **own))
+        for layer in model.model.layers:
+            if isinstance(layer.mlp, _Shared):
+                layer.mlp = _moe(config, family, make, layer.mlp.shared, backend, dtype, device, initialize)
+        pass_context(model)
+        model.save_pretrained = MethodType(_save_pretrained, model)
+    return model.eval() if not initialize else model
+
+
+class _Shared(nn.Module):
+    """Keeps the place of a sparse block, and its shared expert, until the model has memory."""
+
+    def __init__(self, shared: nn.Module | None) -> None:
+        super().__init__()
+        self.shared = shared
+
+
+def _shared(block: nn.Module, family: Family) -> nn.Module:
+    return _Shared(getattr(block, family.shared) if family.shared else None)
+
+
+def shared_width(config: Any) -> int:
+    """Hidden width of a family's shared experts together, zero without any."""
+    if config.model_type == "qwen2_moe":
+        return config.shared_expert_intermediate_size
+    if config.model_type == "deepseek_v3":
+        return config.moe_intermediate_size * config.n_shared_experts
+    return 0
+
+
+def _dense(config: Any, family: Family) -> MLP:
+    width = config.num_experts_per_tok * getattr(config, family.hidden) + shared_width(config)
+    with torch.device("meta"):
+        return MLP(config.hidden_size, width, activation_of(config))
+
+
+@torch.no_grad()
+def _materialize(model: Any, device: torch.device, initialize: bool) -> None:
+    """Give a model on the meta device memory, and let transformers fill it.
+
+    Rotary tables and other buffers that no checkpoint holds are computed in any case.
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    for module in model.modules():
+        if initialize or not any(True for _ in module.parameters()):
+            model._init_weights(module)
+
+
+@torch.no_grad()
+def _moe(
+    config: Any,
+    family: Family,
+    make: RouterFactory,
+    shared: nn.Module | None,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    initialize: bool,
+) -> MoE:
+    num_experts, dim = getattr(config, family.num_experts), config.hidden_size
+    with torch.device("meta"):
+        experts = Experts(num_experts, dim, getattr(config, family.hidden), activation_of(config), backend=backend)
+        experts.to(dtype)
+    with device:
+        router = make()
+        moe = MoE(router, experts, shared=shared, shared_gate=family.shared_gate is not None)
+    # Buffers keep their type: the selection bias is float32 in every checkpoint.
+    for parameter in (*router.parameters(), *(moe.shared_gate.parameters() if moe.shared_gate else ())):
+        parameter.data = parameter.data.to(dtype)
+    if device.type == "meta":
+        return moe
+    experts.to_empty(device=device)
+    if initialize:
+        std = config.initializer_range
+        weights: list[torch.Tensor] = list(experts.parameters())
+        if isinstance(router, TopKRouter) and router.noise != "learned":
+            weights.append(router.weight)
+        if moe.shared_gate is not None:
+            weights.append(moe.shared_gate.weight)
+        for weight in weights:
+            weight.normal_(0.0, std)
+    return moe
+
+
+def _save_pretrained(model: Any, save_directory: Any, **options: Any) -> None:
+    """transformers' own method would write our tensor names; see `zoo.save_pretrained`."""
+    from .folder import save_pretrained
+
+    save_pretrained(model, save_directory, **options)

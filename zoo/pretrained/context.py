@@ -1,0 +1,99 @@
+"""What the routers of a transformers model may know of a batch: which tokens are padding, and the token ids.
+
+transformers calls a layer's MLP with hidden states alone. Its decoder layers do hand unknown keywords on to their
+attention, and they do so inside the region that gradient checkpointing runs again. So the model's base puts the context
+among the keywords, the attention call of each layer takes it out, and the MoE call that follows uses it up: nothing
+stays behind after a layer, and a recomputation sees its own batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..moe import MoE
+from ..moe.routers import TopKRouter
+
+KEY = "moe_context"
+
+
+class _Link:
+    """What an attention module leaves for the MoE of the same layer."""
+
+    value: dict[str, Tensor] | None = None
+
+
+def pass_context(model: Any) -> None:
+    """Make every `MoE` of a transformers causal language model receive mask and token_ids where a caller gave them."""
+    base = model.model
+    base.register_forward_pre_hook(_put, with_kwargs=True)
+    for layer in base.layers:
+        if isinstance(layer.mlp, MoE):
+            # One plain object in both, so that deepcopy and pickle keep the pair together.
+            link: Any = _Link()
+            layer.self_attn._moe_link = layer.mlp._moe_link = link
+            layer.self_attn.register_forward_pre_hook(_take, with_kwargs=True)
+            layer.mlp.register_forward_pre_hook(_use, with_kwargs=True)
+        else:
+            layer.self_attn.register_forward_pre_hook(_drop, with_kwargs=True)
+
+
+def _put(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if kwargs.get("output_router_logits") or base.config.output_router_logits:
+        _check_logits(base)
+    context = {}
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    embeds = kwargs.get("inputs_embeds")
+    mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+    if ids is not None:
+        context["token_ids"] = ids
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        length = ids.shape[1] if ids is not None else embeds.shape[1] if embeds is not None else mask.shape[1]
+        real = mask[:, -length:].bool()  # with a cache the mask covers the past too
+        # One look at the values saves every layer the slower path of a masked batch; a graph cannot look.
+        if torch.compiler.is_compiling() or not bool(real.all()):
+            context["mask"] = real
+    return args, {**kwargs, KEY: context} if context else kwargs
+
+
+def _take(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    attention._moe_link.value = kwargs.pop(KEY, None)
+    return args, kwargs
+
+
+def _drop(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kwargs.pop(KEY, None)
+    return args, kwargs
+
+
+def _use(moe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    context, moe._moe_link.value = moe._moe_link.value, None
+    _record_logits(moe, args[0])
+    return args, {**(context or {}), **kwargs}
+
+
+def _check_logits(base: Any) -> None:
+    for layer in base.layers:
+        router = getattr(layer.mlp, "router", None)
+        if router is not None and not isinstance(router, TopKRouter):
+            raise ValueError(
+                f"output_router_logits: {type(router).__name__} has no logits for transformers' auxiliary loss; "
+                "set config.output_router_logits=False and take losses from zoo.moe.record(model)"
+            )
+
+
+def _record_logits(moe: Any, x: Tensor) -> None:
+    """Give transformers the router's logits where a caller asked for output_router_logits."""
+    from transformers.utils.output_capturing import _active_collector
+
+    wanted = _active_collector.get()
+    if wanted is not None and "router_logits" in wanted:
+        router = moe.router
+        x = x.reshape(-1, x.shape[-1]).to(router.dtype or x.dtype)
+        bias = None if router.bias is None else router.bias.to(x.dtype)
+        wanted["router_logits"].append(F.linear(x, router.weight.to(x.dtype), bias))

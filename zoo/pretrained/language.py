@@ -1,0 +1,154 @@
+"""The language families whose published checkpoints we read and write: one small table each.
+
+What a family says: which router its sparse block is, and what its tensors are called on disk. Everything else of the
+model (attention, norms, cache, generation) stays transformers' own, under its own tensor names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe import MoE
+from ..nearest import unknown
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: transformers' class prefix, config fields of the sizes, names on disk, and the router's arguments."""
+
+    prefix: str
+    num_experts: str
+    hidden: str
+    router: Callable[[Any], dict[str, Any]]
+    block: str = "mlp"
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str | None = None
+    shared_gate: str | None = None
+
+    def classes(self) -> tuple[Any, Any]:
+        """transformers' configuration and causal language model classes."""
+        import transformers
+
+        return getattr(transformers, f"{self.prefix}Config"), getattr(transformers, f"{self.prefix}ForCausalLM")
+
+
+def _softmax(config: Any) -> dict[str, Any]:
+    return {"k": config.num_experts_per_tok, "normalize": config.norm_topk_prob, "normalize_eps": 0.0}
+
+
+def _mixtral(config: Any) -> dict[str, Any]:
+    # Softmax over the chosen logits is softmax over all, renormalised; transformers computes the latter.
+    return {
+        "k": config.num_experts_per_tok,
+        "normalize": True,
+        "normalize_eps": 0.0,
+        "jitter": config.router_jitter_noise,
+    }
+
+
+def _deepseek_v3(config: Any) -> dict[str, Any]:
+    # Groups that were not chosen are masked with -inf, as in the authors' code and transformers since 5.x; older
+    # transformers masked with 0, which with a negative bias picks experts outside the allowed groups.
+    return {
+        "k": config.num_experts_per_tok,
+        "score": "sigmoid",
+        "normalize": config.norm_topk_prob,
+        "normalize_eps": 1e-20,
+        "scale": config.routed_scaling_factor,
+        "selection_bias": True,
+        "num_groups": config.n_group,
+        "group_topk": config.topk_group,
+        "group_score": "top2_sum",
+    }
+
+
+FAMILIES: dict[str, Family] = {
+    "mixtral": Family(
+        "Mixtral",
+        num_experts="num_local_experts",
+        hidden="intermediate_size",
+        router=_mixtral,
+        block="block_sparse_moe",
+        projections=("w1", "w3", "w2"),
+    ),
+    "olmoe": Family("Olmoe", num_experts="num_experts", hidden="intermediate_size", router=_softmax),
+    "qwen2_moe": Family(
+        "Qwen2Moe",
+        num_experts="num_experts",
+        hidden="moe_intermediate_size",
+        router=_softmax,
+        shared="shared_expert",
+        shared_gate="shared_expert_gate",
+    ),
+    "qwen3_moe": Family("Qwen3Moe", num_experts="num_experts", hidden="moe_intermediate_size", router=_softmax),
+    "deepseek_v3": Family(
+        "DeepseekV3",
+        num_experts="n_routed_experts",
+        hidden="moe_intermediate_size",
+        router=_deepseek_v3,
+        shared="shared_experts",
+    ),
+}
+
+ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
+
+
+def activation_of(config: Any) -> str:
+    """The kernels' name of the configuration's gated activation; raises ValueError for one they do not have."""
+    if config.hidden_act not in ACTIVATIONS:
+        raise unknown(f"expert activation (hidden_act of {config.model_type})", config.hidden_act, ACTIVATIONS)
+    return ACTIVATIONS[config.hidden_act]
+
+
+def tensors_on_disk(model: nn.Module, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """Name on disk and tensor (a view into the stacked weights) of all that a published checkpoint of `model` holds.
+
+    Reading copies files into these views, writing copies the views into files, so that the two cannot disagree.
+    """
+    blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    state = model.state_dict()
+    for name, tensor in state.items():
+        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+        if block is None:
+            if name not in tied:
+                yield name, tensor
+            continue
+        stem = block.removesuffix("mlp") + family.block
+        yield from _block_tensors(stem, name.removeprefix(f"{block}."), tensor, family)
+
+
+def _block_tensors(stem: str, name: str, tensor: Tensor, family: Family) -> Iterator[tuple[str, Tensor]]:
+    gate, up, down = family.projections
+    if name == "experts.gate_up_proj":
+        for e, expert in enumerate(tensor):
+            for projection, rows in zip((gate, up), expert.chunk(2)):
+                yield f"{stem}.experts.{e}.{projection}.weight", rows
+    elif name == "experts.down_proj":
+        for e, expert in enumerate(tensor):
+            yield f"{stem}.experts.{e}.{down}.weight", expert
+    elif name == "router.weight":
+        yield f"{stem}.gate.weight", tensor
+    elif name == "router.selection_bias":
+        yield f"{stem}.gate.e_score_correction_bias", tensor
+    elif name == "shared_gate.weight" and family.shared_gate:
+        yield f"{stem}.{family.shared_gate}.weight", tensor
+    elif name.startswith("shared.") and family.shared:
+        yield f"{stem}.{family.shared}.{name.removeprefix('shared.')}", tensor
+    else:
+        raise ValueError(f"{stem}: the {family.prefix} layout has no place for the tensor {name}")
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from its name ("bfloat16"), or as it is; raises ValueError for what is none."""
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise unknown("dtype", dtype, ("float64", "float32", "bfloat16", "float16"))
+    return found
