@@ -12,13 +12,10 @@ No atomics, so results repeat bit for bit; no host synchronisation; offsets in m
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
-# Triton itself reads the variable once, when the kernels are defined.
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 INSTALLED = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,6 +23,7 @@ if INSTALLED:
     from .activation import FORMS
     from .backward import backward
     from .forward import forward
+    from .numerics import INTERPRETED
 
 __all__ = ["backward", "forward", "unsupported"]
 

@@ -16,8 +16,42 @@ from .combine import combine, d_combine, token_lists
 from .expert_grads import d_bias, d_weight
 from .forward import unit_stride
 from .gemm import grouped_gemm
+from .numerics import dot, quarters, store
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
 from .tiles import Tile, input_precision, plan_for
+
+
+@triton.jit
+def epilogue(
+    acc: tl.tensor,
+    pre: tl.tensor,
+    d_pre: tl.tensor,
+    scaled: tl.tensor,
+    scale: tl.tensor,
+    row: tl.tensor,
+    live: tl.tensor,
+    n: tl.tensor,
+    F: tl.tensor,
+    FORM: tl.constexpr,
+    GATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+) -> tl.tensor:
+    """Store d_pre and weight * hidden of some columns n; give <dA', hidden> over them."""
+    H = 2 * F if GATED else F
+    inside = live[:, None] & (n < F)[None, :]
+    gate = tl.load(pre + row[:, None] * H + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    up = gate
+    if GATED:
+        up = tl.load(pre + row[:, None] * H + F + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    hidden = hidden_units(gate, up, FORM, GATED, CLAMPED)
+    if scaled is not None:
+        store(scaled + row[:, None] * F + n[None, :], hidden * scale, inside)
+    if d_pre is not None:
+        d_gate, d_up = hidden_grads(gate, up, acc * scale, FORM, GATED, CLAMPED)
+        store(d_pre + row[:, None] * H + n[None, :], d_gate, inside)
+        if GATED:
+            store(d_pre + row[:, None] * H + F + n[None, :], d_up, inside)
+    return tl.sum(acc * hidden, 1)
 
 
 @triton.jit
@@ -73,27 +107,19 @@ def d_hidden_kernel(
         else:
             u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
             v = tl.load(right, mask=(n < F)[None, :] & (k < D - k0)[:, None], other=0.0)
-        acc = tl.dot(u, v, acc, input_precision=PRECISION)
+        acc = dot(u, v, acc, PRECISION)
         left += BLOCK_K
         right += BLOCK_K * stride_wk
-    H = 2 * F if GATED else F
-    inside = live[:, None] & (n < F)[None, :]
     row = m.to(tl.int64)
-    gate = tl.load(pre + row[:, None] * H + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    up = gate
-    if GATED:
-        up = tl.load(pre + row[:, None] * H + F + n[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + m, mask=live, other=0.0).to(tl.float32)[:, None]
-    hidden = hidden_units(gate, up, FORM, GATED, CLAMPED)
+    # A quarter of the columns at a time: the registers of all would not fit beside the accumulator.
+    parts = quarters(acc, BLOCK_M, BLOCK_N)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for i in tl.static_range(4):
+        n = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        total += epilogue(parts[i], pre, d_pre, scaled, scale, row, live, n, F, FORM, GATED, CLAMPED)
     if partial is not None:
-        tl.store(partial + tile_n.to(tl.int64) * A + m, tl.sum(acc * hidden, 1), mask=live)
-    if scaled is not None:
-        tl.store(scaled + row[:, None] * F + n[None, :], hidden * scale, mask=inside)
-    if d_pre is not None:
-        d_gate, d_up = hidden_grads(gate, up, acc * scale, FORM, GATED, CLAMPED)
-        tl.store(d_pre + row[:, None] * H + n[None, :], d_gate, mask=inside)
-        if GATED:
-            tl.store(d_pre + row[:, None] * H + F + n[None, :], d_up, mask=inside)
+        store(partial + tile_n.to(tl.int64) * A + m, total, live)
 
 
 def d_hidden(

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .numerics import store
 from .schedule import RowTiles
 
 
@@ -53,7 +54,7 @@ def combine_kernel(
         if weight is not None:
             value *= tl.load(weight + a, mask=j < end, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, 0)
-    tl.store(out + t.to(tl.int64) * stride_ot + d.to(tl.int64) * stride_od, total, mask=d < D)
+    store(out + t.to(tl.int64) * stride_ot + d.to(tl.int64) * stride_od, total, d < D)
 
 
 def combine(rows: Tensor, weight: Tensor | None, tokens: TokenLists, out: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def d_combine_kernel(
             inside = live[:, None] & (d < D)[None, :]
             grad = tl.load(dy + token[:, None] * stride_yt + d[None, :], mask=inside, other=0.0).to(tl.float32)
             total += tl.sum(grad * tl.load(bias + e * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :], 1)
-    tl.store(out + m, total, mask=live)
+    store(out + m, total, live)
 
 
 def d_combine(

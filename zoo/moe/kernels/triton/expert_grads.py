@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .numerics import dot, store
 from .schedule import grouped_order
 from .tiles import Tile, input_precision
 
@@ -52,10 +53,10 @@ def d_weight_kernel(
         inside_r = (a < end)[:, None] & (n < N)[None, :]
         u = tl.load(left + row_l[:, None] * stride_l + m[None, :], mask=inside_l, other=0.0)
         v = tl.load(right + row_r[:, None] * stride_r + n[None, :], mask=inside_r, other=0.0)
-        acc = tl.dot(tl.trans(u), v, acc, input_precision=PRECISION)
+        acc = dot(tl.trans(u), v, acc, PRECISION)
     base = out + e.to(tl.int64) * stride_oe
     at = m.to(tl.int64)[:, None] * stride_om + n.to(tl.int64)[None, :] * stride_on
-    tl.store(base + at, acc, mask=(m < M)[:, None] & (n < N)[None, :])
+    store(base + at, acc, (m < M)[:, None] & (n < N)[None, :])
 
 
 def d_weight(
@@ -116,7 +117,7 @@ def d_bias_kernel(
         if weight is not None:
             value *= tl.load(weight + a, mask=live, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, 0)
-    tl.store(out + e.to(tl.int64) * stride_oe + n.to(tl.int64) * stride_on, total, mask=n < N)
+    store(out + e.to(tl.int64) * stride_oe + n.to(tl.int64) * stride_on, total, n < N)
 
 
 def d_bias(rows: Tensor, token_index: Tensor, weight: Tensor | None, offsets: Tensor, out: Tensor) -> None:

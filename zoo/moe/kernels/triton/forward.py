@@ -10,8 +10,39 @@ from torch import Tensor
 from .activation import constants, hidden_units
 from .combine import combine, token_lists
 from .gemm import grouped_gemm
+from .numerics import dot, quarters, store
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
 from .tiles import Tile, input_precision, plan_for
+
+
+@triton.jit
+def epilogue(
+    gate: tl.tensor,
+    up: tl.tensor,
+    bias: tl.tensor,
+    pre: tl.tensor,
+    hidden: tl.tensor,
+    e: tl.tensor,
+    row: tl.tensor,
+    live: tl.tensor,
+    n: tl.tensor,
+    F: tl.tensor,
+    FORM: tl.constexpr,
+    GATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+) -> None:
+    """Add the biases of some columns n, store pre-activations if kept, and hidden units."""
+    H = 2 * F if GATED else F
+    inside = live[:, None] & (n < F)[None, :]
+    if bias is not None:
+        gate += tl.load(bias + e * H + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            up += tl.load(bias + e * H + F + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
+    if pre is not None:
+        store(pre + row[:, None] * H + n[None, :], gate, inside)
+        if GATED:
+            store(pre + row[:, None] * H + F + n[None, :], up, inside)
+    store(hidden + row[:, None] * F + n[None, :], hidden_units(gate, up, FORM, GATED, CLAMPED), inside)
 
 
 @triton.jit
@@ -66,24 +97,17 @@ def up_kernel(
         else:
             u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
             inside = (n < F)[None, :] & (k < D - k0)[:, None]
-        gate = tl.dot(u, tl.load(right, mask=inside, other=0.0), gate, input_precision=PRECISION)
+        gate = dot(u, tl.load(right, mask=inside, other=0.0), gate, PRECISION)
         if GATED:
-            up = tl.dot(u, tl.load(right_up, mask=inside, other=0.0), up, input_precision=PRECISION)
+            up = dot(u, tl.load(right_up, mask=inside, other=0.0), up, PRECISION)
             right_up += BLOCK_K * stride_wk
         left += BLOCK_K
         right += BLOCK_K * stride_wk
-    H = 2 * F if GATED else F
-    if bias is not None:
-        gate += tl.load(bias + e * H + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            up += tl.load(bias + e * H + F + n, mask=n < F, other=0.0).to(tl.float32)[None, :]
-    inside = live[:, None] & (n < F)[None, :]
-    m = m.to(tl.int64)
-    if pre is not None:
-        tl.store(pre + m[:, None] * H + n[None, :], gate, mask=inside)
-        if GATED:
-            tl.store(pre + m[:, None] * H + F + n[None, :], up, mask=inside)
-    tl.store(hidden + m[:, None] * F + n[None, :], hidden_units(gate, up, FORM, GATED, CLAMPED), mask=inside)
+    gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
+    row = m.to(tl.int64)
+    for i in tl.static_range(4):
+        n = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
+        epilogue(gates[i], ups[i], bias, pre, hidden, e, row, live, n, F, FORM, GATED, CLAMPED)
 
 
 def up_projection(

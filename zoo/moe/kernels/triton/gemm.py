@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .numerics import dot, store
 from .schedule import RowTiles, grouped_order
 from .tiles import Tile, input_precision
 
@@ -55,13 +56,13 @@ def grouped_gemm_kernel(
         else:
             u = tl.load(left, mask=(k < K - k0)[None, :], other=0.0)
             v = tl.load(right, mask=(n < N)[None, :] & (k < K - k0)[:, None], other=0.0)
-        acc = tl.dot(u, v, acc, input_precision=PRECISION)
+        acc = dot(u, v, acc, PRECISION)
         left += BLOCK_K
         right += BLOCK_K * stride_wk
     if bias is not None:
         acc += tl.load(bias + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     inside = live[:, None] & (n < N)[None, :]
-    tl.store(out + m.to(tl.int64)[:, None] * N + n[None, :], acc, mask=inside)
+    store(out + m.to(tl.int64)[:, None] * N + n[None, :], acc, inside)
 
 
 def grouped_gemm(rows: Tensor, w: Tensor, bias: Tensor | None, tiles: RowTiles, tile: Tile) -> Tensor:
