@@ -1,0 +1,1 @@
+"""Training tasks, one file a domain: a LightningModule, a LightningDataModule, and `python -m tasks.<domain>`."""

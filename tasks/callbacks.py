@@ -1,0 +1,106 @@
+"""Callbacks that every task brings along: exact resumption and throughput."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class ExactResume(Callback):
+    """Make a resumed run continue bit for bit: random states of every process, and gradients not yet used.
+
+    What Lightning keeps (weights, optimizer, schedule, counters) and what the loader keeps (its position) are not
+    enough: dropout and router noise draw from generators, and a checkpoint inside an accumulation window would lose
+    the window's first gradients. With several processes a checkpoint inside a window is refused by nobody, but loses them.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to the checkpoint."""
+        states = [random_state()]
+        if trainer.world_size > 1:
+            states = [{}] * trainer.world_size
+            dist.all_gather_object(states, random_state())
+        extra: dict[str, Any] = {"random": states, "gradients": {}, "loads": {}}
+        if trainer.world_size == 1 and trainer.fit_loop.epoch_loop._should_accumulate():
+            extra["gradients"] = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
+            extra["loads"] = {
+                name: module.load_since_update
+                for name, module in pl_module.named_modules()
+                if getattr(module, "load_since_update", None) is not None
+            }
+        checkpoint["exact_resume"] = extra
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep it until the first batch: what happens before may still draw random numbers."""
+        self._loaded = checkpoint.get("exact_resume")
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put it back."""
+        if self._loaded is None:
+            return
+        extra, self._loaded = self._loaded, None
+        if len(extra["random"]) == trainer.world_size:
+            set_random_state(extra["random"][trainer.global_rank])
+        parameters, modules = dict(pl_module.named_parameters()), dict(pl_module.named_modules())
+        for name, gradient in extra["gradients"].items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        for name, load in extra["loads"].items():
+            modules[name].load_since_update = load.to(pl_module.device)  # type: ignore[assignment]
+
+
+class Throughput(Callback):
+    """Log tokens per second over all processes, validation left out."""
+
+    def __init__(self) -> None:
+        self._since, self._tokens = 0.0, 0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock, unless it runs."""
+        if not self._since:
+            self._since, self._tokens = time.perf_counter(), 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and log at Lightning's interval."""
+        self._tokens += batch["input_ids"].numel() * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:  # type: ignore[attr-defined]
+            rate = self._tokens / max(time.perf_counter() - self._since, 1e-9)
+            pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
+            pl_module.log("train/tokens_per_s", rate)
+            self._since = 0.0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._since = 0.0
+
+
+def random_state() -> dict[str, Any]:
+    """States of all generators of this process, in types that a checkpoint loads without pickle."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set what `random_state` returned."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

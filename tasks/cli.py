@@ -1,0 +1,85 @@
+"""The command line of every task: `zoo <domain> fit|validate|test|predict --config FILE`.
+
+What needs no library is done first: help, misspelt subcommands, config files that do not exist.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from zoo.nearest import unknown
+
+# domain: (its classes, in the module of the same name; what it is)
+DOMAINS = {"language": ("LanguageTask", "LanguageData", "causal language models")}
+
+SUBCOMMANDS = {
+    "fit": "train, and validate along the way",
+    "validate": "evaluate on the validation split",
+    "test": "evaluate on the test split",
+    "predict": "generate",
+}
+
+
+def main(domain: str, argv: Sequence[str] | None = None) -> int:
+    """Run a task's command line; returns the exit status, 2 for a mistake in the arguments."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage(domain))
+        return 0
+    try:
+        if args[0] not in SUBCOMMANDS:
+            raise unknown(f"subcommand of zoo {domain}", args[0], SUBCOMMANDS)
+        for path in _config_files(args):
+            _check_config(path)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    from tasks.lightning_cli import run
+
+    task, data, _ = DOMAINS[domain]
+    module = import_module(f"tasks.{domain}")
+    return run(domain, getattr(module, task), getattr(module, data), args)
+
+
+def usage(domain: str) -> str:
+    """Help for a task, without its options."""
+    lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: zoo {domain} SUBCOMMAND --config FILE [--KEY VALUE ...]",
+            "",
+            f"{DOMAINS[domain][2]}; subcommands:",
+            *lines,
+            "",
+            f"Configurations are in configs/{domain}. Every key of one is an option too: --model.lr 3e-4,",
+            "--trainer.max_steps 1000, --data.source my/folder. All of them, with what they mean:",
+            f"zoo {domain} fit --help",
+        ]
+    )
+
+
+def _config_files(args: Sequence[str]) -> list[str]:
+    """Values of --config and -c."""
+    files = [value for flag, value in zip(args, args[1:]) if flag in ("--config", "-c")]
+    return files + [a.partition("=")[2] for a in args if a.startswith("--config=")]
+
+
+def _check_config(name: str) -> None:
+    """Raise ValueError when a config file does not exist, or is not YAML with sections."""
+    path = Path(name)
+    if not path.is_file():
+        siblings = path.parent if path.parent.is_dir() else Path("configs")
+        known = [str(p) for p in siblings.rglob("*.yaml")]
+        raise unknown("config file", name, known) if known else ValueError(f"there is no config file {name!r}")
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: expected sections model, data and trainer, got {type(content).__name__}")

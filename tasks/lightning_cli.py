@@ -1,0 +1,129 @@
+"""Lightning's command line with our defaults, and with errors that help."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from zoo.nearest import unknown
+
+TRAINER_DEFAULTS = {
+    "max_steps": 1000,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 10,
+    "default_root_dir": "runs",
+}
+
+
+def run(domain: str, task: type[LightningModule], data: type[LightningDataModule], args: Sequence[str]) -> int:
+    """Parse, build, and run; returns the exit status. Mistakes in the arguments show before any work is done."""
+    try:
+        TaskCLI(domain, args[0], task, data, list(args))
+    except ArgumentMistake as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def loggers(folder: str | Path, name: str) -> list[Logger]:
+    """CSV and TensorBoard logs in one new folder, FOLDER/NAME/version_N."""
+    csv = CSVLogger(str(folder), name=name)
+    return [csv, TensorBoardLogger(str(folder), name=name, version=f"version_{csv.version}")]
+
+
+class ArgumentMistake(Exception):
+    """What a user wrote cannot be run as it is."""
+
+
+class Parser(LightningArgumentParser):
+    """Turns jsonargparse's errors into one line that names the key and the nearest known ones."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise ArgumentMistake."""
+        found = re.search(r"Unrecognized arguments: (.+)|Option '?([^\s']+?)'? is not accepted", message)
+        found = found or re.search(r"[Kk]ey '?\"?([^\s'\"]+?)'?\"? is not expected|unknown option '?([^\s']+)", message)
+        if found:
+            key = next(g for g in found.groups() if g).split()[0].lstrip("-").partition("=")[0]
+            message = str(unknown("option", key, self._option_names()))
+        raise ArgumentMistake(" ".join(message.split())) from ex
+
+    def _option_names(self) -> list[str]:
+        """Dotted names of all options of this parser and of its subcommands."""
+        names = []
+        for action in self._actions:
+            names += [o.lstrip("-") for o in action.option_strings if o.startswith("--")]
+            for parser in (getattr(action, "choices", None) or {}).values() if action.dest == "subcommand" else ():
+                names += parser._option_names()
+        return [name for name in names if not name.endswith(".help")]
+
+
+class TaskCLI(LightningCLI):
+    """Lightning's command line for one subcommand of a task."""
+
+    def __init__(
+        self,
+        domain: str,
+        subcommand: str,
+        task: type[LightningModule],
+        data: type[LightningDataModule],
+        args: list[str],
+    ) -> None:
+        self.domain, self._only = domain, subcommand
+        sys_argv, sys.argv = sys.argv, [f"zoo {domain}"]  # Lightning warns about args given beside those of the process
+        try:
+            super().__init__(
+                task,
+                data,
+                trainer_defaults=TRAINER_DEFAULTS,
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={"prog": f"zoo {domain}"},
+                auto_configure_optimizers=False,
+                args=args,
+            )
+        finally:
+            sys.argv = sys_argv
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the one that was asked for: building the parsers of all four takes seconds."""
+        return {self._only: LightningCLI.subcommands()[self._only]}
+
+    def _parse_ckpt_path(self) -> None:
+        # A checkpoint's own hyper-parameters fill in for a config file; they do not overrule one.
+        if not self.config[self._only].get("config"):
+            super()._parse_ckpt_path()
+
+    def instantiate_classes(self) -> None:
+        """Build task, data and trainer, and check the model; mistakes are one line, not a traceback."""
+        try:
+            super().instantiate_classes()
+            self.model.check()  # type: ignore[operator]
+        except (ValueError, TypeError, ImportError, OSError) as error:
+            raise ArgumentMistake(str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with CSV and TensorBoard logs and checkpoints, unless the config names its own."""
+        config = self._get(self.config_init, "trainer")
+        fitting = self.subcommand == "fit" and not config.get("fast_dev_run")
+        if config.get("logger") is None:
+            kwargs["logger"] = loggers(config["default_root_dir"], self.domain) if fitting else False
+        callbacks = list(config.get("callbacks") or [])
+        if fitting and config.get("enable_checkpointing") is not False:
+            callbacks += [ModelCheckpoint(save_last=True, every_n_train_steps=1000, save_top_k=0)]
+        if fitting and kwargs.get("logger", True):
+            callbacks += [LearningRateMonitor("step")]
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        return trainer
+
+    def after_predict(self) -> None:
+        """Print what was generated."""
+        for text in self.trainer.predict_loop.predictions:  # type: ignore[attr-defined]
+            print(text)

@@ -1,0 +1,71 @@
+"""Which parameters decay, and how the learning rate moves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from zoo.moe import MoE, Router
+
+SCHEDULES = ("cosine", "wsd", "constant")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_router: bool = True) -> list[dict[str, object]]:
+    """Two AdamW groups: matrices, which decay, and everything else: norms, biases, embeddings, and on request gates.
+
+    A bias of stacked experts is a matrix [E, F] by shape and a bias by nature; it does not decay.
+    """
+    exempt: set[Tensor] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or (isinstance(module, Router) and not decay_router):
+            exempt.update(module.parameters())
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_bias = name.rsplit(".", 1)[-1].endswith("bias")
+        group = rest if parameter.ndim < 2 or is_bias or parameter in exempt else decayed
+        group.append(parameter)
+    groups: list[dict[str, object]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(
+    schedule: str, warmup: int, total: float, floor: float = 0.1, decay: float = 0.2
+) -> Callable[[int], float]:
+    """The factor on the peak learning rate at each step: linear warm-up, then one of SCHEDULES down to `floor`.
+
+    "cosine" falls over all steps that are left; "wsd" (warm-up, stable, decay: MiniCPM 2404.06395) stays up and falls
+    in a straight line over the last share `decay` of the steps; "constant" does not fall. Raises ValueError when a
+    schedule that ends has no number of steps to end at.
+    """
+    if schedule not in SCHEDULES:
+        from zoo.nearest import unknown
+
+        raise unknown("schedule", schedule, SCHEDULES)
+    if schedule != "constant" and not math.isfinite(total):
+        raise ValueError(
+            f"schedule {schedule!r} must know where it ends: set schedule_steps, or the trainer's max_steps"
+        )
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if schedule == "constant":
+            return 1.0
+        start = warmup if schedule == "cosine" else max(warmup, total * (1 - decay))
+        done = min(1.0, max(0.0, (step - start) / max(1.0, total - start)))
+        fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+        return floor + (1 - floor) * fall
+
+    return factor
+
+
+def has_moe(model: nn.Module) -> bool:
+    """Whether there is a mixture-of-experts layer in the model."""
+    return any(isinstance(module, MoE) for module in model.modules())

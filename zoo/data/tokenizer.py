@@ -1,0 +1,187 @@
+"""Text to tokens: bytes, a BPE learnt on the corpus, or any fast tokenizer of `transformers`.
+
+Every tokenizer also says how many bytes of text each token stands for, which makes bits per byte comparable between
+tokenizers, and saves itself in the layout `transformers` reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..nearest import unknown
+from .cache import cached
+from .corpus import Corpus
+
+START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and the task need; start and end are ids that open and close a document."""
+
+    vocab_size: int
+    start: int
+    end: int | None
+    pad: int
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids of each text, and the number of UTF-8 bytes each id stands for (they add up to the text)."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files from which `transformers.AutoTokenizer` makes the same tokenizer."""
+        ...
+
+
+class ByteTokenizer:
+    """256 bytes, then start, end and padding."""
+
+    vocab_size, start, end, pad = 259, 256, 257, 258
+    fingerprint = "bytes"
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Bytes of each text, one each."""
+        ids = [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        return [(i, np.ones(len(i), dtype=np.int32)) for i in ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; bytes that are not UTF-8 become the replacement character."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write it as a BPE without merges, which `transformers` reads."""
+        from tokenizers import Tokenizer as Backend
+        from tokenizers import models
+
+        # GPT-2's byte alphabet, in the order of the bytes.
+        letters = [chr(b) if b in _PRINTABLE else chr(256 + i) for b, i in _RANK]
+        backend = Backend(models.BPE(vocab={letter: b for b, letter in enumerate(letters)}, merges=[]))
+        backend.add_special_tokens([START, END, PAD])
+        _wrap(_as_bytes(backend)).save_pretrained(str(folder))
+
+
+class SubwordTokenizer:
+    """A fast `transformers` tokenizer. Raises ValueError when it cannot open a document or report offsets."""
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+        self.backend = getattr(fast, "backend_tokenizer", None)
+        if self.backend is None:
+            raise ValueError(
+                f"{type(fast).__name__} is not a fast tokenizer: it cannot say where a token is in the text"
+            )
+        # Text that happens to spell a special token is text.
+        self.backend.encode_special_tokens = True
+        start = fast.bos_token_id if fast.bos_token_id is not None else fast.eos_token_id
+        if start is None:
+            raise ValueError(f"{type(fast).__name__} has neither a bos nor an eos token to open a document with")
+        self.start: int = start
+        self.end: int | None = fast.eos_token_id
+        self.pad: int = next(i for i in (fast.pad_token_id, fast.eos_token_id, start) if i is not None)
+        self.vocab_size: int = self.backend.get_vocab_size()
+        self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
+
+    def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Ids and bytes of each text."""
+        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(e.ids, dtype=np.int32), _bytes_of(text, e.offsets)) for text, e in zip(texts, encoded)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, without special tokens."""
+        return str(self.fast.decode(list(ids), skip_special_tokens=True))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the tokenizer's own files."""
+        self.fast.save_pretrained(str(folder))
+
+
+def open_tokenizer(name: str, corpus: Corpus | None = None) -> Tokenizer:
+    """Open "bytes", "bpe:SIZE" (learnt on the training split of `corpus`), a folder, or a hub repository.
+
+    Raises ValueError for a name that is none of these.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size:
+        if not size.isdecimal() or int(size) < 260:
+            raise ValueError(
+                f"tokenizer {name!r}: the size of a BPE must be a number of at least 260 (bytes and marks)"
+            )
+        if corpus is None:
+            raise ValueError(f"tokenizer {name!r} is learnt on a corpus, and there is none")
+        return learn_bpe(corpus, int(size))
+    if not Path(name).is_dir() and "/" not in name:
+        raise unknown("tokenizer", name, ["bytes", "bpe:4096", "a folder", "a hub repository (owner/name)"])
+    from transformers import AutoTokenizer
+
+    try:
+        return SubwordTokenizer(AutoTokenizer.from_pretrained(name))
+    except OSError as error:
+        raise ValueError(f"tokenizer {name!r} could not be loaded: {error}") from error
+
+
+def learn_bpe(corpus: Corpus, vocab_size: int) -> SubwordTokenizer:
+    """A byte-level BPE of `vocab_size` tokens learnt on the training split; the same corpus gives the same one."""
+    from tokenizers import Tokenizer as Backend
+
+    def fill(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(_train_bpe(corpus.documents("train"), vocab_size))
+
+    folder = cached("bpe", corpus.fingerprint, str(vocab_size), fill=fill)
+    return SubwordTokenizer(_wrap(Backend.from_file(str(folder / "tokenizer.json"))))
+
+
+def _train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = _as_bytes(Backend(models.BPE()))
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[START, END, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    return str(backend.to_str())
+
+
+def _as_bytes(backend: Any) -> Any:
+    from tokenizers import decoders, pre_tokenizers
+
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _wrap(backend: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=START, eos_token=END, pad_token=PAD)
+
+
+def _bytes_of(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bytes per token: each gets the text from where the one before it ended; the last one gets the rest."""
+    if not offsets:
+        return np.zeros(0, dtype=np.int32)
+    ends = np.maximum.accumulate(np.array(offsets, dtype=np.int64)[:, 1])
+    ends[-1] = len(text)
+    if not text.isascii():
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        width = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+        ends = np.concatenate([[0], width.cumsum()])[ends]
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_RANK = [(b, sum(c not in _PRINTABLE for c in range(b))) for b in range(256)]
