@@ -40,6 +40,19 @@ moe_mlp_backward_op = torch.ops.zoo.moe_mlp_backward.default
 
 def backend_module(name: str) -> ModuleType:
     """The module that implements backend `name`, imported on first use."""
+    # Statements, because torch.compile traces them and breaks the graph at importlib.
+    if name == "reference":
+        from . import reference
+
+        return reference
+    if name == "cpu":
+        from . import cpu
+
+        return cpu
+    if name == "triton":
+        from . import triton
+
+        return triton
     return importlib.import_module(f"{__package__}.{name}")
 
 
