@@ -191,7 +191,7 @@ def backward(
         token_index.contiguous(),
         weight.contiguous(),
     )
-    plan = plan_for(x, assignments, w_in.shape[0])
+    plan = plan_for(assignments, w_in, w_out, x, dy)
     with on_device(x):
         tiles = row_tiles(offsets, assignments, plan.d_hidden.m)
         d_pre = torch.empty_like(pre) if need_x or need_w_in or need_b_in else None

@@ -164,14 +164,14 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor)."""
-    assignments, experts = token_index.shape[0], w_in.shape[0]
+    assignments = token_index.shape[0]
     y = torch.empty_like(x)
     pre = x.new_empty(assignments if save else 0, w_in.shape[1])
     if assignments == 0:
         return y.zero_(), pre
     x, token_index = unit_stride(x), token_index.contiguous()
     b_in, b_out = (b if b is None else b.contiguous() for b in (b_in, b_out))
-    plan = plan_for(x, assignments, experts)
+    plan = plan_for(assignments, w_in, w_out, x)
     with on_device(x):
         tiles = row_tiles(offsets, assignments, plan.up.m)
         hidden = x.new_empty(assignments, w_out.shape[2])

@@ -93,14 +93,23 @@ PLANS: dict[tuple[str, int, str], Plan] = {
         d_weight=Tile(128, 128, 32, 8, 4),
     ),
 }
-_FLOAT32 = Plan(
-    up=Tile(32, 32, 32, 4, 3),
-    down=Tile(32, 64, 32, 4, 3),
-    d_hidden=Tile(32, 32, 32, 4, 3),
-    d_x=Tile(32, 64, 32, 4, 3),
-    d_weight=Tile(64, 64, 16, 4, 3),
+# Widths or addresses off 16: loads go element by element, and large tiles would run out of registers.
+_ODD = Plan(
+    up=Tile(64, 32, 32, 8, 2),
+    down=Tile(64, 64, 32, 8, 2),
+    d_hidden=Tile(64, 64, 32, 8, 2),
+    d_x=Tile(64, 64, 32, 8, 2),
+    d_weight=Tile(64, 64, 32, 8, 2),
 )
-PLANS |= {(arch, 4, rows): _FLOAT32 for arch in ("80", "90") for rows in ("few", "some", "many")}
+_FLOAT32 = Plan(
+    up=Tile(64, 32, 16, 8, 3),
+    down=Tile(64, 64, 16, 8, 3),
+    d_hidden=Tile(64, 64, 16, 8, 3),
+    d_x=Tile(64, 64, 16, 8, 3),
+    d_weight=Tile(64, 64, 16, 8, 3),
+)
+PLANS |= {(arch, 2, "odd"): _ODD for arch in ("80", "90")}
+PLANS |= {(arch, 4, rows): _FLOAT32 for arch in ("80", "90") for rows in ("few", "some", "many", "odd")}
 
 
 def architecture(device: torch.device) -> str:
@@ -110,11 +119,21 @@ def architecture(device: torch.device) -> str:
     return "90" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "80"
 
 
-def plan_for(x: Tensor, assignments: int, experts: int) -> Plan:
-    """The tiles for tokens x and so many assignments to so many experts."""
+def aligned(*tensors: Tensor) -> bool:
+    """Whether rows of all can be read 16 elements at a time."""
+    return all(
+        1 in t.stride() and t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride()) for t in tensors
+    )
+
+
+def plan_for(assignments: int, w_in: Tensor, w_out: Tensor, *tokens: Tensor) -> Plan:
+    """The tiles for so many assignments to experts w_in [E, H, D] and w_out [E, D, F] of tokens [T, D]."""
+    experts, width, hidden = w_out.shape
     mean = assignments / experts
     rows = next((name for most, name in ROWS if mean <= most), "many")
-    return PLANS[architecture(x.device), x.element_size(), rows]
+    if width % 16 or hidden % 16 or not aligned(w_in, w_out, *tokens):
+        rows = "odd"
+    return PLANS[architecture(w_in.device), w_in.element_size(), rows]
 
 
 def input_precision(x: Tensor) -> str:
