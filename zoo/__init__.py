@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._when_imported import when_imported
+
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
@@ -22,6 +24,8 @@ _LAZY = {
     "from_pretrained": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
 }
+
+when_imported("transformers.integrations.moe", "zoo.models.transformers_experts", "register_experts")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,18 +12,6 @@ from ..moe import Capacity, Router, routers
 from ..nearest import unknown
 
 
-def shortcuts(losses: Mapping[str, Any] | None, capacity: Any) -> dict[str, Any]:
-    """Gate arguments for the losses and capacity of `create_model`; capacity is one, its arguments, or its factor."""
-    given: dict[str, Any] = {}
-    if losses is not None:
-        given["losses"] = losses
-    if capacity is not None:
-        if isinstance(capacity, Mapping):
-            capacity = Capacity(**capacity)
-        given["capacity"] = capacity if isinstance(capacity, Capacity) else Capacity(factor=float(capacity))
-    return given
-
-
 def gate_factory(spec: Any, dim: int, num_experts: int, k: int | None = None, **given: Any) -> Callable[[], Router]:
     """A function that makes a new gate each time; `k` is for gates that have such an argument where spec leaves it out.
 

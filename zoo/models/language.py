@@ -139,11 +139,11 @@ def build(
     unknown one.
     """
     from ..pretrained import adopt
-    from .gates import gate_factory, shortcuts
+    from .gates import gate_factory
 
     config = configuration(name, **fields)
     family = adopt.family_of(config.model_type)
-    given = shortcuts(losses, capacity)
+    given = adopt.gate_arguments(losses, capacity)
     make = None
     if router is not None:
         sizes = (config.hidden_size, getattr(config, family.num_experts))

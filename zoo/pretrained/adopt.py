@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..moe import MLP, Experts, MoE, Router
+from ..moe import MLP, Capacity, Experts, MoE, Router
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from .context import pass_context
@@ -24,6 +24,18 @@ def family_of(model_type: str, where: str = "") -> Family:
     if model_type not in FAMILIES:
         raise unknown(f"language family{where}", str(model_type), FAMILIES)
     return FAMILIES[model_type]
+
+
+def gate_arguments(losses: Mapping[str, Any] | None, capacity: Any) -> dict[str, Any]:
+    """Gate arguments for the losses and capacity of `create_model`; capacity is one, its arguments, or its factor."""
+    given: dict[str, Any] = {}
+    if losses is not None:
+        given["losses"] = losses
+    if capacity is not None:
+        if isinstance(capacity, Mapping):
+            capacity = Capacity(**capacity)
+        given["capacity"] = capacity if isinstance(capacity, Capacity) else Capacity(factor=float(capacity))
+    return given
 
 
 def build(
@@ -42,7 +54,8 @@ def build(
 
     `router` makes the gate of one layer (the family's own by default, with `router_args` on top); `dense` puts one
     dense MLP of the same active width in place of router and experts. Without `initialize` weights are left unset,
-    for a loader to fill. On the meta device nothing is allocated. Raises ValueError for an unknown family or activation.
+    for a loader to fill. On the meta device nothing is allocated. Raises ValueError for an unknown family or
+    activation.
     """
     family = family_of(config.model_type)
     config = copy.deepcopy(config)

@@ -72,9 +72,17 @@ def _drop(
 
 
 def _use(moe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    context, moe._moe_link.value = moe._moe_link.value, None
+    context, moe._moe_link.value = moe._moe_link.value or {}, None
+    if "mask" in context and _mask_is_idle(moe):
+        context = {key: value for key, value in context.items() if key != "mask"}
     _record_logits(moe, args[0])
-    return args, {**(context or {}), **kwargs}
+    return args, {**context, **kwargs}
+
+
+def _mask_is_idle(moe: MoE) -> bool:
+    """Whether padding changes nothing for real tokens, nor anything that is counted: then all is as in transformers."""
+    dropless = isinstance(moe.router, TopKRouter) and moe.router.capacity is None
+    return dropless and not moe.training and moe._record is None
 
 
 def _check_logits(base: Any) -> None:

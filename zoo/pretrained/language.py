@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import MoE
+from ..moe.routers import TopKRouter
 from ..nearest import unknown
 
 
@@ -94,6 +95,37 @@ FAMILIES: dict[str, Family] = {
         shared="shared_experts",
     ),
 }
+
+
+def check_router(name: str, router: Any, family: Family, config: Any) -> None:
+    """Raise ValueError unless transformers, reading `config`, would route as `router` does.
+
+    Capacity, losses, noise and jitter have no place in a checkpoint: they belong to training, and are not compared.
+    """
+    if not isinstance(router, TopKRouter):
+        raise ValueError(f"{name}: {type(router).__name__} cannot be expressed in the {family.prefix} layout")
+    published = TopKRouter(router.dim, router.num_experts, **family.router(config))
+    for (option, found), expected in zip(_decision(router).items(), _decision(published).values()):
+        if found != expected:
+            raise ValueError(
+                f"{name}: {option}={found!r} cannot be expressed in the {family.prefix} layout; its configuration "
+                f"means {expected!r}"
+            )
+
+
+def _decision(router: TopKRouter) -> dict[str, Any]:
+    """The options that decide a token's experts and weights, in one form for the same meaning."""
+    after = router.score == "softmax_topk"  # equals softmax over all experts, renormalised
+    groups = (router.num_groups, router.group_topk, router.group_score) if router.num_groups > 1 else None
+    return {
+        "k": router.k,
+        "score": "softmax" if after else router.score,
+        "normalize": router.normalize or after,
+        "scale": router.scale,
+        "selection_bias": router.selection_bias is not None,
+        "groups": groups,
+    }
+
 
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
 

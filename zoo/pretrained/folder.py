@@ -1,0 +1,269 @@
+"""`from_pretrained` and `save_pretrained`: from a folder in a family's published layout to our layers, and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe import MoE
+from . import adopt, hub
+from .language import FAMILIES, Family, check_router, resolve_dtype, tensors_on_disk
+from .tensorfile import DTYPES, Entry, read_header, write_file
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    losses: Mapping[str, Any] | None = None,
+    capacity: Any = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Any:
+    """A published Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE or DeepSeek-V3 checkpoint as a transformers model on our layers.
+
+    source: a folder with config.json and safetensors files, or a hub repository id (then revision, cache_dir,
+    local_files_only and token are the hub's). dtype "auto" keeps the checkpoint's. losses and capacity are those of
+    `create_model`, for training on; backend is that of `moe_mlp`. The model is in eval mode. Tensors go from the files
+    straight into the stacked weights: peak memory is the model's plus one tensor. DeepSeek-V3's multi-token prediction
+    layers are left out, as transformers does.
+
+    Raises ValueError for an unknown family, a quantised checkpoint, missing or surplus keys, a wrong shape, or a
+    damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.
+    """
+    folder = hub.local_folder(
+        source, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+    )
+    raw = _read_json(folder / CONFIG)
+    family = adopt.family_of(str(raw.get("model_type")), where=f" in {folder / CONFIG}")
+    _refuse_quantized(raw, folder)
+    config = family.classes()[0].from_pretrained(folder)
+    entries = _entries(folder)
+    if dtype == "auto":
+        dtype = config.dtype or next((DTYPES[e.dtype] for e in entries.values() if e.dtype in FLOATS), torch.float32)
+    model = adopt.build(
+        config,
+        router_args=adopt.gate_arguments(losses, capacity),
+        backend=backend,
+        dtype=resolve_dtype(dtype),
+        device=device,
+        attn_implementation=attn_implementation,
+        initialize=False,
+    )
+    if torch.device(next(model.parameters()).device).type != "meta":
+        _fill(model, family, entries, folder)
+    if (folder / GENERATION).is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = str(source)
+    return model
+
+
+def save_pretrained(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write a model in its family's own published layout, one tensor an expert, so that plain transformers loads it.
+
+    Writes config.json, generation_config.json and model.safetensors, or shards and their index where the weights are
+    larger than max_shard_size (bytes, or "5GB"). Everything is written beside the folder first and moved when
+    complete: a save that fails leaves nothing behind. With `overwrite` the checkpoint files of an existing folder are
+    replaced and its other files stay.
+
+    Raises TypeError for a model that has no such layout, ValueError for one whose gates that layout cannot express, and
+    FileExistsError for a folder that is not empty.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    family = _family_of_model(model)
+    limit, target = _bytes(max_shard_size), Path(folder).expanduser()
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"{target} is not empty; give overwrite=True to replace the checkpoint in it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    staging.mkdir()
+    try:
+        _write_configs(model, family, staging)
+        _write_weights(model, family, staging, limit)
+        _move(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a checkpoint in the Hugging Face layout")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _refuse_quantized(raw: Mapping[str, Any], folder: Path) -> None:
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"{folder / CONFIG}: the checkpoint is quantised (quantization_config.quant_method={method!r}); "
+            "expected float32, bfloat16 or float16 weights. Take or make an unquantised copy of it"
+        )
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    """Every tensor of a checkpoint by name, from its index and shards or its single file."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            found = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+            raise FileNotFoundError(
+                f"{folder}: neither {WEIGHTS} nor {INDEX}; found {', '.join(found) or 'no weights'} "
+                "(pickled weights are not read, because unpickling executes code)"
+            )
+        return read_header(folder / WEIGHTS)
+    shards = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{folder / INDEX}: expected an object weight_map from tensors to files")
+    entries: dict[str, Entry] = {}
+    for name in sorted(set(shards.values())):
+        if Path(name).name != name:
+            raise ValueError(f"{folder / INDEX}: shard {name!r} is not a file name")
+        if not (folder / name).is_file():
+            key = next(key for key, shard in shards.items() if shard == name)
+            raise FileNotFoundError(f"{folder / name}: no such file; {INDEX} places tensor {key} in it")
+        header = read_header(folder / name)
+        entries.update(header)
+        for key, shard in shards.items():
+            if shard == name and key not in header:
+                raise ValueError(f"{folder / name}: tensor {key} is missing; {INDEX} places it there")
+    return entries
+
+
+def _fill(model: Any, family: Family, entries: dict[str, Entry], folder: Path) -> None:
+    """Copy the files into the model; everything is checked before the first byte is read."""
+    where = folder / INDEX if (folder / INDEX).is_file() else folder / WEIGHTS
+    targets = dict(tensors_on_disk(model, family))
+    if missing := [key for key in targets if key not in entries]:
+        raise ValueError(f"{where}: {_some(missing)} missing; {model.config.model_type} needs them")
+    unread = re.compile(_unread(model))
+    if surplus := [key for key in entries if key not in targets and not unread.fullmatch(key)]:
+        file = entries[surplus[0]].path
+        raise ValueError(f"{file}: {_some(surplus)} unknown to {model.config.model_type} as {CONFIG} describes it")
+    with torch.no_grad():
+        for key, target in targets.items():
+            entries[key].check(target)
+        for key, target in sorted(targets.items(), key=lambda item: (entries[item[0]].path, entries[item[0]].start)):
+            entries[key].read_into(target)
+
+
+def _unread(model: Any) -> str:
+    """Pattern of keys that published files may hold beyond the model: tables computed anew, tied and extra layers."""
+    ignored = [r".*\.rotary_emb\.inv_freq", *(re.escape(key) for key in model.all_tied_weights_keys)]
+    first = model.config.num_hidden_layers
+    extra = getattr(model.config, "num_nextn_predict_layers", 0) or 0
+    ignored += [rf"model\.layers\.{layer}\..*" for layer in range(first, first + extra)]
+    return "|".join(ignored)
+
+
+def _some(keys: list[str]) -> str:
+    shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
+    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} ({shown})"
+
+
+def _family_of_model(model: Any) -> Family:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, MoE)]
+    if model_type not in FAMILIES or not layers:
+        raise TypeError(
+            f"save_pretrained: {type(model).__name__} has no published layout; expected a model of "
+            f"{', '.join(FAMILIES)} from zoo.create_model or zoo.from_pretrained"
+        )
+    family = FAMILIES[model_type]
+    for name, layer in layers:
+        check_router(f"{name}.router", layer.router, family, model.config)
+    return family
+
+
+def _bytes(size: int | str) -> int:
+    if isinstance(size, str):
+        match = re.fullmatch(r"(\d+)\s*([KMGT]B)", size.strip().upper())
+        if not match:
+            raise ValueError(f'max_shard_size: expected bytes or a size such as "5GB", got {size!r}')
+        size = int(match[1]) * UNITS[match[2]]
+    if size < 1:
+        raise ValueError(f"max_shard_size: expected at least one byte, got {size}")
+    return size
+
+
+def _write_configs(model: Any, family: Family, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [family.classes()[1].__name__]
+    config.dtype = next(model.parameters()).dtype
+    config.save_pretrained(folder)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+
+
+def _write_weights(model: Any, family: Family, folder: Path, limit: int) -> None:
+    shards: list[list[tuple[str, Tensor]]] = [[]]
+    filled = total = 0
+    for key, tensor in tensors_on_disk(model, family):
+        size = tensor.numel() * tensor.itemsize
+        if filled and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append((key, tensor))
+        filled, total = filled + size, total + size
+    if len(shards) == 1:
+        return write_file(folder / WEIGHTS, shards[0])
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, shard)
+        weight_map.update(dict.fromkeys((key for key, _ in shard), name))
+    parameters = sum(p.numel() for p in model.parameters())
+    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return None
+
+
+def _move(staging: Path, target: Path) -> None:
+    """Put a complete checkpoint in its place."""
+    if not target.exists() or not any(target.iterdir()):
+        if target.exists():
+            target.rmdir()
+        staging.rename(target)
+        return
+    new = {path.name for path in staging.iterdir()}
+    stale = [p for p in target.iterdir() if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", p.name)]
+    for name in sorted(new):
+        os.replace(staging / name, target / name)
+    for path in stale:
+        if path.name not in new:
+            path.unlink()

@@ -1,0 +1,141 @@
+"""Reading and writing safetensors files one tensor at a time, straight into and out of the tensors' own memory.
+
+The format: 8 bytes, little endian, the header's length; a JSON header {name: {dtype, shape, data_offsets}}; the bytes.
+The library maps whole files into memory, where they count against a process; here a file is read where it is needed,
+so that loading a checkpoint takes the model's memory and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER = 100_000_000  # the library's own limit
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its format's dtype name, shape, and where its bytes lie."""
+
+    path: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    def check(self, target: Tensor) -> None:
+        """Raise ValueError, naming file and key, unless this tensor can fill `target`: its shape, an ordinary dtype."""
+        if self.shape != tuple(target.shape):
+            raise ValueError(
+                f"{self.path}: tensor {self.key} has shape {list(self.shape)}, expected {list(target.shape)}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.path}: tensor {self.key} is stored as {self.dtype}; quantised weights are not read"
+            )
+
+    def read_into(self, target: Tensor) -> None:
+        """Fill `target`, converting dtype and device where they differ; raises as `check`, and at an early end."""
+        self.check(target)
+        dtype, target = DTYPES[self.dtype], target.detach()
+        direct = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+        buffer = target if direct else torch.empty(self.shape, dtype=dtype)
+        if buffer.numel():
+            # Unbuffered: Python's own buffer would copy every byte once more.
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.start)
+                self._fill(file, buffer.reshape(-1).view(torch.uint8).numpy().data)
+        if not direct:
+            target.copy_(buffer)
+
+    def _fill(self, file: Any, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{self.path}: truncated: tensor {self.key} ends after {done} of {len(view)} bytes")
+            done += count
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Every tensor of a safetensors file by name.
+
+    Raises ValueError naming the file, and the tensor where one is at fault, when the file is truncated, is of another
+    kind, or contradicts itself.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= MAX_HEADER:
+            raise ValueError(f"{path}: not a safetensors file (is it a pickle, or a pointer that Git LFS left?)")
+        if 8 + length > size:
+            raise ValueError(f"{path}: truncated: its header alone has {length} bytes, the file {size}")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {key: _entry(path, key, value, 8 + length) for key, value in header.items()}
+        except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a safetensors file: its header cannot be read ({error})") from None
+    for entry in entries.values():
+        if entry.stop > size:
+            raise ValueError(f"{path}: truncated: tensor {entry.key} ends at byte {entry.stop}, the file at {size}")
+    return entries
+
+
+def _entry(path: Path, key: str, value: Mapping[str, Any], data: int) -> Entry:
+    start, stop = value["data_offsets"]
+    entry = Entry(path, key, str(value["dtype"]), tuple(value["shape"]), data + start, data + stop)
+    if entry.dtype in DTYPES:
+        expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        if start < 0 or stop - start != expected:
+            raise ValueError(
+                f"{path}: tensor {key} of shape {list(entry.shape)} and type {entry.dtype} needs {expected} bytes, "
+                f"the header gives it {stop - start}"
+            )
+    return entry
+
+
+def write_file(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write tensors to a safetensors file; each is copied to the CPU by itself, when it has to be.
+
+    Raises ValueError for a dtype that the format does not have.
+    """
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for key, tensor in tensors:
+        if tensor.dtype not in NAMES:
+            raise ValueError(f"{path}: tensor {key} has dtype {tensor.dtype}, which cannot be stored")
+        stop = offset + tensor.numel() * tensor.itemsize
+        shape = list(tensor.shape)
+        header[key] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in tensors:
+            if tensor.numel():
+                flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                file.write(flat.numpy().data)
