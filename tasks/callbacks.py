@@ -17,7 +17,7 @@ class ExactResume(Callback):
 
     What Lightning keeps (weights, optimizer, schedule, counters) and what the loader keeps (its position) are not
     enough: dropout and router noise draw from generators, and a checkpoint inside an accumulation window would lose
-    the window's first gradients. With several processes a checkpoint inside a window is refused by nobody, but loses them.
+    the window's first gradients. With several processes those are lost: make checkpoints at optimizer steps there.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class ExactResume(Callback):
         for name, gradient in extra["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device)
         for name, load in extra["loads"].items():
-            modules[name].load_since_update = load.to(pl_module.device)  # type: ignore[assignment]
+            modules[name].load_since_update = load.to(pl_module.device)
 
 
 class Throughput(Callback):
@@ -86,10 +86,10 @@ class Throughput(Callback):
 
 def random_state() -> dict[str, Any]:
     """States of all generators of this process, in types that a checkpoint loads without pickle."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),  # type: ignore[union-attr]
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 
 from zoo.nearest import unknown
@@ -64,7 +65,7 @@ def usage(domain: str) -> str:
 
 def _config_files(args: Sequence[str]) -> list[str]:
     """Values of --config and -c."""
-    files = [value for flag, value in zip(args, args[1:]) if flag in ("--config", "-c")]
+    files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
     return files + [a.partition("=")[2] for a in args if a.startswith("--config=")]
 
 

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 import zoo
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
+from tasks.generation import generate, prompt_ids
 from tasks.optim import learning_rate, parameter_groups
-from zoo.data import Corpus, Loader, Packed, Tokenizer, open_corpus, open_tokenizer, tokenize
+from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
 
 
 class LanguageData(LightningDataModule):
@@ -121,7 +122,8 @@ class LanguageData(LightningDataModule):
         """Raise ValueError when the checkpoint was trained with another tokenizer."""
         if state_dict["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(
-                f"the checkpoint was trained with another tokenizer than {self.tokenizer_name!r} of {self.corpus.description}"
+                f"the checkpoint was trained with another tokenizer than {self.tokenizer_name!r} "
+                f"of {self.corpus.description}"
             )
 
 
@@ -233,7 +235,7 @@ class LanguageTask(LightningModule):
         groups = parameter_groups(self.model, h["weight_decay"], h["decay_router"])
         optimizer = torch.optim.AdamW(groups, lr=h["lr"], betas=tuple(h["betas"]), fused=True)
         # It could unscale fp16 gradients itself, but Lightning then refuses to clip them; let Lightning unscale.
-        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -245,7 +247,10 @@ class LanguageTask(LightningModule):
     def nats(self, batch: dict[str, Tensor]) -> Tensor:
         """Negative log-likelihood of every target of a packed batch, [B, S] float32, zero where there is none."""
         # No attention mask and no cache: then positions that start again mark where documents begin.
-        logits = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        positions = batch["position_ids"]
+        flash = "flash" in str(self.model.config._attn_implementation)
+        lengths = flash_lengths(positions) if flash else {}
+        logits = self.model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **lengths).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none").view_as(
             batch["labels"]
         )
@@ -298,7 +303,8 @@ class LanguageTask(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         assert self._sums is not None
-        nats, targets, text_nats, size = self.all_gather(self._sums).view(-1, 4).sum(0).tolist()
+        sums: Any = self.all_gather(self._sums)
+        nats, targets, text_nats, size = sums.view(-1, 4).sum(0).tolist()
         loss = nats / max(targets, 1)
         self.log(f"{stage}/loss", loss)
         self.log(f"{stage}/perplexity", math.exp(min(loss, 700.0)))
@@ -324,36 +330,3 @@ class LanguageTask(LightningModule):
         if self.hparams["export"] and self.trainer.is_global_zero:
             zoo.save_pretrained(self.model, self.hparams["export"])
             self.trainer.datamodule.tokenizer.save_pretrained(self.hparams["export"])  # type: ignore[attr-defined]
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
-    """A prompt as the beginning of a document, [1, S]."""
-    [(ids, _)] = tokenizer.encode([prompt])
-    return torch.tensor([[tokenizer.start, *ids.tolist()]])
-
-
-@torch.no_grad()
-def generate(
-    model: Any,
-    tokenizer: Tokenizer,
-    ids: Tensor,
-    max_new_tokens: int = 200,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-) -> str:
-    """Text that continues prompt ids [1, S], prompt included; temperature 0 takes the likeliest token each time."""
-    training = model.training
-    model.eval()
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    try:
-        out = model.generate(
-            ids.to(model.device),
-            attention_mask=torch.ones_like(ids, device=model.device),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.end,
-            pad_token_id=tokenizer.pad,
-            **(sampling or {"do_sample": False}),
-        )
-    finally:
-        model.train(training)
-    return tokenizer.decode(out[0].tolist())

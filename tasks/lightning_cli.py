@@ -36,7 +36,7 @@ def run(domain: str, task: type[LightningModule], data: type[LightningDataModule
 def loggers(folder: str | Path, name: str) -> list[Logger]:
     """CSV and TensorBoard logs in one new folder, FOLDER/NAME/version_N."""
     csv = CSVLogger(str(folder), name=name)
-    return [csv, TensorBoardLogger(str(folder), name=name, version=f"version_{csv.version}")]
+    return [csv, TensorBoardLogger(str(folder), name=name, version=csv.version)]
 
 
 class ArgumentMistake(Exception):
@@ -77,6 +77,9 @@ class TaskCLI(LightningCLI):
         args: list[str],
     ) -> None:
         self.domain, self._only = domain, subcommand
+        # Only the one that was asked for: building the parsers of all four takes seconds.
+        named = {subcommand: LightningCLI.subcommands()[subcommand]}
+        self.subcommands = lambda: named  # type: ignore[method-assign]
         sys_argv, sys.argv = sys.argv, [f"zoo {domain}"]  # Lightning warns about args given beside those of the process
         try:
             super().__init__(
@@ -92,10 +95,6 @@ class TaskCLI(LightningCLI):
         finally:
             sys.argv = sys_argv
 
-    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Only the one that was asked for: building the parsers of all four takes seconds."""
-        return {self._only: LightningCLI.subcommands()[self._only]}
-
     def _parse_ckpt_path(self) -> None:
         # A checkpoint's own hyper-parameters fill in for a config file; they do not overrule one.
         if not self.config[self._only].get("config"):
@@ -105,7 +104,7 @@ class TaskCLI(LightningCLI):
         """Build task, data and trainer, and check the model; mistakes are one line, not a traceback."""
         try:
             super().instantiate_classes()
-            self.model.check()  # type: ignore[operator]
+            self.model.check()
         except (ValueError, TypeError, ImportError, OSError) as error:
             raise ArgumentMistake(str(error)) from error
 
@@ -120,10 +119,9 @@ class TaskCLI(LightningCLI):
             callbacks += [ModelCheckpoint(save_last=True, every_n_train_steps=1000, save_top_k=0)]
         if fitting and kwargs.get("logger", True):
             callbacks += [LearningRateMonitor("step")]
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        return trainer
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def after_predict(self) -> None:
         """Print what was generated."""
-        for text in self.trainer.predict_loop.predictions:  # type: ignore[attr-defined]
+        for text in self.trainer.predict_loop.predictions:
             print(text)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from zoo.moe import MoE, Router
+from zoo.moe import Router
+from zoo.nearest import unknown
 
 SCHEDULES = ("cosine", "wsd", "constant")
 
@@ -21,7 +22,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_router: bool =
     for module in model.modules():
         if isinstance(module, nn.Embedding) or (isinstance(module, Router) and not decay_router):
             exempt.update(module.parameters())
-    decayed, rest = [], []
+    decayed: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -45,13 +47,9 @@ def learning_rate(
     schedule that ends has no number of steps to end at.
     """
     if schedule not in SCHEDULES:
-        from zoo.nearest import unknown
-
         raise unknown("schedule", schedule, SCHEDULES)
     if schedule != "constant" and not math.isfinite(total):
-        raise ValueError(
-            f"schedule {schedule!r} must know where it ends: set schedule_steps, or the trainer's max_steps"
-        )
+        raise ValueError(f"schedule {schedule!r} must know its end: set schedule_steps, or the trainer's max_steps")
 
     def factor(step: int) -> float:
         if step < warmup:
@@ -64,8 +62,3 @@ def learning_rate(
         return floor + (1 - floor) * fall
 
     return factor
-
-
-def has_moe(model: nn.Module) -> bool:
-    """Whether there is a mixture-of-experts layer in the model."""
-    return any(isinstance(module, MoE) for module in model.modules())

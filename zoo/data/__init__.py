@@ -2,7 +2,7 @@
 
 from .corpus import SPLITS, Corpus, open_corpus
 from .loader import Loader
-from .packing import Packed
+from .packing import Packed, flash_lengths
 from .tokenizer import ByteTokenizer, SubwordTokenizer, Tokenizer, open_tokenizer
 from .tokens import Tokens, tokenize
 
@@ -15,6 +15,7 @@ __all__ = [
     "SubwordTokenizer",
     "Tokenizer",
     "Tokens",
+    "flash_lengths",
     "open_corpus",
     "open_tokenizer",
     "tokenize",

@@ -155,7 +155,7 @@ def _read(key: str, path: Path, text_column: str) -> Iterator[tuple[str, str]]:
 
 def _cut(text: str) -> tuple[str, str, str]:
     """Train, val and test part of one text, cut after a line where there is one."""
-    ends = []
+    ends: list[int] = []
     for share in (1 - 2 * HELD_OUT, 1 - HELD_OUT):
         near = int(len(text) * share)
         ends.append(text.rfind("\n", ends[-1] if ends else 0, near) + 1 or near)

@@ -13,9 +13,9 @@ class Loader:
     """Iterate over a map-style data set, rank's share of every global batch at a time.
 
     Global batch j is the same rows for any number of ranks: rank r of W takes rows r*B..(r+1)*B of its W*B.
-    `state_dict` counts the rows handed out in the running epoch, so a run continues with the next one, with any number of
-    workers, and on another number of ranks. When training, rows that do not fill a global batch are left for the next
-    epoch; with `shuffle=False` none are, and index -1 stands in where ranks would differ in length.
+    `state_dict` counts the rows handed out in the running epoch, so a run continues with the next one, with any number
+    of workers, and on another number of ranks. When shuffled, rows that do not fill a global batch are left for the
+    next epoch; otherwise none are left, and index -1 stands in where ranks would differ in length.
     """
 
     def __init__(

@@ -1,21 +1,33 @@
 """Sequences of fixed length out of a long row of tokens, with document boundaries respected.
 
 Documents follow one another without padding; S + 1 tokens make a sequence of S inputs and S targets, and the next
-sequence begins with the last target, so that every token is predicted exactly once. Positions start again at 0 with each
-document and each sequence: this is how `transformers` recognises packed sequences, and attention then stays inside them
-(eager and sdpa by a mask, flash attention by lengths), provided that no attention mask and no cache is given.
+sequence begins with the last target, so that every token is predicted exactly once. Positions start again at 0 with
+each document and each sequence: this is how `transformers` recognises packed sequences, and attention then stays inside
+them by a mask (eager, sdpa, flex), provided that no attention mask and no cache is given. Flash attention takes no
+mask, and must be given `flash_lengths` where a batch has more than one row.
 The first token of a document is no target: the text before it belongs to another document.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .tokens import NOT_TEXT, Tokens
 
 IGNORE = -100  # cross_entropy's own default
+
+
+def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
+    """The arguments by which `transformers` tells flash attention where documents lie in position_ids [B, S]."""
+    starts = (position_ids.flatten() == 0).nonzero().flatten()
+    ends = F.pad(starts, (0, 1), value=position_ids.numel()).int()
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 class Packed:

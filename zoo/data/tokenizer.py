@@ -45,7 +45,8 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """256 bytes, then start, end and padding."""
 
-    vocab_size, start, end, pad = 259, 256, 257, 258
+    vocab_size, start, pad = 259, 256, 258
+    end: int | None = 257
     fingerprint = "bytes"
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -74,10 +75,10 @@ class SubwordTokenizer:
 
     def __init__(self, fast: Any) -> None:
         self.fast = fast
-        self.backend = getattr(fast, "backend_tokenizer", None)
+        self.backend: Any = getattr(fast, "backend_tokenizer", None)
         if self.backend is None:
             raise ValueError(
-                f"{type(fast).__name__} is not a fast tokenizer: it cannot say where a token is in the text"
+                f"{type(fast).__name__} is not a fast tokenizer: it cannot tell where in the text a token is"
             )
         # Text that happens to spell a special token is text.
         self.backend.encode_special_tokens = True
@@ -114,9 +115,7 @@ def open_tokenizer(name: str, corpus: Corpus | None = None) -> Tokenizer:
     kind, _, size = name.partition(":")
     if kind == "bpe" and size:
         if not size.isdecimal() or int(size) < 260:
-            raise ValueError(
-                f"tokenizer {name!r}: the size of a BPE must be a number of at least 260 (bytes and marks)"
-            )
+            raise ValueError(f"tokenizer {name!r}: the size of a BPE must be a number of at least 260")
         if corpus is None:
             raise ValueError(f"tokenizer {name!r} is learnt on a corpus, and there is none")
         return learn_bpe(corpus, int(size))
