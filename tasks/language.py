@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
     raise SystemExit(main("language"))
 
 import math
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -133,7 +134,7 @@ class LanguageTask(LightningModule):
     Args:
         network: the name of a model of ours ("language/mixtral_tiny", see `zoo models`), or a module.
         pretrained: a folder or hub repository to start from instead.
-        overrides: fields of the model's configuration to change.
+        overrides: fields of the model's configuration to change, or keywords of `zoo.from_pretrained`.
         router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}; the family's own by default.
         losses: auxiliary losses by name with their weights, such as {"switch": 0.01, "z": 0.001}.
         vocab_size: of a model made by name; the tokenizer's by default.
@@ -182,6 +183,8 @@ class LanguageTask(LightningModule):
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
         self.network, self.overrides = network, dict(overrides or {})
         self.model: Any = network if isinstance(network, nn.Module) else None
+        if pretrained and router is not None:
+            raise ValueError("router: a pretrained model keeps its own gates; losses can be given")
         if export and Path(export).exists() and any(Path(export).iterdir()):
             raise ValueError(f"export: {export} exists and is not empty")
         self._compiled = False
@@ -193,7 +196,9 @@ class LanguageTask(LightningModule):
         gate = {"router": self.hparams["router"], "losses": self.hparams["losses"]}
         gate = {name: value for name, value in gate.items() if value is not None}
         if self.hparams["pretrained"]:
-            return zoo.from_pretrained(self.hparams["pretrained"], **gate)
+            # The trainer's precision decides, not the checkpoint's: bfloat16 weights hardly move under AdamW.
+            kind = {"dtype": torch.get_default_dtype()}
+            return zoo.from_pretrained(self.hparams["pretrained"], **{**kind, **self.overrides, **gate})
         sizes = {} if self.hparams["vocab_size"] is None else {"vocab_size": self.hparams["vocab_size"]}
         assert isinstance(self.network, str)
         return zoo.create_model(self.network, **{**sizes, **self.overrides, **gate})
@@ -218,7 +223,10 @@ class LanguageTask(LightningModule):
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only {size}")
         self.model.train()
         if self.hparams["activation_checkpointing"]:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with warnings.catch_warnings():
+                # Its successor is younger than the oldest transformers that we run on.
+                warnings.simplefilter("ignore", FutureWarning)
+                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self.hparams["compile"] and not self._compiled and trainer is not None and not trainer.predicting:
             self.model.compile()
             self._compiled = True

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +27,7 @@ TRAINER_DEFAULTS = {
 
 def run(domain: str, task: type[LightningModule], data: type[LightningDataModule], args: Sequence[str]) -> int:
     """Parse, build, and run; returns the exit status. Mistakes in the arguments show before any work is done."""
+    quiet()
     try:
         TaskCLI(domain, args[0], task, data, list(args))
     except ArgumentMistake as mistake:
@@ -37,6 +40,13 @@ def loggers(folder: str | Path, name: str) -> list[Logger]:
     """CSV and TensorBoard logs in one new folder, FOLDER/NAME/version_N."""
     csv = CSVLogger(str(folder), name=name)
     return [csv, TensorBoardLogger(str(folder), name=name, version=csv.version)]
+
+
+def quiet() -> None:
+    """Leave out an advertisement, and warnings about matters inside Lightning."""
+    messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    messages.addFilter(lambda record: "litlogger" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 class ArgumentMistake(Exception):

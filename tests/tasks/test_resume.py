@@ -1,0 +1,97 @@
+"""A run that stops and goes on ends bit for bit where one that never stopped does."""
+
+import random
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from conftest import NOISY
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def state_of(task):
+    """Parameters, buffers and optimizer state, by name."""
+    state = {f"model.{k}": v.clone() for k, v in task.model.state_dict().items()}
+    optimizer = task.optimizers(use_pl_optimizer=False).state_dict()["state"]
+    for i, entries in optimizer.items():
+        state.update({f"optimizer.{i}.{k}": v.clone() for k, v in entries.items()})
+    return state
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def run(make, steps, ckpt_path=None, save_at=None, folder=None, data=None, task=None, **trainer):
+    """Train to `steps`; with save_at keep a checkpoint of that step in `folder`."""
+    pl.seed_everything(1 if ckpt_path is None else 999, verbose=False)
+    arguments = {"overrides": {"attention_dropout": 0.1}, "router": NOISY, "losses": {"switch": 0.1, "z": 0.01}}
+    task = make.task(**{**arguments, **(task or {})})
+    if save_at:
+        saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save_at, save_top_k=-1)
+        trainer.update(callbacks=[*trainer.get("callbacks", []), saver], enable_checkpointing=True)
+    trainer = make.trainer(max_steps=steps, gradient_clip_val=0.5, **trainer)
+    trainer.fit(task, make.data(**(data or {})), ckpt_path=ckpt_path)
+    assert trainer.global_step == steps
+    return state_of(task)
+
+
+# About 85 training sequences: with 4 a batch an epoch has 21 batches, with 30 it has 2.
+@pytest.mark.parametrize(
+    ("data", "trainer", "task"),
+    [
+        pytest.param({}, {}, {}, id="middle of an epoch"),
+        pytest.param({"num_workers": 2}, {"accumulate_grad_batches": 2}, {}, id="accumulation and workers"),
+        pytest.param({"batch_size": 30}, {}, {}, id="across epochs"),
+        pytest.param({}, {"limit_val_batches": 2, "val_check_interval": 2}, {}, id="validation in between"),
+        pytest.param({}, {"precision": "bf16-mixed"}, {"activation_checkpointing": True}, id="bf16 and recomputation"),
+    ],
+)
+def test_resuming_is_exact(make, tmp_path, data, trainer, task):
+    straight = run(make, 6, save_at=3, folder=tmp_path, data=data, task=task, **trainer)
+    [checkpoint] = tmp_path.glob("*step=3.ckpt")
+    assert_same(run(make, 6, ckpt_path=checkpoint, data=data, task=task, **trainer), straight)
+
+
+def test_a_run_that_ended_can_be_made_longer(make, tmp_path):
+    task = {"schedule_steps": 6}
+    straight = run(make, 6, task=task)
+    run(make, 3, save_at=3, folder=tmp_path, task=task)
+    [checkpoint] = tmp_path.glob("*.ckpt")
+    assert_same(run(make, 6, ckpt_path=checkpoint, task=task), straight)
+
+
+def test_a_checkpoint_inside_an_accumulation_window_keeps_its_gradients(make, tmp_path):
+    class SaveAfter(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 4:  # the second of the three micro-batches of step 2
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    window = {"accumulate_grad_batches": 3}
+    straight = run(make, 4, callbacks=[SaveAfter()], **window)
+    assert_same(run(make, 4, ckpt_path=tmp_path / "inside.ckpt", **window), straight)
+
+
+def test_all_generators_continue(make, tmp_path):
+    drawn = []
+
+    class Draw(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))
+
+    run(make, 6, save_at=3, folder=tmp_path, callbacks=[Draw()])
+    straight, drawn[:] = drawn[:], []
+    [checkpoint] = tmp_path.glob("*step=3.ckpt")
+    run(make, 6, ckpt_path=checkpoint, callbacks=[Draw()])
+    # The checkpoint is written after step 3's own draws.
+    assert drawn == straight[3:]
+
+
+def test_another_tokenizer_is_refused(make, tmp_path):
+    run(make, 1, save_at=1, folder=tmp_path)
+    [checkpoint] = tmp_path.glob("*.ckpt")
+    with pytest.raises(ValueError, match="trained with another tokenizer"):
+        run(make, 2, ckpt_path=checkpoint, data={"tokenizer": "bpe:270"}, task={"vocab_size": 300})

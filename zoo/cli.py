@@ -1,0 +1,113 @@
+"""The command `zoo`. Only what a command needs is imported, so that help is instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from .nearest import unknown
+
+USAGE = """usage: zoo COMMAND ...
+
+train and run models, a domain each (zoo DOMAIN --help):
+{domains}
+
+  models [PATTERN]      list models; --routers lists gates
+  demo                  train a small mixture of experts and its dense twin, and compare them
+  report                write the report of a demo again
+  bench moe             measure the expert kernels against their limit and their rivals
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status, 2 for a mistake in the arguments."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    from tasks.cli import DOMAINS
+    from tasks.cli import main as task
+
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE.format(domains="\n".join(f"  {name:<22}{DOMAINS[name][2]}" for name in DOMAINS)), end="")
+        return 0
+    command, rest = args[0], args[1:]
+    if command in DOMAINS:
+        return task(command, rest)
+    if command == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    if command not in _COMMANDS:
+        return _mistake(unknown("command", command, [*DOMAINS, *_COMMANDS]))
+    return _COMMANDS[command](rest)
+
+
+def models(args: Sequence[str]) -> int:
+    """List names of models, or with --routers of gates, that match a pattern."""
+    patterns = [a for a in args if not a.startswith("-")]
+    options = [a for a in args if a.startswith("-")]
+    if {"-h", "--help"} & set(options):
+        print("usage: zoo models [PATTERN] [--routers]\n\nPATTERN is a name with wildcards, such as '*mixtral*'")
+        return 0
+    for option in options:
+        if option != "--routers":
+            return _mistake(unknown("option of zoo models", option, ["--routers"]))
+    if len(patterns) > 1:
+        return _mistake(ValueError(f"zoo models takes one pattern, got {', '.join(patterns)}; quote wildcards"))
+    pattern = patterns[0] if patterns else "*"
+    known = _routers() if options else _models()
+    from fnmatch import fnmatchcase
+
+    found = [name for name in known if fnmatchcase(name, pattern)]
+    if not found:
+        return _mistake(unknown("router" if options else "model", pattern, known))
+    print("\n".join(found))
+    return 0
+
+
+def _models() -> list[str]:
+    from .models import list_models
+
+    return list_models()
+
+
+def _routers() -> list[str]:
+    from .moe import Router, routers
+
+    classes = [c for c in vars(routers).values() if isinstance(c, type) and issubclass(c, Router) and c is not Router]
+    return sorted(c.__name__ for c in classes)
+
+
+def _demo(args: Sequence[str]) -> int:
+    from .demo import main
+
+    return main(args)
+
+
+def _report(args: Sequence[str]) -> int:
+    from .report import main
+
+    return main(args)
+
+
+def _bench(args: Sequence[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: zoo bench moe ...\n\n  moe       the expert kernels (zoo bench moe --help)")
+        return 0
+    if args[0] != "moe":
+        return _mistake(unknown("benchmark", args[0], ["moe"]))
+    from .bench.moe import main
+
+    return main(args[1:])
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "models": models,
+    "demo": _demo,
+    "report": _report,
+    "bench": _bench,
+}
+
+
+def _mistake(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
