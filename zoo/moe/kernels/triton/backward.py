@@ -178,19 +178,18 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, w_in, w_out, b_in, b_out and weight; an empty tensor for each that is not needed."""
-    inputs = (x, w_in, w_out, b_in, b_out, weight)
-    grads = [torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(inputs, needs)]
+    given = (x, w_in, w_out, b_in, b_out, weight)
+    need_x, need_w_in, need_w_out, need_b_in, need_b_out, need_weight = (
+        n and t is not None for n, t in zip(needs, given)
+    )
+    # Filled below, but for dx, which is the last step's own output.
+    grads = [torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(given, (False, *needs[1:]))]
+    _, dw_in, dw_out, db_in, db_out, dweight = grads
     assignments = token_index.shape[0]
     if assignments == 0:
-        return [g.zero_() for g in grads]
-    dx, dw_in, dw_out, db_in, db_out, dweight = grads
-    need_x, need_w_in, need_w_out, need_b_in, need_b_out, need_weight = (g.numel() > 0 for g in grads)
-    dy, x, token_index, weight = (
-        unit_stride(dy),
-        unit_stride(x),
-        token_index.contiguous(),
-        weight.contiguous(),
-    )
+        return [x.new_zeros(x.shape) if need_x else grads[0], *(g.zero_() for g in grads[1:])]
+    dy, x = unit_stride(dy), unit_stride(x)
+    token_index, weight = token_index.contiguous(), weight.contiguous()
     plan = plan_for(assignments, w_in, w_out, x, dy)
     with on_device(x):
         tiles = row_tiles(offsets, assignments, plan.d_hidden.m)
@@ -198,23 +197,21 @@ def backward(
         scaled = x.new_empty(assignments, w_out.shape[2]) if need_w_out else None
         columns = triton.cdiv(w_out.shape[2], plan.d_hidden.n)
         partial = x.new_empty(columns, assignments, dtype=torch.float32) if need_weight else None
-        out = (d_pre, scaled, partial)
-        if any(t is not None for t in out):
-            d_hidden(dy, w_out, pre, weight, token_index, tiles, plan.d_hidden, activation, *out)
+        wanted = (d_pre, scaled, partial)
+        if any(t is not None for t in wanted):
+            d_hidden(dy, w_out, pre, weight, token_index, tiles, plan.d_hidden, activation, *wanted)
         if partial is not None:
             d_combine(partial, dy, None if b_out is None else b_out.contiguous(), token_index, tiles, dweight)
         if scaled is not None:
             d_weight(dy, scaled, token_index, tiles.offsets, True, plan.d_weight, dw_out)
-        del out, scaled, partial  # before the next large buffer
+        del wanted, scaled, partial  # before the next large buffer
         if need_b_out:
             d_bias(dy, token_index, weight, tiles.offsets, db_out)
-        if d_pre is None:
-            return grads
-        if need_b_in:
+        if d_pre is not None and need_b_in:
             d_bias(d_pre, token_index, None, tiles.offsets, db_in)
-        if need_w_in:
+        if d_pre is not None and need_w_in:
             d_weight(d_pre, x, token_index, tiles.offsets, False, plan.d_weight, dw_in)
-        if need_x:
+        if d_pre is not None and need_x:
             rows = grouped_gemm(d_pre, w_in.transpose(1, 2), None, tiles, plan.d_x)
-            combine(rows, None, token_lists(token_index, x.shape[0]), dx)
+            grads[0] = combine(rows, None, token_lists(token_index, x.shape[0]))
     return grads

@@ -36,8 +36,6 @@ def combine_kernel(
     bounds: tl.tensor,
     out: tl.tensor,
     D: tl.tensor,
-    stride_ot: tl.tensor,
-    stride_od: tl.tensor,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -54,16 +52,17 @@ def combine_kernel(
         if weight is not None:
             value *= tl.load(weight + a, mask=j < end, other=0.0).to(tl.float32)[:, None]
         total += tl.sum(value, 0)
-    store(out + t.to(tl.int64) * stride_ot + d.to(tl.int64) * stride_od, total, d < D)
+    store(out + t.to(tl.int64) * D + d, total, d < D)
 
 
-def combine(rows: Tensor, weight: Tensor | None, tokens: TokenLists, out: Tensor) -> Tensor:
-    """Sum rows [A, D] into out [T, D] by token, in float32 and in a fixed order."""
-    num_tokens, width = out.shape
+def combine(rows: Tensor, weight: Tensor | None, tokens: TokenLists) -> Tensor:
+    """Sum rows [A, D] into [T, D] by token, in float32 and in a fixed order."""
+    num_tokens, width = tokens.bounds.shape[0] - 1, rows.shape[1]
+    out = rows.new_empty(num_tokens, width)
     block_j = min(8, triton.next_power_of_2(triton.cdiv(rows.shape[0], num_tokens)))
     block_d = min(512, triton.next_power_of_2(width))
     combine_kernel[(num_tokens, triton.cdiv(width, block_d))](
-        rows, weight, tokens.order, tokens.bounds, out, width, *out.stride(), BLOCK_J=block_j, BLOCK_D=block_d
+        rows, weight, tokens.order, tokens.bounds, out, width, BLOCK_J=block_j, BLOCK_D=block_d
     )
     return out
 

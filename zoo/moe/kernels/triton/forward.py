@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -165,10 +164,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor)."""
     assignments = token_index.shape[0]
-    y = torch.empty_like(x)
     pre = x.new_empty(assignments if save else 0, w_in.shape[1])
     if assignments == 0:
-        return y.zero_(), pre
+        return x.new_zeros(x.shape), pre
     x, token_index = unit_stride(x), token_index.contiguous()
     b_in, b_out = (b if b is None else b.contiguous() for b in (b_in, b_out))
     plan = plan_for(assignments, w_in, w_out, x)
@@ -177,4 +175,4 @@ def forward(
         hidden = x.new_empty(assignments, w_out.shape[2])
         up_projection(x, w_in, b_in, token_index, tiles, plan.up, activation, pre if save else None, hidden)
         rows = grouped_gemm(hidden, w_out, b_out, tiles, plan.down)
-        return combine(rows, weight.contiguous(), token_lists(token_index, x.shape[0]), y), pre
+        return combine(rows, weight.contiguous(), token_lists(token_index, x.shape[0])), pre
