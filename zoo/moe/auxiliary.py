@@ -5,12 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import balance
 
@@ -41,13 +44,20 @@ class Term:
     scope: str = "batch"
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.parameters = tuple(inspect.signature(self.function).parameters)
+
 
 class AuxiliaryLosses:
     """The losses of a router from a table {name: weight} or {name: {weight: .., scope: .., option: ..}}.
 
     `name` is one of LOSSES, or the import path of a function of the same kind: it is called with the tensors it names
-    among its parameters (see `zoo.moe.balance`) and the options given. scope is "batch" (default), "sequence" (default of
-    the loss of that name) or "group" (the router's groups). Raises ValueError naming an unknown loss, scope or option.
+    among its parameters (see `zoo.moe.balance`) and the options given. An option may name another tensor to stand in:
+    {"sequence": {"weight": 1e-4, "selected": "unbiased"}} counts the best scores instead of what bias and groups made
+    of them, as Megatron does; {"probs": "noisy_probs"} is V-MoE's gshard. scope is "batch" (default), "sequence"
+    (default of the loss of that name) or "group" (the router's groups).
+
+    Raises ValueError naming an unknown loss, scope or option.
     """
 
     def __init__(self, table: Mapping[str, float | Mapping[str, Any]] | None) -> None:
@@ -56,27 +66,45 @@ class AuxiliaryLosses:
     def __call__(
         self, sources: Mapping[str, Callable[[], Any]], groups: Mapping[str, tuple[int, int] | None]
     ) -> dict[str, Tensor]:
-        """Weighted losses. `sources` makes a named tensor on demand; `groups` gives (G, N) of each scope."""
+        """Weighted losses. `sources` makes a named tensor on demand, `groups` gives (G, N) of a scope, G * N >= T."""
         made: dict[str, Any] = {}
+
+        def source(name: str) -> Any:
+            if name not in made:
+                made[name] = sources[name]()
+            return made[name]
+
         losses = {}
         for name, term in self.terms.items():
             split = groups.get(term.scope)
             if term.scope != "batch" and split is None:
                 raise ValueError(
                     f"auxiliary loss {name!r} is computed a {term.scope} at a time, but the tokens came as one list; "
-                    f"expected [B, S, D] (or a router group_size that divides the tokens)"
+                    f"expected [B, S, D] (scope 'sequence') or a router with group_size (scope 'group')"
                 )
             arguments = dict(term.options)
-            for parameter in inspect.signature(term.function).parameters:
-                if parameter in sources and parameter not in arguments:
-                    if parameter not in made:
-                        made[parameter] = sources[parameter]()
-                    value = made[parameter]
-                    if split is not None and isinstance(value, Tensor) and value.dim():
-                        value = value.unflatten(0, split)
-                    arguments[parameter] = value
+            for parameter in term.parameters:
+                chosen = arguments.get(parameter, parameter)
+                if isinstance(chosen, str) and chosen in sources:
+                    arguments[parameter] = source(chosen)
+            if split is not None:
+                arguments = _split(arguments, split, source("logits").shape[0])
             losses[name] = term.weight * term.function(**arguments)
         return losses
+
+
+def _split(arguments: dict[str, Any], split: tuple[int, int], tokens: int) -> dict[str, Any]:
+    """The tensors [T, ..] among `arguments` as [G, N, ..]; tokens that fill a short last group are masked."""
+    missing = math.prod(split) - tokens
+    if missing and arguments.get("mask") is None:
+        like = next(value for value in arguments.values() if isinstance(value, Tensor) and value.dim())
+        arguments["mask"] = torch.ones(tokens, dtype=torch.bool, device=like.device)
+    for name, value in arguments.items():
+        if isinstance(value, Tensor) and value.dim():
+            if missing:
+                value = F.pad(value, (0, 0) * (value.dim() - 1) + (0, missing))
+            arguments[name] = value.unflatten(0, split)
+    return arguments
 
 
 def _term(name: str, spec: float | Mapping[str, Any]) -> Term:

@@ -5,7 +5,7 @@ are groups that are judged apart (a sequence each, say) and averaged. `mask` [..
 normalisation named explicitly: at uniform routing `load_balance` is 1 ("assignments") or k ("tokens").
 
     probs     the router's distribution over experts (sigmoid scores divided by their sum), before noise
-    logits    what it was computed from; noisy_logits with noise added, noise_std its width
+    logits    what it was computed from; noisy_logits with noise added, noise_std its width (None: no noise)
     selected  1 where a token chose an expert, before capacity dropped any; first the same for first choices alone
     gates     the combine weights as a matrix, zero where not chosen
 """
@@ -29,21 +29,22 @@ def load_balance(
     `normalization="assignments"` divides the counts by all choices, so that f sums to 1: Switch (2101.03961, eq. 4),
     Megatron, MegaBlocks, DeepSeekMoE (2401.06066, eq. 12) and, a sequence a group, DeepSeek-V3 (2412.19437, eq. 17).
     "tokens" divides by the number of tokens, so that f sums to k: transformers, flaxformer. `global_batch` sums the
-    counts over all processes (2501.11873); probabilities stay local, and averaging gradients does the rest.
+    counts over all processes (2501.11873), probabilities stay local: the mean of the gradients over the processes, as
+    data parallelism takes it, is that of one process with all tokens, however they are spread.
     """
-    counts = _sum(selected, mask)
-    tokens = _tokens(probs, mask)
-    share_of_tokens = tokens
-    if global_batch:
-        counts, share_of_tokens = _all_reduce(counts), _all_reduce(tokens)
+    counts, tokens = _sum(selected, mask), _tokens(probs, mask)
+    mean_probs = _sum(probs, mask)
+    if global_batch and _world() > 1:
+        # Averaging gradients over processes divides by their number once more than a mean over all tokens does.
+        mean_probs = mean_probs * _world()
+        counts, tokens = _all_reduce(torch.cat([counts, tokens], dim=-1)).split([probs.shape[-1], 1], dim=-1)
     if normalization == "assignments":
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     elif normalization == "tokens":
-        share = counts / share_of_tokens.clamp(min=1)
+        share = counts / tokens.clamp(min=1)
     else:
         raise ValueError(f"load_balance: normalization must be 'assignments' or 'tokens', got {normalization!r}")
-    mean_probs = _sum(probs, mask) / tokens.clamp(min=1)
-    return (probs.shape[-1] * (share * mean_probs).sum(-1)).mean()
+    return (probs.shape[-1] * (share * (mean_probs / tokens.clamp(min=1))).sum(-1)).mean()
 
 
 def gshard(probs: Tensor, first: Tensor, mask: Tensor | None = None, global_batch: bool = False) -> Tensor:
@@ -64,7 +65,7 @@ def importance_probs(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 def load(
     logits: Tensor,
     noisy_logits: Tensor,
-    noise_std: Tensor,
+    noise_std: Tensor | None,
     k: int,
     selected: Tensor,
     mask: Tensor | None = None,
@@ -74,24 +75,23 @@ def load(
     The threshold of a chosen expert is the (k+1)-th largest noisy logit, of the others the k-th largest. Without noise,
     or with k = E, the load is the plain count, which has no gradient.
     """
-    if k >= logits.shape[-1] or not bool((noise_std > 0).all()):
+    if noise_std is None or k >= logits.shape[-1]:
         return _cv_squared(_sum(selected, mask)).mean()
     top = noisy_logits.topk(k + 1, dim=-1).values
     threshold = torch.where(noisy_logits > top[..., k:], top[..., k:], top[..., k - 1 : k])
     return _cv_squared(_sum(_normal_cdf((logits - threshold) / noise_std), mask)).mean()
 
 
-def load_vmoe(logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
+def load_vmoe(
+    logits: Tensor, noisy_logits: Tensor, noise_std: Tensor | None, k: int, mask: Tensor | None = None
+) -> Tensor:
     """CV^2 of the mean probability of beating the k-th largest noisy logit (V-MoE, appendix A).
 
     One threshold for all experts, where Shazeer's form has two. Without noise the step function takes its place.
     """
     threshold = noisy_logits.topk(k, dim=-1).values[..., -1:]
     margin = logits - threshold
-    if bool((noise_std > 0).all()):
-        wins = _normal_cdf(margin / noise_std)
-    else:
-        wins = (margin >= 0).to(logits.dtype)
+    wins = (margin >= 0).to(logits.dtype) if noise_std is None else _normal_cdf(margin / noise_std)
     return _cv_squared(_sum(wins, mask) / _tokens(logits, mask).clamp(min=1)).mean()
 
 
@@ -118,8 +118,8 @@ def device_level(probs: Tensor, selected: Tensor, num_devices: int, mask: Tensor
 
 def updated_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
     """Loss-free balancing (2408.15664, algorithm 1): bias + rate * sign(mean load - load), [E]."""
-    counts = counts.to(bias.dtype)
-    return bias + rate * torch.sign(counts.mean() - counts)
+    # Load times E against their sum, so that integer counts are compared exactly.
+    return bias + rate * torch.sign(counts.sum() - counts * counts.numel()).to(bias.dtype)
 
 
 @torch.no_grad()
@@ -130,14 +130,14 @@ def update_biases(model: nn.Module) -> None:
     where torch.distributed runs, all processes. A router that saw no token keeps its bias.
     """
     for router in model.modules():
-        counts = getattr(router, "load_since_update", None)
         bias = getattr(router, "selection_bias", None)
-        if bias is None or (counts is None and _world() == 1):
+        if not isinstance(bias, Tensor):
             continue
-        counts = _all_reduce(torch.zeros_like(bias) if counts is None else counts.to(bias))
-        if bool(counts.any()):
-            bias.copy_(updated_bias(bias, counts, router.bias_update_rate))  # type: ignore[arg-type]
-        router.load_since_update = None  # type: ignore[assignment]
+        counts: Tensor | None = router.load_since_update  # type: ignore[assignment]
+        if counts is None:
+            counts = torch.zeros(bias.numel(), dtype=torch.int64, device=bias.device)
+        bias.copy_(updated_bias(bias, _all_reduce(counts), router.bias_update_rate))  # type: ignore[arg-type]
+        router.load_since_update = torch.zeros_like(counts)
 
 
 def _sum(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -6,33 +6,36 @@ N tokens in a routing group, K choices a token, E experts, C places an expert ha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Drop = Literal["choice", "position", "probability", "priority", "priority_sum", "random"]
-ROUNDING = {"ceil": math.ceil, "floor": math.floor, "round": round}
+Drop = Literal["choice", "position", "probability", "priority", "priority_sum", "random", "unordered"]
+ROUNDING: dict[str, Callable[[float], int]] = {"ceil": math.ceil, "floor": math.floor, "round": round}
 
 
 @dataclass(frozen=True)
 class Capacity:
     """Places per expert and group, and the order in which choices claim them.
 
-    C = rounding(factor * N * K / E), at least `minimum`, rounded up to `multiple_of`, at most N; `tokens` sets C
-    outright, and `eval_factor` (or `eval_tokens`) replaces it outside training. `count_choices=False` leaves K out, as
-    mesh-tensorflow, lingvo and flaxformer do; Megatron, DeepSpeed's top-k gate and V-MoE keep it. A capacity that is a
-    fraction f of the tokens (torchscale's evaluation) is factor = f * E with count_choices=False.
+    C = rounding(factor * N * K / E), at least `minimum`, rounded up to `multiple_of`; `tokens` sets C outright, and
+    `eval_factor` (or `eval_tokens`) replaces it outside training; a factor of infinity drops nothing.
+    `count_choices=False` leaves K out, as mesh-tensorflow, lingvo and flaxformer do; Megatron, DeepSpeed and V-MoE keep
+    it. A capacity that is a fraction f of the tokens (torchscale's evaluation) is factor = f * E without K.
 
     `drop` is the order of claims:
         choice        every first choice before any second, each in token order (GShard, Switch, V-MoE)
         position      earliest tokens first, whichever of their choices it is (Megatron, DeepSpeed's top-k gate)
         probability   by score within each expert, highest first (Megatron's and DeepSpeed's `probs`)
-        priority      batch priority routing: tokens by their largest weight, first choices first (V-MoE)
-        priority_sum  the same with tokens ordered by the sum of their K weights (the paper's variant)
+        priority      batch priority routing: tokens by their largest score, first choices first (V-MoE)
+        priority_sum  the same with tokens ordered by the sum of their K scores (the paper's variant)
         random        tokens in random order, first choices first (random token selection, Z-code M3)
-    `renormalize` divides what is left of a token's weights by their sum (GShard as in DeepSpeed; V-MoE and Switch do not).
+        unordered     whichever C of an expert's tokens torch.topk finds in a column of equal ones: as many, not the
+                      earliest (what DeepSpeed's top-1 gate does without random token selection)
+    `renormalize` divides what is left of a token's weights by their sum (DeepSpeed's GShard; not V-MoE, not Switch).
 
     Raises ValueError when an option is unknown or a capacity would be below one.
     """
@@ -49,21 +52,21 @@ class Capacity:
     renormalize: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (("rounding", self.rounding, ROUNDING), ("drop", self.drop, Drop.__args__)):  # type: ignore[attr-defined]
+        for name, value, known in (("rounding", self.rounding, tuple(ROUNDING)), ("drop", self.drop, get_args(Drop))):
             if value not in known:
                 raise ValueError(f"Capacity: unknown {name} {value!r}; known: {', '.join(known)}")
         if self.multiple_of < 1:
             raise ValueError(f"Capacity: multiple_of must be at least 1, got {self.multiple_of}")
 
     def places(self, tokens: int, k: int, num_experts: int, training: bool) -> int:
-        """C for a group of `tokens` tokens; at least 1, and never more than there are tokens to take."""
+        """C for a group of `tokens` tokens; raises ValueError when that is below 1."""
         factor, absolute = self.factor, self.tokens
         if not training and (self.eval_factor is not None or self.eval_tokens is not None):
             factor, absolute = self.eval_factor or 0.0, self.eval_tokens
         if absolute is None:
-            # Rounded to nine digits first: 1.1 * 30 is 33.000000000000004 and would round up to 34.
-            share = round(tokens * (k if self.count_choices else 1) * factor / num_experts, 9)
-            absolute = int(ROUNDING[self.rounding](share))
+            # Rounded to nine digits first, so that an error in the last bit does not add a place.
+            share = round(tokens * (k if self.count_choices else 1) * factor / num_experts, 9) if tokens else 0.0
+            absolute = tokens if share == math.inf else int(ROUNDING[self.rounding](share))
         places = max(absolute, self.minimum)
         places += -places % self.multiple_of
         if tokens and places < 1:
@@ -76,9 +79,15 @@ class Capacity:
     def keep(self, expert: Tensor, weight: Tensor, num_experts: int, places: int) -> Tensor:
         """Which choices find a place, bool like `expert`.
 
-        expert [G, N, K] int64, with num_experts for a choice that asks for no place; weight [G, N, K], larger is better.
+        expert [G, N, K] int64, with num_experts for a choice that asks for no place; weight [G, N, K], what the order
+        of claims goes by, larger is better.
         """
         groups, tokens, k = expert.shape
+        if self.drop == "unordered":
+            asks = weight.new_zeros(groups, tokens, num_experts + 1, dtype=torch.int64).scatter_(2, expert, 1)
+            first = asks.topk(min(places, tokens), dim=1).indices
+            kept = torch.zeros_like(asks, dtype=torch.bool).scatter_(1, first, True)
+            return kept.gather(2, expert) & (expert < num_experts)
         order = self._claim_order(weight.detach())
         group = torch.arange(groups, device=expert.device).view(-1, 1, 1)
         bucket = (expert + group * (num_experts + 1)).view(groups, -1).gather(1, order).view(-1)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .experts import Experts
-from .routers.base import Router
+from .routers.base import Router, is_recomputation
 from .routing import Routing
 
 
 class MoE(nn.Module):
     """Route tokens to experts, combine what comes back, and add what every token gets.
 
-    y = sum_e g_e(x) f_e(x) + shared(x). `shared` is any module [.., D] -> [.., D]: a shared expert (DeepSeekMoE), or the
-    dense MLP of a residual MoE (DeepSpeed, Arctic). `shared_gate=True` scales it by sigmoid(w . x) (Qwen2-MoE);
+    y = sum_e g_e(x) f_e(x) + shared(x). `shared` is any module [.., D] -> [.., D]: a shared expert (DeepSeekMoE), or
+    the dense MLP of a residual MoE (DeepSpeed, Arctic). `shared_gate=True` scales it by sigmoid(w . x) (Qwen2-MoE);
     `mix_gate=True` weighs both sides by softmax(W x) instead (DeepSpeed's residual form).
 
     Raises ValueError when the router and the experts disagree on the number of experts or the width, or when a gate is
@@ -47,14 +47,15 @@ class MoE(nn.Module):
         self.router, self.experts, self.shared = router, experts, shared
         self.shared_gate = nn.Linear(experts.dim, 1, bias=False) if shared_gate else None
         self.mix_gate = nn.Linear(experts.dim, 2) if mix_gate else None
-        self._record: list[Routing] | None = None
+        self._recording: tuple[_Calls, ...] = ()
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to tokens x [..., D]; keywords go to the router (see `Router`)."""
-        routing = self.router(x if x.dim() == 3 else x.reshape(-1, x.shape[-1]), **context)
-        # A recomputation for activation checkpointing runs inside the backward pass: it is the same step again.
-        if self._record is not None and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
-            self._record.append(routing)
+        routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
+        # A recomputation for activation checkpointing is the same step again.
+        if self._recording and not is_recomputation():
+            for calls in self._recording:
+                calls.newest = routing, calls.newest
         tokens = x.reshape(-1, x.shape[-1])
         y = routing.apply(tokens, self.experts).view(x.shape)
         if self.shared is None:
@@ -68,36 +69,78 @@ class MoE(nn.Module):
         return y + beside
 
 
-@dataclass
-class Step:
-    """What the MoE layers of a model decided during one step: the routings of every layer, in call order."""
+class _Calls:
+    """Routings of one layer during a step as a chain, newest first: torch.compile recompiles for a list's length."""
 
-    routings: dict[str, list[Routing]] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.newest: tuple[Routing, Any] | None = None
+
+    def in_order(self) -> list[Routing]:
+        found, link = [], self.newest
+        while link is not None:
+            routing, link = link
+            found.append(routing)
+        return found[::-1]
+
+
+class Step:
+    """What the MoE layers of a model decided during one step."""
+
+    def __init__(self, layers: dict[str, MoE]) -> None:
+        self._layers = layers
+        self._calls = {name: _Calls() for name in layers}
+
+    @property
+    def routings(self) -> dict[str, list[Routing]]:
+        """The routings of every layer by its name in the model, in call order."""
+        return {name: calls.in_order() for name, calls in self._calls.items()}
 
     def losses(self) -> dict[str, Tensor]:
-        """Each auxiliary loss summed over layers and calls; the values are weighted and ready to add."""
+        """Each auxiliary loss summed over layers and calls; the values are weighted and ready to add.
+
+        Raises RuntimeError when gradients are wanted and a layer ran without: reentrant checkpointing does that.
+        """
         total: dict[str, Tensor] = {}
-        for calls in self.routings.values():
+        for layer, calls in self.routings.items():
             for routing in calls:
+                if routing.losses and not routing.weight.requires_grad and torch.is_grad_enabled():
+                    self._check_trainable(layer)
                 for name, value in routing.losses.items():
                     total[name] = total[name] + value if name in total else value
         return total
+
+    def _check_trainable(self, layer: str) -> None:
+        if any(p.requires_grad for p in self._layers[layer].router.parameters()):
+            raise RuntimeError(
+                f"auxiliary losses of layer {layer!r} have no gradient: its forward ran without one. Activation "
+                f"checkpointing needs use_reentrant=False; for values alone call losses() under torch.no_grad()"
+            )
 
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Step]:
     """Collect routing decisions and auxiliary losses of every `MoE` in `model` while the block runs.
 
-    Nothing is kept outside such a block, so a model that nobody records costs nothing. Every forward call counts once:
-    recomputation by activation checkpointing does not add to it, whether backward runs inside the block or after.
+    Nothing is kept outside such a block, so a model that nobody records costs nothing. Blocks may nest; each sees every
+    call made inside it. A call counts once: recomputation by (non-reentrant) activation checkpointing does not add to
+    it, whether backward runs inside the block or after, in eager mode or in a compiled model. Where checkpointing is
+    outermost and what it repeats is compiled, run backward inside the block: after it the compiled code is another.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MoE)}
-    step = Step({name: [] for name in layers})
-    before = {name: layer._record for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer._record = step.routings[name]
+    step = Step({name: m for name, m in model.named_modules() if isinstance(m, MoE)})
+    for name, layer in step._layers.items():
+        layer._recording = (*layer._recording, step._calls[name])
     try:
-        yield step
+        with _traceable_under_checkpoint():
+            yield step
     finally:
-        for name, layer in layers.items():
-            layer._record = before[name]
+        for name, layer in step._layers.items():
+            layer._recording = tuple(calls for calls in layer._recording if calls is not step._calls[name])
+
+
+def _traceable_under_checkpoint() -> AbstractContextManager[None]:
+    """Let torch.compile record inside a checkpointed block: by default it refuses, and runs the model uncompiled."""
+    dynamo = sys.modules.get("torch._dynamo")
+    option = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    if dynamo is None or not hasattr(dynamo.config, option):
+        return nullcontext()
+    return dynamo.config.patch(**{option: True})

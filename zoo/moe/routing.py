@@ -70,20 +70,21 @@ class Routing:
     ) -> Routing:
         """Build from each token's choices: expert [T, K] int64, weight [T, K], keep [T, K] bool or None."""
         num_tokens, k = expert.shape
-        flat = expert.reshape(-1)
+        # The narrowest integers that hold E: a radix sort takes a pass per byte.
+        key = expert.reshape(-1).to(_key_dtype(num_experts))
         if keep is not None:
             # A dropped choice sorts behind the last expert, so that it can be cut off.
-            flat = flat.where(keep.reshape(-1), num_experts)
-        order = flat.argsort(stable=True)
-        counts = _count(flat, num_experts)
+            key = key.where(keep.reshape(-1), num_experts)
+        key, order = key.sort(stable=True)
+        bounds = torch.arange(num_experts + 1, dtype=key.dtype, device=key.device)
+        offsets = torch.searchsorted(key, bounds, out_int32=True)
         if keep is not None:
-            order = order[: int(counts.sum())]
-        offsets = torch.zeros(num_experts + 1, dtype=torch.int32, device=expert.device)
-        offsets[1:] = counts.cumsum(0)
+            order = order[: int(offsets[-1])]
         return cls(
-            token_index=order // k,
+            token_index=order // k if k > 1 else order,
             offsets=offsets,
-            weight=weight.reshape(-1)[order],
+            # Not weight[order]: its backward sums duplicates one by one, though there are none.
+            weight=weight.reshape(-1).index_select(0, order),
             num_tokens=num_tokens,
             losses=losses or {},
             probs=probs,
@@ -99,8 +100,13 @@ class Routing:
         return cls(token, offsets, weight[token, expert], weight.shape[0], **extra)  # type: ignore[arg-type]
 
 
-def _count(expert: Tensor, num_experts: int) -> Tensor:
-    """How often each expert occurs, [E] int64; ids outside 0..E-1 are not counted."""
+def _key_dtype(num_experts: int) -> torch.dtype:
+    return torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32768 else torch.int64
+
+
+def count_experts(expert: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs in `expert` (any shape), [E] int64; id num_experts is not counted."""
     # bincount synchronises with the host on a GPU; a scatter does not.
+    flat = expert.reshape(-1)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
-    return counts.scatter_add_(0, expert, torch.ones_like(expert))[:num_experts]
+    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]

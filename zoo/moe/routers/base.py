@@ -5,9 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
+
+
+def is_recomputation() -> bool:
+    """Whether this forward pass repeats one for activation checkpointing: then it runs inside a backward pass.
+
+    Compiled code is told apart when it is traced, not when it runs: there torch.compile leaves recomputation out.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 class Router(nn.Module, ABC):

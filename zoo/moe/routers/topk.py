@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..auxiliary import AuxiliaryLosses
 from ..capacity import Capacity
-from ..routing import Routing
-from .base import Router
+from ..routing import Routing, count_experts
+from .base import Router, is_recomputation
 
 NOISE_FLOOR = 1e-2  # Shazeer 2017, tensor2tensor: the least width of learned noise
 
@@ -30,14 +30,16 @@ class TopKRouter(Router):
         DeepSeekMoE, OLMoE, Qwen2-MoE   the defaults; Qwen3-MoE normalize=True
         DeepSeek-V2   num_groups, group_topk, group_score="max", scale
         DeepSeek-V3   score="sigmoid", normalize=True, selection_bias=True, group_score="top2_sum", scale=2.5
+        Megatron      group_score=k // group_topk; for k=1 it leaves sigmoid scores as they are: normalize=False
 
-    score: "softmax" over all experts, "softmax_topk" over the k chosen logits, or "sigmoid". normalize divides the chosen
-    weights by their sum plus normalize_eps, scale multiplies them. selection_bias adds a buffer [E] to the scores for the
-    choice alone; `zoo.moe.balance.update_biases` moves it by bias_update_rate. With num_groups > 1 a token only chooses
-    inside the group_topk groups of highest score, the maximum or the sum of the two best in the group. jitter multiplies
-    the router's input by U(1-jitter, 1+jitter), noise adds N(0, noise_std^2) ("fixed") or N(0, (softplus(x W_n^T) +
-    0.01)^2) ("learned") to the logits; both, and the losses, only in training. group_size is the scope of capacity: the
-    whole batch, each "sequence", or that many consecutive tokens. dtype is the arithmetic's, None for the input's.
+    score: "softmax" over all experts, "softmax_topk" over the k chosen logits, or "sigmoid". normalize divides the
+    chosen weights by their sum plus normalize_eps, scale multiplies them. selection_bias adds a buffer [E] to the
+    scores for the choice alone; `zoo.moe.balance.update_biases` moves it by bias_update_rate. With num_groups > 1 a
+    token only chooses inside the group_topk groups of highest score: the maximum, the sum of the two best experts or of
+    that many best. jitter multiplies the router's input by U(1-jitter, 1+jitter), noise adds N(0, noise_std^2)
+    ("fixed") or N(0, (softplus(x W_n^T) + 0.01)^2) ("learned") to the logits; both, and the losses, only in training.
+    group_size is the scope of capacity: the whole batch, each "sequence", or that many consecutive tokens, the last
+    group filled up with tokens that ask for nothing. dtype is the arithmetic's, None for the input's; float64 stays.
 
     Raises ValueError when an option is unknown or does not fit the others.
     """
@@ -59,7 +61,7 @@ class TopKRouter(Router):
         bias_update_rate: float = 1e-3,
         num_groups: int = 1,
         group_topk: int = 1,
-        group_score: Literal["max", "top2_sum"] = "max",
+        group_score: int | Literal["max", "top2_sum"] = "max",
         dtype: torch.dtype | None = torch.float32,
         jitter: float = 0.0,
         noise: Literal["fixed", "learned"] | None = None,
@@ -94,7 +96,6 @@ class TopKRouter(Router):
         """Raise ValueError on the first option that is unknown or does not fit."""
         known: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("score", self.score, ("softmax", "softmax_topk", "sigmoid")),
-            ("group_score", self.group_score, ("max", "top2_sum")),
             ("noise", self.noise, (None, "fixed", "learned")),
         )
         for name, value, choices in known:
@@ -108,6 +109,12 @@ class TopKRouter(Router):
             raise ValueError(f"TopKRouter: group_topk must be 1..num_groups={self.num_groups}, got {self.group_topk}")
         if self.num_groups > 1 and self.k > self.group_topk * (self.num_experts // self.num_groups):
             raise ValueError(f"TopKRouter: k={self.k} experts do not fit in group_topk={self.group_topk} groups")
+        per_group = self.num_experts // self.num_groups
+        if self.group_score not in ("max", "top2_sum", *range(1, per_group + 1)):
+            raise ValueError(
+                f"TopKRouter: group_score must be 'max', 'top2_sum' or 1..{per_group} (experts a group), "
+                f"got {self.group_score!r}"
+            )
         if isinstance(self.group_size, str) and self.group_size != "sequence":
             raise ValueError(f"TopKRouter: group_size must be None, 'sequence' or a number, got {self.group_size!r}")
         if isinstance(self.group_size, int) and self.group_size < 1:
@@ -122,45 +129,72 @@ class TopKRouter(Router):
             if parameter is not None:
                 parameter.zero_()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
+        before = self.selection_bias
+        super()._apply(fn, recurse)
+        if self.load_since_update is not None:
+            self.load_since_update = fn(self.load_since_update)
+        after = self.selection_bias
+        if before is not None and after is not None and after.dtype.itemsize < 4:
+            # bfloat16 cannot hold steps of 1e-3 once a bias passes 0.25: model.bfloat16() leaves this buffer float32.
+            self.selection_bias = (
+                torch.zeros_like(after, dtype=torch.float32) if before.is_meta else before.to(after.device)
+            )
+        return self
+
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; context: mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the logits, and with them the choice.
-        with torch.autocast(x.device.type, enabled=False):
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x, **context)
+        if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)
-            if self.training and self.jitter:
-                x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            if self.noise_weight is not None:
-                context["noise_std"] = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + NOISE_FLOOR
-            return self.route(logits, **context)
+        if (mask := context.get("mask")) is not None:
+            x = x.where(mask.reshape(x.shape[:-1]).bool().unsqueeze(-1), 0)  # nan there would reach W's gradient
+        if self.training and self.jitter:
+            x = x * torch.empty_like(x).uniform_(1 - self.jitter, 1 + self.jitter)
+        logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        if self.training and self.noise_weight is not None:
+            context["noise_std"] = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + NOISE_FLOOR
+        return self.route(logits, **context)
 
     def route(self, logits: Tensor, mask: Tensor | None = None, noise_std: Tensor | None = None, **_: Any) -> Routing:
         """Decide from logits [T, E] or [B, S, E]; noise_std, like the logits, replaces the router's own width."""
         batch = logits.shape[0] if logits.dim() == 3 else None
         logits = logits.reshape(-1, self.num_experts)
-        mask = None if mask is None else mask.reshape(-1).bool()
-        std = logits.new_tensor(self.noise_std) if noise_std is None else noise_std.reshape_as(logits)
-        noisy = logits + torch.randn_like(logits) * std if self.training and self.noise else logits
+        if mask is not None:
+            mask = mask.reshape(-1).bool()
+            logits = logits.where(mask[:, None], 0)  # a masked token may hold anything, even nan
+        noisy, std = self._with_noise(logits, noise_std)
 
-        expert, weight = self._choose(noisy)
+        scores = self._scores(noisy)
+        expert, weight = self._choose(scores, self._preference(noisy, mask))
         asked = expert if mask is None else expert.where(mask[:, None], self.num_experts)
         keep = None if mask is None else asked < self.num_experts
         self._count_load(asked)
-        losses = self._losses(logits, noisy, std, expert, weight, mask, batch) if self.training else {}
+        losses = self._losses(logits, noisy, std, expert, weight, mask, batch)
         if self.capacity is not None:
-            keep = self._within_capacity(asked, weight, batch)
+            keep = self._within_capacity(asked, weight, noisy, batch)
             if self.capacity.renormalize:
                 weight = weight * keep
                 weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).eps)
         return Routing.from_choices(
             expert,
-            weight,
+            weight if self.scale == 1.0 else weight * self.scale,
             self.num_experts,
             keep=keep,
             losses=losses,
-            probs=self._probs(logits),
+            probs=scores if self.score == "softmax" and noisy is logits else self._probs(logits),
             asked=self.k if mask is None else self.k * mask,
         )
+
+    def _with_noise(self, logits: Tensor, std: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Logits with noise, and its width; the logits themselves and None where there is none."""
+        if not self.training or self.noise is None or (std is None and not self.noise_std):
+            return logits, None
+        std = logits.new_tensor(self.noise_std) if std is None else std.reshape_as(logits)
+        return logits + torch.randn_like(logits) * std, std
 
     def _probs(self, logits: Tensor) -> Tensor:
         """The scores as a distribution over experts, [T, E]."""
@@ -169,24 +203,33 @@ class TopKRouter(Router):
             return scores / (scores.sum(-1, keepdim=True) + self.normalize_eps)
         return logits.softmax(-1)
 
-    def _choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The k experts of every token, best first, and their combine weights: [T, K] each."""
+    def _scores(self, logits: Tensor) -> Tensor:
+        """What the combine weights are taken from, [T, E]."""
         if self.score == "softmax":
-            scores = logits.softmax(-1)
+            return logits.softmax(-1)
+        return logits.sigmoid() if self.score == "sigmoid" else logits
+
+    def _preference(self, logits: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What experts are chosen by, [T, E], where that is not the scores."""
+        return None
+
+    def _choose(self, scores: Tensor, preference: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The k experts of every token, best first, and their combine weights: [T, K] each."""
+        if preference is None and self.selection_bias is None and self.num_groups == 1:
+            weight, expert = scores.topk(self.k, dim=-1)
         else:
-            scores = logits.sigmoid() if self.score == "sigmoid" else logits
-        choice = scores.detach()
-        if self.selection_bias is not None:
-            choice = choice + self.selection_bias
-        if self.num_groups > 1:
-            choice = self._inside_best_groups(choice)
-        expert = choice.topk(self.k, dim=-1).indices
-        weight = scores.gather(-1, expert)
+            choice = scores.detach() if preference is None else preference
+            if self.selection_bias is not None:
+                choice = choice + self.selection_bias
+            if self.num_groups > 1:
+                choice = self._inside_best_groups(choice)
+            expert = choice.topk(self.k, dim=-1).indices
+            weight = scores.gather(-1, expert)
         if self.score == "softmax_topk":
             weight = weight.softmax(-1)
         if self.normalize:
             weight = weight / (weight.sum(-1, keepdim=True) + self.normalize_eps)
-        return expert, weight if self.scale == 1.0 else weight * self.scale
+        return expert, weight
 
     def _inside_best_groups(self, choice: Tensor) -> Tensor:
         """Scores with -inf outside each token's best groups; 0 would let a negative bias choose outside them."""
@@ -194,25 +237,26 @@ class TopKRouter(Router):
         if self.group_score == "max":
             group_score = grouped.amax(-1)
         else:
-            group_score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-        best = group_score.topk(self.group_topk, dim=-1).indices
-        allowed = torch.zeros_like(group_score, dtype=torch.bool).scatter_(-1, best, True)
+            best = 2 if self.group_score == "top2_sum" else int(self.group_score)
+            group_score = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(-1)
+        chosen = group_score.topk(self.group_topk, dim=-1).indices
+        allowed = torch.zeros_like(group_score, dtype=torch.bool).scatter_(-1, chosen, True)
         return grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(-2)
 
     def _count_load(self, asked: Tensor) -> None:
         """Remember how often each expert was asked for, for the loss-free bias; a recomputation does not count."""
-        if self.selection_bias is None or not self.training:
+        if self.selection_bias is None or not self.training or is_recomputation():
             return
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return
-        counts = self.selection_bias.new_zeros(self.num_experts + 1)
-        flat = asked.reshape(-1)
-        counts = counts.scatter_add_(0, flat, torch.ones_like(flat, dtype=counts.dtype))[:-1]
+        counts = count_experts(asked, self.num_experts)
         self.load_since_update = counts if self.load_since_update is None else self.load_since_update + counts
 
-    def _within_capacity(self, asked: Tensor, weight: Tensor, batch: int | None) -> Tensor:
+    def _within_capacity(self, asked: Tensor, weight: Tensor, logits: Tensor, batch: int | None) -> Tensor:
         """Which choices find a place, [T, K] bool."""
         assert self.capacity is not None
+        if self.capacity.drop in ("priority", "priority_sum") and (self.normalize or self.score == "softmax_topk"):
+            # Weights that sum to one a token do not tell tokens apart; the router's confidence does.
+            scores = self._scores(logits) if self.score == "sigmoid" else logits.softmax(-1)
+            weight = scores.gather(-1, asked.clamp(max=self.num_experts - 1))
         tokens = asked.shape[0]
         size = self._group_tokens(tokens, batch)
         places = self.capacity.places(size, self.k, self.num_experts, self.training)
@@ -221,7 +265,7 @@ class TopKRouter(Router):
             asked = F.pad(asked, (0, 0, 0, missing), value=self.num_experts)
             weight = F.pad(weight, (0, 0, 0, missing))
         grouped = (-1, size, self.k) if size else (1, 0, self.k)
-        keep = self.capacity.keep(asked.view(grouped), weight.view(grouped), self.num_experts, places)
+        keep = self.capacity.keep(asked.view(grouped), weight.reshape(grouped), self.num_experts, places)
         return keep.view(-1, self.k)[:tokens]
 
     def _group_tokens(self, tokens: int, batch: int | None) -> int:
@@ -238,30 +282,41 @@ class TopKRouter(Router):
         self,
         logits: Tensor,
         noisy: Tensor,
-        std: Tensor,
+        std: Tensor | None,
         expert: Tensor,
         weight: Tensor,
         mask: Tensor | None,
         batch: int | None,
     ) -> dict[str, Tensor]:
-        if not self.losses.terms:
+        if not self.training or not self.losses.terms:
             return {}
         tokens = logits.shape[0]
-        grouped = None
-        if self.group_size is not None and (size := self._group_tokens(tokens, batch)) and not tokens % size:
-            grouped = (tokens // size, size)
-        zeros = logits.new_zeros(logits.shape)
+        groups = dict.fromkeys(("sequence", "group"), None if batch is None else (batch, tokens // max(batch, 1)))
+        if self.group_size != "sequence":
+            size = self.group_size or tokens
+            groups["group"] = (-(-tokens // size), size) if size else (1, 0)
+
+        def chosen(index: Tensor, value: Tensor | float = 1.0) -> Tensor:
+            zeros = torch.zeros_like(logits)
+            return zeros.scatter(-1, index, value.to(zeros.dtype) if isinstance(value, Tensor) else value)
+
         return self.losses(
             {
                 "logits": lambda: logits,
                 "noisy_logits": lambda: noisy,
-                "noise_std": lambda: std if self.noise else std * 0,
+                "noise_std": lambda: std,
                 "probs": lambda: self._probs(logits),
-                "selected": lambda: zeros.scatter(-1, expert, 1.0),
-                "first": lambda: zeros.scatter(-1, expert[:, :1], 1.0),
-                "gates": lambda: zeros.scatter(-1, expert, weight.to(zeros.dtype)),
+                "noisy_probs": lambda: self._probs(noisy),
+                "selected": lambda: chosen(expert),
+                "first": lambda: chosen(expert[:, :1]),
+                "unbiased": lambda: chosen(logits.topk(self.k, dim=-1).indices),
+                "gates": lambda: chosen(expert, weight),
                 "mask": lambda: mask,
                 "k": lambda: self.k,
             },
-            {"sequence": None if batch is None else (batch, tokens // max(batch, 1)), "group": grouped},
+            groups,
         )
+
+    def extra_repr(self) -> str:
+        """Sizes and options for `print(model)`."""
+        return f"{self.dim}, num_experts={self.num_experts}, k={self.k}, score={self.score!r}"
