@@ -74,6 +74,15 @@ class LanguageData(LightningDataModule):
         needs_text = self.tokenizer_name.startswith("bpe:")
         return open_tokenizer(self.tokenizer_name, self.corpus if needs_text else None)
 
+    def check(self, subcommand: str) -> None:
+        """Raise what is wrong with the arguments, as far as it shows before anything is read or learnt."""
+        if not self.tokenizer_name.startswith("bpe:"):
+            _ = self.tokenizer
+        if subcommand != "predict":
+            _ = self.corpus
+        elif not self.prompts:
+            raise ValueError("nothing to predict: give data.prompts")
+
     def prepare_data(self) -> None:
         """Tokenize into the cache, on one process only."""
         fn = self.trainer.state.fn if self.trainer else "fit"
@@ -98,9 +107,7 @@ class LanguageData(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> list[dict[str, Any]]:
-        """The prompts, one at a time. Raises ValueError when there are none."""
-        if not self.prompts:
-            raise ValueError("nothing to predict: give data.prompts")
+        """The prompts, one at a time."""
         return [{"prompt": p, "input_ids": prompt_ids(self.tokenizer, p)} for p in self.prompts]
 
     def _loader(self, split: str) -> Loader:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from zoo.nearest import unknown
 
@@ -58,11 +59,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise ArgumentMistake."""
-        found = re.search(r"Unrecognized arguments: (.+)|Option '?([^\s']+?)'? is not accepted", message)
-        found = found or re.search(r"[Kk]ey '?\"?([^\s'\"]+?)'?\"? is not expected|unknown option '?([^\s']+)", message)
+        found = re.search(r"arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
         if found:
-            key = next(g for g in found.groups() if g).split()[0].lstrip("-").partition("=")[0]
-            message = str(unknown("option", key, self._option_names()))
+            message = str(unknown("option", found[1] or found[2], self._option_names()))
         raise ArgumentMistake(" ".join(message.split())) from ex
 
     def _option_names(self) -> list[str]:
@@ -111,11 +110,15 @@ class TaskCLI(LightningCLI):
             super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
-        """Build task, data and trainer, and check the model; mistakes are one line, not a traceback."""
+        """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
+        checkpoint = self.config[self._only].get("ckpt_path")
+        if checkpoint and checkpoint not in ("best", "last", "hpc") and not Path(checkpoint).exists():
+            raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
         try:
             super().instantiate_classes()
             self.model.check()
-        except (ValueError, TypeError, ImportError, OSError) as error:
+            self.datamodule.check(self._only)
+        except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise ArgumentMistake(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

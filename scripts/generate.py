@@ -1,0 +1,35 @@
+"""Continue prompts with a model from a folder or the hub.
+
+python scripts/generate.py my-model "def main(" "import "
+"""
+
+import argparse
+
+import torch
+
+import zoo
+from tasks.generation import generate, prompt_ids
+from zoo.data import open_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or hub repository, with its tokenizer")
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to add")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = zoo.from_pretrained(args.model, device=device)
+    tokenizer = open_tokenizer(args.model)
+    for prompt in args.prompts:
+        ids = prompt_ids(tokenizer, prompt)
+        print(generate(model, tokenizer, ids, args.tokens, args.temperature))
+        print()
+
+
+if __name__ == "__main__":
+    main()
