@@ -1,0 +1,173 @@
+"""Compile every kernel with every tile of the table for sm_80 and sm_90, without a GPU.
+
+The host code runs on meta tensors, and launches are turned into compilations for an imagined GPU: what is
+compiled is exactly what would be launched.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from zoo.moe.kernels import ACTIVATIONS
+from zoo.moe.kernels import triton as kernels
+from zoo.moe.kernels.triton import tiles
+
+# The "80" tiles must fit the smallest Ampere and Ada chips, not only the A100 (163 KB).
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
+EXPERTS = 4
+ROWS = {"few": 4, "some": 64, "many": 512, "odd": 512}
+WIDTHS = {"few": (1024, 2048), "some": (1024, 2048), "many": (1024, 2048), "odd": (1001, 2003)}
+
+
+@dataclass
+class ImaginedGPU:
+    """As much of a Triton driver as compiling needs; the device number is the architecture."""
+
+    arch: int
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass
+class Compiled:
+    """One launch: the kernel's name, its options and what came of compiling it."""
+
+    name: str
+    options: dict[str, int]
+    ptx: str
+    cubin: bytes
+    shared: int
+
+
+Launches = Callable[..., list[Compiled]]
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """Compile all kernels of one forward and backward."""
+    seen: list[Compiled] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: int) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        seen.append(Compiled(self.__name__, options, kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared))
+
+    def compile_all(
+        arch: int, dtype: torch.dtype, rows: str, activation: str = "swiglu", bias: bool = False, turned: bool = False
+    ) -> list[Compiled]:
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        monkeypatch.setattr(triton.runtime.driver, "_active", ImaginedGPU(arch))
+        monkeypatch.setattr(tiles, "architecture", lambda device: str(arch))
+
+        def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        (D, F), E, T = WIDTHS[rows], EXPERTS, ROWS[rows] * EXPERTS
+        H = 2 * F if ACTIVATIONS[activation].gated else F
+        w_in, w_out = (empty(E, D, H).mT, empty(E, F, D).mT) if turned else (empty(E, H, D), empty(E, D, F))
+        shared = (empty(T, D), w_in, w_out, empty(E, H) if bias else None, empty(E, D) if bias else None)
+        routed = (empty(T, dtype=torch.int64), empty(E + 1, dtype=torch.int32), activation)
+        weight = empty(T, dtype=torch.float32)
+        seen.clear()
+        _, pre = kernels.forward(*shared, weight, *routed, True)
+        kernels.backward(empty(T, D), *shared, weight, pre, *routed, [True] * 3 + [bias] * 2 + [True])
+        return seen
+
+    return compile_all
+
+
+def resources(cubin: bytes, folder: Path) -> dict[str, int]:
+    """Registers, stack and local memory of a thread; spilled registers live on the stack."""
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    tool = triton.knobs.nvidia.cuobjdump.path
+    usage = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert found.keys() == {"REG", "STACK", "LOCAL"}, usage
+    return found
+
+
+def check(seen: list[Compiled], arch: int, dtype: torch.dtype, folder: Path) -> None:
+    products = [k for k in seen if "BLOCK_K" in k.options]
+    assert len(products) == 6, "up, down, d_hidden, d_w_out, d_w_in, d_x"
+    for k in seen:
+        use = resources(k.cubin, folder)
+        assert use["STACK"] == use["LOCAL"] == 0, f"{k.name} {k.options} spills: {use}"
+        assert k.shared <= SHARED_MEMORY[arch], f"{k.name} {k.options} takes {k.shared} bytes of shared memory"
+    for k in products:
+        if dtype == torch.float32:
+            assert "fma.rn.f32" in k.ptx, k.name
+        elif arch == 90 and k.options["BLOCK_M"] >= 64:
+            assert "wgmma.mma_async" in k.ptx, k.name
+        else:
+            assert "mma.sync" in k.ptx, k.name
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_every_tile_of_the_table_fits(
+    launches: Launches, arch: int, dtype: torch.dtype, rows: str, tmp_path: Path
+) -> None:
+    # The clamped activation with biases needs the most registers.
+    seen = launches(arch, dtype, rows, "swiglu_clamped", bias=True)
+    check(seen, arch, dtype, tmp_path)
+    plan = tiles.PLANS[str(arch), dtype.itemsize, rows]
+    used = {(k.options["BLOCK_M"], k.options["BLOCK_N"], k.options["BLOCK_K"]) for k in seen if "BLOCK_K" in k.options}
+    assert used == {(t.m, t.n, t.k) for t in (plan.up, plan.down, plan.d_hidden, plan.d_x, plan.d_weight)}
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu_tanh", "relu2"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_activations_fit_the_largest_tiles(launches: Launches, arch: int, activation: str, tmp_path: Path) -> None:
+    check(launches(arch, torch.bfloat16, "many", activation), arch, torch.bfloat16, tmp_path)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_weights_stored_the_other_way_round_fit(launches: Launches, arch: int, tmp_path: Path) -> None:
+    check(launches(arch, torch.float16, "many", turned=True), arch, torch.float16, tmp_path)
+
+
+@pytest.mark.parametrize("rows", ["few", "some", "many"])
+@pytest.mark.parametrize("arch", [80, 90])
+def test_gathered_rows_are_copied_asynchronously_sixteen_bytes_at_a_time(
+    launches: Launches, arch: int, rows: str
+) -> None:
+    for k in launches(arch, torch.bfloat16, rows):
+        if "BLOCK_K" in k.options:
+            copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x(\w+)", k.ptx)
+            # The weights' gradients also copy token indices ahead of the rows.
+            assert set(copies) - ({"4", "8"} if k.name == "d_weight_kernel" else set()) == {"10"}, k.name
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_float32_products_use_the_matrix_units_when_torch_allows_it(launches: Launches) -> None:
+    for k in launches(90, torch.float32, "many"):
+        if "BLOCK_K" in k.options:
+            assert re.search(r"wgmma\.mma_async.*tf32", k.ptx), k.name
