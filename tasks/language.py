@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import zoo
 from tasks.balance import LayerBalance
@@ -106,9 +107,10 @@ class LanguageData(LightningDataModule):
         """Every token of the test split once."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> list[dict[str, Any]]:
+    def predict_dataloader(self) -> DataLoader[Any]:
         """The prompts, one at a time."""
-        return [{"prompt": p, "input_ids": prompt_ids(self.tokenizer, p)} for p in self.prompts]
+        rows = [{"prompt": p, "input_ids": prompt_ids(self.tokenizer, p)} for p in self.prompts]
+        return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
 
     def _loader(self, split: str) -> Loader:
         trainer = self.trainer
@@ -318,22 +320,25 @@ class LanguageTask(LightningModule):
 
     def _log_evaluation(self, stage: str) -> None:
         assert self._sums is not None
-        sums: Any = self.all_gather(self._sums)
-        nats, targets, text_nats, size = sums.view(-1, 4).sum(0).tolist()
+        sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        nats, targets, text_nats, size = sums.tolist()
         loss = nats / max(targets, 1)
-        self.log(f"{stage}/loss", loss)
-        self.log(f"{stage}/perplexity", math.exp(min(loss, 700.0)))
-        # Of the text alone: that a document ends here is no part of its bytes.
-        self.log(f"{stage}/bits_per_byte", text_nats / math.log(2) / max(size, 1), prog_bar=True)
+        # Bits of the text alone: that a document ends is no part of its bytes.
+        bits = text_nats / math.log(2)
+        # All processes have the same sums by now; sync_dist keeps Lightning from warning that they might not.
+        self.log(f"{stage}/loss", loss, sync_dist=True)
+        self.log(f"{stage}/perplexity", math.exp(min(loss, 700.0)), sync_dist=True)
+        self.log(f"{stage}/bits_per_byte", bits / max(size, 1), prog_bar=True, sync_dist=True)
         self._log_balance(stage, self._balance)
 
     def _log_balance(self, stage: str, balance: LayerBalance, prog_bar: bool = False) -> None:
         layers = balance.compute()
         for layer, figures in layers.items():
-            self.log_dict({f"{stage}/{figure}/{layer}": value for figure, value in figures.items()})
+            named = {f"{stage}/{figure}/{layer}": value for figure, value in figures.items()}
+            self.log_dict(named, sync_dist=stage != "train")
         if layers:
             worst = max(figures["load_max"] for figures in layers.values())
-            self.log("balance", worst, prog_bar=prog_bar, logger=False)
+            self.log("balance", worst, prog_bar=prog_bar, logger=False, sync_dist=stage != "train")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> str:
         """The prompt and what the model makes of it."""

@@ -127,6 +127,7 @@ def test_hub_data_set_keeps_its_own_splits_and_holds_out_what_it_lacks(tmp_path,
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="nobody/nothing"):
         open_corpus("hub:nobody/nothing")

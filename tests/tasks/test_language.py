@@ -1,0 +1,272 @@
+import csv
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from conftest import NOISY, TINY
+from torch.nn import functional as F
+
+import zoo
+from tasks.language import LanguageTask
+from zoo.data import Packed, flash_lengths
+from zoo.data.tokens import Tokens
+
+FAMILIES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v3"]
+DOCUMENTS = ["def first(): pass", "x", "class Second: ...", "import third"]
+
+
+def packed_batch(documents, length=24):
+    ids, size, starts = [], [], []
+    for text in documents:
+        starts.append(len(ids))
+        ids += [256, *text.encode(), 257]
+        size += [-1, *[1] * len(text), -1]
+    data = Packed(Tokens(*map(torch.tensor, (ids, size, starts))), length, pad=258, tail=True)
+    rows = [data[i] for i in range(len(data))]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def documents_in(batch):
+    """(row, from, to) of every stretch of one document in a packed batch, by its positions."""
+    for row, positions in enumerate(batch["position_ids"].tolist()):
+        starts = [i for i, p in enumerate(positions) if p == 0]
+        for a, b in zip(starts, [*starts[1:], len(positions)]):
+            yield row, a, b
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [*((f, "sdpa") for f in FAMILIES), ("mixtral", "eager"), ("mixtral", "lengths")]
+)
+def test_a_documents_logits_do_not_depend_on_its_neighbours(family, attention, monkeypatch):
+    torch.manual_seed(0)
+    if attention == "lengths":
+        register_attention_by_lengths()
+    known = "sdpa" if attention == "lengths" else attention
+    sizes = {"vocab_size": 259, "num_hidden_layers": 2}
+    network = zoo.create_model(f"language/{family}_tiny", **sizes, attn_implementation=known).eval()
+    if attention == "lengths":
+        network.config._attn_implementation_internal = "flash_by_lengths"
+    batch = packed_batch(DOCUMENTS)
+    seen = []
+    original = network.forward
+    monkeypatch.setattr(network, "forward", lambda **k: seen.append(original(**k)) or seen[-1])
+    task = LanguageTask(network)
+    nats = task.nats(batch)
+    logits = seen[0].logits
+    checked = 0
+    for row, a, b in documents_in(batch):
+        alone = original(input_ids=batch["input_ids"][row : row + 1, a:b], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[row, a:b], alone, rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
+        labels = batch["labels"][row, a:b]
+        torch.testing.assert_close(
+            nats[row, a:b], F.cross_entropy(alone, labels, reduction="none"), rtol=1e-3, atol=1e-4
+        )
+        checked += int((labels >= 0).sum())
+    assert checked == sum(len(text) + 1 for text in DOCUMENTS)
+
+
+def register_attention_by_lengths():
+    """Attention as flash attention does it on packed batches: no mask, only where each document begins."""
+    from transformers import AttentionInterface
+
+    def attention(module, query, key, value, mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+        if cu_seq_lens_q is None:  # a document alone
+            cu_seq_lens_q, max_length_q = torch.tensor([0, query.shape[2]]), query.shape[2]
+        assert mask is None
+        assert int(cu_seq_lens_q.diff().max()) == max_length_q
+        groups = query.shape[1] // key.shape[1]
+        flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+        flat[1:] = [t.repeat_interleave(groups, 1) for t in flat[1:]]
+        out = torch.zeros_like(flat[0])
+        for a, b in zip(cu_seq_lens_q.tolist(), cu_seq_lens_q.tolist()[1:]):
+            q, k, v = (t[a:b].transpose(0, 1) for t in flat)
+            out[a:b] = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(0, 1)
+        return out.view(query.shape[0], query.shape[2], *out.shape[1:]), None
+
+    AttentionInterface.register("flash_by_lengths", attention)
+
+
+def test_flash_lengths_count_every_document():
+    lengths = flash_lengths(torch.tensor([[0, 1, 2, 0], [0, 1, 0, 0]]))
+    assert lengths["cu_seq_lens_q"].tolist() == [0, 3, 4, 6, 7, 8]
+    assert lengths["max_length_k"] == 3
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:290"])
+def test_bits_per_byte_and_perplexity_are_those_of_each_document_alone(make, tokenizer):
+    data = make.data(tokenizer=tokenizer, sequence_length=4096)
+    task = make.task()
+    [result] = make.trainer(limit_val_batches=1.0).validate(task, data, verbose=False)
+    model = task.model.double().eval()
+    text_nats = all_nats = tokens = size = 0.0
+    for text in data.corpus.documents("val"):
+        [(ids, _)] = data.tokenizer.encode([text])
+        ids = torch.tensor([data.tokenizer.start, *ids.tolist(), data.tokenizer.end])
+        log_probs = model(input_ids=ids[None, :-1], use_cache=False).logits[0].log_softmax(-1)
+        nats = -log_probs.gather(-1, ids[1:, None])[:, 0]
+        all_nats, tokens = all_nats + float(nats.sum()), tokens + len(nats)
+        text_nats, size = text_nats + float(nats[:-1].sum()), size + len(text.encode())
+    assert result["val/bits_per_byte"] == pytest.approx(text_nats / math.log(2) / size, rel=1e-4)
+    assert result["val/loss"] == pytest.approx(all_nats / tokens, rel=1e-4)
+    assert result["val/perplexity"] == pytest.approx(math.exp(all_nats / tokens), rel=1e-3)
+
+
+class KeepGradients(pl.Callback):
+    def __init__(self):
+        self.kept = {}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.kept = {n: p.grad.clone() for n, p in pl_module.named_parameters()}
+
+
+def gradients(make, batch_size, task=None, **trainer):
+    pl.seed_everything(3, verbose=False)
+    keep = KeepGradients()
+    make.trainer(max_steps=1, callbacks=[keep], **trainer).fit(
+        make.task(**(task or {})), make.data(batch_size=batch_size)
+    )
+    return keep.kept
+
+
+def assert_close(a, b, rtol=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=rtol * float(b[name].abs().max()), msg=name)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(make):
+    assert_close(gradients(make, 2, accumulate_grad_batches=4), gradients(make, 8))
+
+
+def test_recomputation_changes_nothing_and_counts_losses_once(make):
+    noisy = {"router": NOISY, "losses": {"switch": 1.0}, "overrides": {"attention_dropout": 0.1}}
+    with_it = gradients(make, 4, {**noisy, "activation_checkpointing": True})
+    assert_close(with_it, gradients(make, 4, noisy), rtol=1e-6)
+
+
+def test_auxiliary_losses_are_added_once(make):
+    router = {"class_path": "zoo.moe.routers.TopKRouter"}
+    without, one = (gradients(make, 4, {"router": router, "losses": {"switch": w}}) for w in (0.0, 1.0))
+    two = gradients(make, 4, {"router": router, "losses": {"switch": 2.0}})
+    gate = "model.model.layers.1.mlp.router.weight"
+    torch.testing.assert_close(two[gate] - without[gate], 2 * (one[gate] - without[gate]), rtol=1e-3, atol=1e-6)
+    assert (one[gate] - without[gate]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_selection_biases_move_once_an_optimizer_step(make, accumulate):
+    task = make.task(router={**NOISY, "init_args": {"selection_bias": True, "bias_update_rate": 0.25}})
+    make.trainer(max_steps=1, accumulate_grad_batches=accumulate).fit(task, make.data())
+    for layer in task.model.model.layers:
+        bias = layer.mlp.router.selection_bias
+        assert set(bias.abs().tolist()) <= {0.0, 0.25}
+        assert bias.abs().sum() > 0
+
+
+def test_two_processes_train_and_evaluate_as_one_does(make, tmp_path):
+    single = gradients(make, 8)
+    pl.seed_everything(3, verbose=False)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork of a process with more threads may hang in the first parallel region
+    try:
+
+        class Save(KeepGradients):
+            def on_fit_end(self, trainer, pl_module):
+                if trainer.is_global_zero:
+                    figures = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+                    torch.save((self.kept, figures), tmp_path / "result.pt")
+
+        limits = {"max_steps": 1, "limit_val_batches": 1.0, "val_check_interval": 1, "num_sanity_val_steps": 0}
+        trainer = make.trainer(strategy="ddp_fork", devices=2, callbacks=[Save()], **limits)
+        trainer.fit(make.task(lr=0.0), make.data(batch_size=4))
+    finally:
+        torch.set_num_threads(threads)
+    double, figures = torch.load(tmp_path / "result.pt")
+    assert_close(double, single)
+
+    pl.seed_everything(3, verbose=False)
+    alone = make.trainer(**limits)
+    alone.fit(make.task(lr=0.0), make.data(batch_size=8))
+    assert {"val/loss", "val/bits_per_byte", "val/perplexity", "val/load_max/layers.1.mlp"} <= figures.keys()
+    for name, value in figures.items():
+        # Loads also count the padding that makes processes equally long.
+        rel = 1e-5 if name in ("val/loss", "val/bits_per_byte", "val/perplexity") else 0.05
+        assert value == pytest.approx(float(alone.callback_metrics[name]), rel=rel), name
+
+
+def test_logs_have_balance_layer_by_layer(make, tmp_path):
+    from tasks.lightning_cli import loggers
+
+    logs = loggers(tmp_path, "language")
+    trainer = make.trainer(max_steps=3, logger=logs, limit_val_batches=1)
+    trainer.fit(make.task(losses={"switch": 0.1}), make.data())
+    folder = tmp_path / "language" / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(folder.glob("events.out.tfevents.*"))
+    for layer in ("layers.0.mlp", "layers.1.mlp"):
+        for figure in ("load_max", "entropy", "drop_rate"):
+            values = [float(r[f"train/{figure}/{layer}"]) for r in rows if r.get(f"train/{figure}/{layer}")]
+            assert len(values) == 3
+            assert all(math.isfinite(v) for v in values)
+        assert all(1 <= float(r[f"train/load_max/{layer}"]) <= 4 for r in rows if r.get(f"train/load_max/{layer}"))
+    assert {"train/loss", "train/loss_switch", "train/tokens_per_s"} <= rows[0].keys()
+    bar = trainer.progress_bar_metrics
+    assert {"loss", "tokens/s", "balance"} <= bar.keys()
+
+
+def test_what_was_exported_generates_the_same_in_transformers(make, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    prompts = ["while router ", "expert"]
+    settings = {"temperature": 0.0, "max_new_tokens": 12, "overrides": {"num_experts_per_tok": 2}}
+    task = make.task(export=str(tmp_path / "out"), **settings)
+    data = make.data(prompts=prompts)
+    trainer = make.trainer(max_steps=2)
+    trainer.fit(task, data)
+    ours = trainer.predict(task, data)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for prompt, text in zip(prompts, ours):
+        assert text.startswith(prompt)
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(prompt)["input_ids"]]])
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=12,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        assert tokenizer.decode(out[0], skip_special_tokens=True) == text
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        make.task(export=str(tmp_path / "out"))
+
+
+def test_training_goes_on_from_a_pretrained_folder(make, tmp_path):
+    pretrained = zoo.create_model("language/mixtral_tiny", vocab_size=259, **TINY).eval()
+    zoo.save_pretrained(pretrained, tmp_path / "model")
+    task = LanguageTask(pretrained=str(tmp_path / "model"), losses={"switch": 0.5}, lr=0.0, weight_decay=0.0)
+    trainer = make.trainer(max_steps=1)
+    trainer.fit(task, make.data())
+    assert trainer.logged_metrics["train/loss_switch"] > 0.5
+    ids = torch.randint(256, (1, 20))
+    torch.testing.assert_close(task.model.eval()(input_ids=ids).logits, pretrained(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="keeps its own gates"):
+        LanguageTask(pretrained=str(tmp_path / "model"), router=NOISY)
+
+
+def test_a_checkpoint_is_a_model_again_without_trainer_or_data(make, tmp_path):
+    task = make.task(losses={"switch": 0.1})
+    trainer = make.trainer(max_steps=1)
+    trainer.fit(task, make.data())
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    again = LanguageTask.load_from_checkpoint(tmp_path / "model.ckpt")
+    batch = packed_batch(DOCUMENTS)
+    assert torch.equal(again.eval().nats(batch), task.eval().nats(batch))
+
+
+def test_a_vocabulary_smaller_than_the_tokenizers_is_an_error(make):
+    with pytest.raises(ValueError, match="259 tokens, but the model's vocabulary only 100"):
+        make.trainer(max_steps=1).fit(make.task(vocab_size=100), make.data())

@@ -1,0 +1,81 @@
+import math
+
+import pytest
+import torch
+
+import zoo
+from tasks.optim import learning_rate, parameter_groups
+
+
+def names_of(model, group):
+    by_id = {id(p): n for n, p in model.named_parameters()}
+    return {by_id[id(p)] for p in group["params"]}
+
+
+@pytest.mark.parametrize("decay_router", [True, False])
+def test_norms_biases_and_embeddings_do_not_decay(decay_router):
+    model = zoo.create_model("language/qwen2_moe_tiny", num_hidden_layers=1)
+    decayed, rest = parameter_groups(model, 0.1, decay_router)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
+    kept, exempt = names_of(model, decayed), names_of(model, rest)
+    assert kept | exempt == {n for n, _ in model.named_parameters()}
+    assert not kept & exempt
+    assert {n for n in exempt if "norm" in n or "bias" in n or "embed" in n or "router" in n} == exempt
+    assert {n for n in kept if "norm" in n or "bias" in n or "embed" in n} == set()
+    assert ("model.layers.0.mlp.router.weight" in kept) == decay_router
+    assert "model.layers.0.mlp.experts.gate_up_proj" in kept
+    assert "lm_head.weight" in kept
+
+
+def test_biases_of_stacked_experts_do_not_decay_though_they_are_matrices():
+    experts = zoo.moe.Experts(4, 8, 16, bias=True)
+    decayed, rest = parameter_groups(experts, 0.1)
+    assert names_of(experts, rest) == {"gate_up_proj_bias", "down_proj_bias"}
+    assert names_of(experts, decayed) == {"gate_up_proj", "down_proj"}
+
+
+def test_a_head_tied_to_the_embedding_is_an_embedding_and_frozen_weights_are_left_out():
+    model = zoo.create_model("language/mixtral_tiny", num_hidden_layers=1, tie_word_embeddings=True)
+    model.model.norm.weight.requires_grad_(False)
+    decayed, rest = parameter_groups(model, 0.1)
+    assert "model.embed_tokens.weight" in names_of(model, rest)
+    together = [*decayed["params"], *rest["params"]]
+    assert len({id(p) for p in together}) == len(together)
+    assert id(model.model.norm.weight) not in {id(p) for p in together}
+
+
+def test_cosine_in_closed_form():
+    factor = learning_rate("cosine", warmup=10, total=110, floor=0.1)
+    assert [factor(s) for s in range(3)] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert factor(10) == pytest.approx(1.0)
+    assert factor(60) == pytest.approx(0.55)
+    assert factor(35) == pytest.approx(0.1 + 0.9 * (0.5 + math.sqrt(0.5) / 2))
+    assert factor(110) == factor(500) == pytest.approx(0.1)
+
+
+def test_warmup_stable_decay_in_closed_form():
+    factor = learning_rate("wsd", warmup=10, total=100, floor=0.0, decay=0.25)
+    assert factor(10) == factor(50) == factor(75) == 1.0
+    assert factor(80) == pytest.approx(0.8)
+    assert factor(100) == pytest.approx(0.0)
+
+
+def test_constant_needs_no_end_and_the_others_do():
+    factor = learning_rate("constant", warmup=1, total=math.inf)
+    assert [factor(s) for s in (0, 1, 10**9)] == [0.5, 1.0, 1.0]
+    with pytest.raises(ValueError, match="must know its end"):
+        learning_rate("cosine", 0, math.inf)
+    with pytest.raises(ValueError, match="unknown schedule 'cosin'; did you mean cosine"):
+        learning_rate("cosin", 0, 10)
+
+
+def test_steps_of_the_optimizer_follow_the_schedule():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=2.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate("wsd", 1, 4, 0.0, 0.5))
+    rates = []
+    for _ in range(4):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0])
