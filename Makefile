@@ -31,6 +31,6 @@ $(READY): requirements.txt pyproject.toml
 
 pins: $(READY)  ## choose the newest versions that go together, and write them to requirements.txt
 	@echo "# Every package of the development environment, as tested together. Made by 'make pins'; install with --no-deps." > $(READY).txt
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --constraints constraints.txt \
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 \
 		--no-header --no-annotate --no-emit-package fbgemm-gpu --quiet >> $(READY).txt
 	mv $(READY).txt requirements.txt
