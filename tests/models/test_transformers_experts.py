@@ -1,0 +1,180 @@
+"""The experts interface of transformers on our kernels: every family, against transformers' own eager experts."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers")
+
+from tiny_families import experts_classes, tiny_model
+from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, NemotronHConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from zoo.models import transformers_experts
+from zoo.models.transformers_experts import activation_of, experts_forward
+
+FAMILIES = list(experts_classes())
+
+
+def run(model: nn.Module, implementation: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits (or the last hidden states of a model without a head) and every parameter's gradient."""
+    model.set_experts_implementation(implementation)
+    model.zero_grad()
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 64, (2, 9))
+    takes = inspect.signature(model.forward).parameters
+    # The talker of Qwen3-Omni has no token embedding of its own.
+    talker = "Talker" in type(model).__name__
+    inputs = {"inputs_embeds": torch.randn(2, 9, 32)} if talker else {"input_ids": tokens}
+    out = model(**inputs, **({"use_cache": False} if "use_cache" in takes or "kwargs" in takes else {}))
+    result = out.logits if getattr(out, "logits", None) is not None else out.last_hidden_state
+    weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(2))
+    (result * weight).sum().backward()
+    return result.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+
+
+def documented_as_unsupported() -> set[str]:
+    line = next(p for p in transformers_experts.__doc__.split("\n\n") if p.startswith("Not supported"))
+    return {
+        word.strip(" .\n")
+        for entry in re.sub(r"\(.*?\)", "", line.split(":", 1)[1], flags=re.DOTALL).split(";")
+        for word in entry.split(",")
+    }
+
+
+@pytest.mark.parametrize(("family", "module", "experts"), FAMILIES, ids=[name for _, _, name in FAMILIES])
+def test_every_family_equals_eager_or_says_why_not(family, module, experts):
+    torch.manual_seed(0)
+    model = tiny_model(family, module, experts).train()
+    theirs, their_grads = run(model, "eager")
+    if family in documented_as_unsupported():
+        with pytest.raises(ValueError, match=rf"{experts} with experts_implementation='zoo'"):
+            run(model, "zoo")
+        return
+    ours, our_grads = run(model, "zoo")
+    assert torch.isfinite(theirs).all()
+    assert error(ours, theirs) < 1e-5
+    assert our_grads.keys() == their_grads.keys()
+    for name, grad in our_grads.items():
+        assert error(grad, their_grads[name]) < 1e-4 or (grad - their_grads[name]).abs().max() < 1e-6, name
+
+
+def test_the_sweep_finds_the_families_the_interface_is_known_for():
+    assert {"mixtral", "gpt_oss", "nemotron_h", "deepseek_v3", "qwen3_vl_moe", "jamba"} <= {f for f, _, _ in FAMILIES}
+    assert len(FAMILIES) >= 50
+
+
+def mixtral_experts(**config) -> MixtralExperts:
+    experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=6, num_local_experts=4, **config))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    return experts
+
+
+def test_an_expert_id_beyond_the_last_means_no_expert():
+    experts = mixtral_experts()
+    x, weight = torch.randn(7, 8, requires_grad=True), torch.rand(7, 2)
+    index = torch.randint(0, 5, (7, 2))
+    weight = weight.masked_fill(index == 4, 0.0).requires_grad_()
+    experts.config._experts_implementation = "eager"
+    theirs = experts(x, index, weight)
+    grads = torch.autograd.grad(theirs.sum(), (x, weight, *experts.parameters()))
+    for experts._is_expert_parallel in (False, True):
+        ours = experts_forward(experts, x, index, weight)
+        torch.testing.assert_close(ours, theirs)
+        for a, b in zip(torch.autograd.grad(ours.sum(), (x, weight, *experts.parameters())), grads):
+            torch.testing.assert_close(a, b)
+
+
+def test_no_tokens_give_no_output():
+    empty = experts_forward(
+        mixtral_experts(), torch.zeros(0, 8), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)
+    )
+    assert empty.shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("act", "name"), [("silu", "swiglu"), ("gelu", "geglu"), ("gelu_pytorch_tanh", "geglu_tanh"), ("relu", "reglu")]
+)
+def test_the_activation_is_found_by_what_it_computes(act, name):
+    assert activation_of(mixtral_experts(hidden_act=act)) == name
+
+
+@pytest.mark.parametrize("act", ["quick_gelu", "tanh", "relu2", "laplace"])
+def test_an_activation_without_a_kernel_raises(act):
+    with pytest.raises(ValueError, match="is none of swiglu"):
+        activation_of(mixtral_experts(hidden_act=act))
+
+
+def test_plain_experts_are_found_too():
+    config = NemotronHConfig(hidden_size=8, moe_intermediate_size=6, n_routed_experts=4, mlp_hidden_act="relu2")
+    assert activation_of(NemotronHExperts(config)) == "relu2"
+
+
+@pytest.mark.parametrize("limit", [5.0, 7.5, 1e6])
+def test_another_clamp_than_ours_is_refused_and_never_computed(limit):
+    experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=6, num_local_experts=4, head_dim=4))
+    assert activation_of(experts) == "swiglu_clamped"
+    experts.limit = limit
+    with pytest.raises(ValueError, match=f"limit={limit}"):
+        activation_of(experts)
+
+
+def test_a_layout_flag_that_does_not_fit_the_gate_is_refused():
+    experts = mixtral_experts()
+    experts.is_concatenated = False
+    with pytest.raises(ValueError, match="is none of"):
+        activation_of(experts)
+
+
+def test_unknown_parameters_and_quantised_weights_are_refused():
+    experts = mixtral_experts()
+    experts.slope = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="slope"):
+        activation_of(experts)
+    experts = mixtral_experts().requires_grad_(False).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="float8"):
+        experts_forward(experts, torch.zeros(1, 8), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))
+
+
+def test_a_compiled_model_has_one_graph_and_the_same_logits():
+    config = MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=4,
+    )
+    model = MixtralForCausalLM._from_config(config, experts_implementation="zoo")
+    tokens = torch.randint(0, 64, (2, 9))
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    "order", ["import zoo; import transformers", "import transformers.integrations.moe; import zoo"]
+)
+def test_importing_zoo_is_enough_in_either_order(order):
+    program = f"""
+import sys
+{order}
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+assert "zoo" in ALL_EXPERTS_FUNCTIONS.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
