@@ -94,7 +94,7 @@ def d_hidden_kernel(
     m = tl.load(tile_row + tile) + tl.arange(0, BLOCK_M)
     live = m < tl.load(offsets + e + 1)
     # Rows past the expert's end read token 0 instead of a mask: what they compute is not stored.
-    token = tl.load(token_index + m, mask=live, other=0)
+    token = tl.load(token_index + m, mask=live, other=0).to(tl.int64)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     left = dy + token[:, None] * stride_yt + k[None, :]

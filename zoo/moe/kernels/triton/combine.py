@@ -97,7 +97,7 @@ def d_combine_kernel(
         total += tl.load(part, mask=live, other=0.0)
         part += A
     if bias is not None:
-        token = tl.load(token_index + m, mask=live, other=0)
+        token = tl.load(token_index + m, mask=live, other=0).to(tl.int64)
         for first in range(0, D, BLOCK_D):
             d = first + tl.arange(0, BLOCK_D)
             inside = live[:, None] & (d < D)[None, :]

@@ -42,7 +42,7 @@ def d_weight_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for first in range(tl.load(offsets + e), end, BLOCK_K):
         a = first + tl.arange(0, BLOCK_K)
-        token = tl.load(token_index + a, mask=a < end, other=0)
+        token = tl.load(token_index + a, mask=a < end, other=0).to(tl.int64)
         row = a.to(tl.int64)
         if GATHER_LEFT:
             row_l, row_r = token, row
@@ -111,7 +111,7 @@ def d_bias_kernel(
         live = a < end
         row = a.to(tl.int64)
         if weight is not None:
-            row = tl.load(token_index + a, mask=live, other=0)
+            row = tl.load(token_index + a, mask=live, other=0).to(tl.int64)
         inside = live[:, None] & (n < N)[None, :]
         value = tl.load(rows + row[:, None] * stride_r + n[None, :], mask=inside, other=0.0).to(tl.float32)
         if weight is not None:

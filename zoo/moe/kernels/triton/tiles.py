@@ -80,9 +80,9 @@ PLANS: dict[tuple[str, int, str], Plan] = {
     ),
     ("80", 2, "some"): Plan(
         up=Tile(64, 64, 64, 4, 3),
-        down=Tile(64, 128, 64, 4, 3),
+        down=Tile(64, 128, 32, 4, 4),
         d_hidden=Tile(64, 64, 64, 4, 3),
-        d_x=Tile(64, 128, 64, 4, 3),
+        d_x=Tile(64, 128, 32, 4, 4),
         d_weight=Tile(64, 128, 32, 4, 4),
     ),
     ("80", 2, "many"): Plan(
