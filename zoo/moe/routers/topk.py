@@ -71,13 +71,8 @@ class TopKRouter(Router):
         losses: Mapping[str, float | Mapping[str, Any]] | None = None,
     ) -> None:
         super().__init__(dim, num_experts)
-        self.k, self.score, self.normalize, self.normalize_eps, self.scale = (
-            k,
-            score,
-            normalize,
-            normalize_eps,
-            scale,
-        )
+        self.k, self.score = k, score
+        self.normalize, self.normalize_eps, self.scale = normalize, normalize_eps, scale
         self.num_groups, self.group_topk, self.group_score = num_groups, group_topk, group_score
         self.dtype, self.jitter, self.noise, self.noise_std = dtype, jitter, noise, noise_std
         self.capacity, self.group_size = capacity, group_size
@@ -89,7 +84,7 @@ class TopKRouter(Router):
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim)) if noise == "learned" else None
         self.register_buffer("selection_bias", torch.zeros(num_experts) if selection_bias else None)
         # Not a buffer: data parallelism broadcasts buffers, and these counts differ between processes on purpose.
-        self.load_since_update: Tensor | None = None
+        self.load_since_update: Tensor | None
         self.reset_parameters()
 
     def _check(self) -> None:
@@ -122,12 +117,13 @@ class TopKRouter(Router):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw W uniformly within 1/sqrt(dim); with learned noise start both matrices at zero, as Shazeer does."""
+        """Draw W uniformly within 1/sqrt(dim); with learned noise zero both matrices, as Shazeer; zero biases."""
         bound = 0.0 if self.noise == "learned" else 1 / math.sqrt(self.dim)
         self.weight.uniform_(-bound, bound)
-        for parameter in (self.bias, self.noise_weight):
-            if parameter is not None:
-                parameter.zero_()
+        for tensor in (self.bias, self.noise_weight, self.selection_bias):
+            if tensor is not None:
+                tensor.zero_()
+        self.load_since_update = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
         before = self.selection_bias

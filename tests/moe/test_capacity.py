@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.moe import Capacity
+
+DROPS = ("choice", "position", "probability", "priority", "priority_sum", "random", "unordered")
+
+
+def kept_by_loop(expert: Tensor, weight: Tensor, num_experts: int, places: int, drop: str) -> Tensor:
+    """One group, [N, K]: walk through the claims in the documented order and hand out places."""
+    tokens, k = expert.shape
+    by_token = list(range(tokens))
+    if drop == "priority":
+        by_token.sort(key=lambda t: -weight[t].max().item())
+    if drop == "priority_sum":
+        by_token.sort(key=lambda t: -weight[t].sum().item())
+    if drop == "position":
+        claims = [(t, j) for t in by_token for j in range(k)]
+    elif drop == "probability":
+        claims = sorted(((t, j) for t in by_token for j in range(k)), key=lambda c: -weight[c].item())
+    else:
+        claims = [(t, j) for j in range(k) for t in by_token]
+    used = [0] * num_experts
+    keep = torch.zeros(tokens, k, dtype=torch.bool)
+    for t, j in claims:
+        e = int(expert[t, j])
+        if e < num_experts and used[e] < places:
+            used[e] += 1
+            keep[t, j] = True
+    return keep
+
+
+def random_choices(groups: int, tokens: int, k: int, num_experts: int) -> tuple[Tensor, Tensor]:
+    scores = torch.rand(groups, tokens, num_experts).square()
+    weight, expert = scores.topk(k, dim=-1)
+    # Some choices ask for no place, as those of masked tokens do.
+    expert = expert.where(torch.rand(groups, tokens, 1) > 0.2, num_experts)
+    return expert, weight
+
+
+@pytest.mark.parametrize("drop", ["choice", "position", "probability", "priority", "priority_sum"])
+@pytest.mark.parametrize(
+    ("groups", "tokens", "k", "num_experts", "places"),
+    [(1, 40, 2, 4, 9), (3, 17, 3, 5, 4), (2, 8, 1, 8, 1), (1, 1, 2, 2, 1), (2, 30, 4, 4, 30), (1, 0, 2, 4, 3)],
+)
+def test_places_go_out_in_the_documented_order(
+    drop: str, groups: int, tokens: int, k: int, num_experts: int, places: int
+) -> None:
+    expert, weight = random_choices(groups, tokens, k, num_experts)
+    keep = Capacity(drop=drop).keep(expert, weight, num_experts, places)  # type: ignore[arg-type]
+    for g in range(groups):
+        assert torch.equal(keep[g], kept_by_loop(expert[g], weight[g], num_experts, places, drop))
+
+
+@pytest.mark.parametrize("drop", DROPS)
+def test_an_expert_is_as_full_as_its_claims_and_places_allow(drop: str) -> None:
+    expert, weight = random_choices(4, 25, 3, 6)
+    keep = Capacity(drop=drop).keep(expert, weight, 6, 5)  # type: ignore[arg-type]
+    for g in range(4):
+        for e in range(6):
+            asked = expert[g] == e
+            assert (asked & keep[g]).sum() == min(5, int(asked.sum()))
+    assert not keep[expert == 6].any()
+
+
+def test_equal_weights_give_way_in_token_order() -> None:
+    expert, weight = torch.zeros(1, 9, 1, dtype=torch.int64), torch.ones(1, 9, 1)
+    for drop in ("probability", "priority", "priority_sum", "choice", "position"):
+        keep = Capacity(drop=drop).keep(expert, weight, 1, 4)  # type: ignore[arg-type]
+        assert keep.flatten().tolist() == [True] * 4 + [False] * 5
+
+
+def test_random_order_follows_the_seed_and_is_fair() -> None:
+    expert, weight = torch.zeros(1, 10, 1, dtype=torch.int64), torch.rand(1, 10, 1)
+    capacity = Capacity(drop="random")
+    torch.manual_seed(3)
+    first = capacity.keep(expert, weight, 1, 5)
+    torch.manual_seed(3)
+    assert torch.equal(capacity.keep(expert, weight, 1, 5), first)
+    mean = torch.stack([capacity.keep(expert, weight, 1, 5) for _ in range(2000)]).double().mean(0)
+    # Each token survives half of the time: five standard deviations of 2000 draws.
+    assert (mean - 0.5).abs().max() < 5 * math.sqrt(0.25 / 2000)
+
+
+def test_random_order_keeps_first_choices_first() -> None:
+    # Three tokens ask for expert 0 first, three second: two places go to first choices always.
+    expert = torch.tensor([[[0, 1], [0, 1], [0, 1], [1, 0], [1, 0], [1, 0]]])
+    for _ in range(20):
+        keep = Capacity(drop="random").keep(expert, torch.rand(1, 6, 2), 2, 2)
+        assert not keep[0, 3:, 1].any()
+        assert keep[0, :3, 0].sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "k", "num_experts", "places"),
+    [
+        ({"factor": 1.0}, 48, 2, 8, 12),
+        ({"factor": 1.25}, 10, 1, 4, 4),
+        ({"factor": 1.25, "rounding": "floor"}, 10, 1, 4, 3),
+        ({"factor": 1.0, "rounding": "round"}, 196, 1, 128, 2),
+        ({"factor": 1.0, "minimum": 4}, 8, 1, 8, 4),
+        ({"factor": 1.0, "multiple_of": 4}, 36, 1, 4, 12),
+        ({"factor": 1.0, "minimum": 5, "multiple_of": 4}, 8, 1, 8, 8),
+        ({"factor": 2.0, "count_choices": False}, 64, 2, 8, 16),
+        ({"tokens": 7}, 64, 2, 8, 7),
+        ({"factor": 1.1}, 240, 1, 8, 33),
+        ({"factor": 1.1}, 100, 8, 8, 110),
+        ({"factor": 0.25 * 8, "count_choices": False}, 50, 2, 8, 13),
+    ],
+)
+def test_places_per_expert(options: dict, tokens: int, k: int, num_experts: int, places: int) -> None:
+    assert Capacity(**options).places(tokens, k, num_experts, training=True) == places
+
+
+def test_evaluation_has_its_own_capacity() -> None:
+    capacity = Capacity(1.0, eval_factor=2.0)
+    assert [capacity.places(40, 1, 4, training) for training in (True, False)] == [10, 20]
+    assert Capacity(1.0, eval_tokens=3).places(40, 1, 4, training=False) == 3
+    assert Capacity(tokens=3).places(40, 1, 4, training=False) == 3
+    assert Capacity(tokens=3, eval_factor=1.0).places(40, 1, 4, training=False) == 10
+    assert Capacity(1.0, eval_factor=math.inf).places(40, 2, 4, training=False) == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drop": "first"}, "unknown drop 'first'; known: choice, position"),
+        ({"rounding": "up"}, "unknown rounding 'up'; known: ceil, floor, round"),
+        ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
+    ],
+)
+def test_unknown_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Capacity(**options)
+
+
+def test_a_capacity_below_one_is_an_error() -> None:
+    for options in ({"factor": -1.0}, {"factor": 0.1, "rounding": "floor"}, {"tokens": 0}):
+        with pytest.raises(ValueError, match="places an expert; expected at least 1"):
+            Capacity(**options).places(8, 1, 8, training=True)
