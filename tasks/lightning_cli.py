@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -74,6 +74,15 @@ class Parser(LightningArgumentParser):
         return [name for name in names if not name.endswith(".help")]
 
 
+class SaveConfig(SaveConfigCallback):
+    """Keep a training run's configuration beside its logs, and nothing of other runs."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Without logs the folder is the same in every run, and a second one would find its file there."""
+        if stage == "fit" and trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
 class TaskCLI(LightningCLI):
     """Lightning's command line for one subcommand of a task."""
 
@@ -94,6 +103,7 @@ class TaskCLI(LightningCLI):
             super().__init__(
                 task,
                 data,
+                save_config_callback=SaveConfig,
                 trainer_defaults=TRAINER_DEFAULTS,
                 seed_everything_default=0,
                 parser_class=Parser,

@@ -1,0 +1,162 @@
+"""`zoo language ...` from start to end, in one process, on tiny models."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import zoo
+from tasks.language import LanguageTask
+from zoo.cli import main
+from zoo.models import count_parameters
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "language"
+TINY = sorted(CONFIGS.glob("*_tiny.yaml"))
+# Total and active parameters in billions, as the papers and model cards give them.
+PUBLISHED = {
+    "mixtral_8x7b": (46.7, 12.9),
+    "olmoe_1b_7b": (6.9, 1.3),
+    "qwen3_30b_a3b": (30.5, 3.3),
+    "deepseek_v3": (671, 37),
+}
+
+
+def cli(subcommand, config, *args):
+    return main(["language", subcommand, "--config", str(config), *map(str, args)])
+
+
+def small(text, folder):
+    """Arguments that make any tiny config quick."""
+    data = ["--data.source", text, "--data.sequence_length=32", "--data.batch_size=4"]
+    trainer = ["--trainer.max_steps=3", "--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
+    more = ["--trainer.limit_test_batches=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    return [*data, *trainer, *more, "--trainer.default_root_dir", folder, "--model.max_new_tokens=8"]
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses_and_its_model_builds_without_memory(config, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli("fit", config, "--print_config")
+    assert done.value.code == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    task = LanguageTask(**parsed["model"])
+    with torch.device("meta"):
+        model = task.build()
+    total, active = (count / 1e9 for count in count_parameters(model))
+    if config.stem in PUBLISHED:
+        assert total == pytest.approx(PUBLISHED[config.stem][0], rel=0.01)
+        assert active == pytest.approx(PUBLISHED[config.stem][1], rel=0.03)
+    else:
+        assert total < 0.01
+    assert config.read_text().startswith("# ")  # what it is, and what it takes
+
+
+@pytest.mark.parametrize("config", TINY, ids=lambda path: path.stem)
+def test_every_tiny_config_trains(config, text, tmp_path):
+    assert cli("fit", config, *small(text, tmp_path)) == 0
+    folder = tmp_path / "language" / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(r["val/bits_per_byte"]) for r in rows if r["val/bits_per_byte"]]
+    assert losses
+    assert all(0 < loss < 20 for loss in losses)
+    assert (folder / "config.yaml").is_file()
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
+    config, options = CONFIGS / "mixtral_tiny.yaml", small(text, tmp_path)
+    assert cli("fit", config, *options, "--model.export", tmp_path / "out", "--trainer.precision", "bf16-mixed") == 0
+    checkpoint = tmp_path / "language" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(checkpoint)["global_step"] == 3
+    assert zoo.from_pretrained(tmp_path / "out").config.vocab_size == 259
+
+    capsys.readouterr()
+    assert cli("validate", config, *options, "--ckpt_path", checkpoint) == 0
+    assert "val/bits_per_byte" in capsys.readouterr().out
+    assert cli("test", config, *options, "--ckpt_path", checkpoint) == 0
+    assert "test/perplexity" in capsys.readouterr().out
+    assert cli("predict", config, *options, "--ckpt_path", checkpoint, "--model.temperature", "0") == 0
+    shown = capsys.readouterr().out
+    assert "def " in shown
+    assert "import " in shown
+
+    # A second run neither overwrites the first one nor starts anew.
+    assert cli("fit", config, *options, "--ckpt_path", checkpoint, "--trainer.max_steps=5") == 0
+    assert torch.load(tmp_path / "language" / "version_1" / "checkpoints" / "last.ckpt")["global_step"] == 5
+    assert torch.load(checkpoint)["global_step"] == 3
+
+
+def test_a_gate_of_ones_own_is_named_by_class_path(text, tmp_path, monkeypatch):
+    (tmp_path / "my_gates.py").write_text(
+        "import zoo\n"
+        "class Halving(zoo.moe.routers.TopKRouter):\n"
+        "    def __init__(self, dim, num_experts, k=1, share=0.5):\n"
+        "        super().__init__(dim, num_experts, k, scale=share)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tmp_path / "mine.yaml"
+    router = {"class_path": "my_gates.Halving", "init_args": {"share": 0.25}}
+    config.write_text(yaml.safe_dump({"model": {"network": "language/mixtral_tiny", "router": router}}))
+    assert cli("fit", config, *small(text, tmp_path), "--trainer.max_steps=1") == 0
+    again = LanguageTask.load_from_checkpoint(tmp_path / "language" / "version_0" / "checkpoints" / "last.ckpt")
+    gate = again.model.model.layers[0].mlp.router
+    assert (type(gate).__name__, gate.k, gate.scale) == ("Halving", 2, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--model.network", "language/mixtrl_tiny"], "did you mean language/mixtral_tiny"),
+        (["--model.router.class_path", "zoo.moe.routers.TopKRoutr"], "did you mean TopKRouter"),
+        (["--model.router", "{class_path: TopKRouter, init_args: {jiter: 0.1}}"], "did you mean jitter"),
+        (["--model.losses", "{swich: 0.1}"], "switch"),
+        (["--model.overrides.hidden_sizes", "12"], "did you mean hidden_size"),
+        (["--model.lrr", "1"], "did you mean model.lr"),
+        (["--trainer.max_stepz", "3"], "did you mean trainer.max_steps"),
+        (["--data.tokenizer", "byts"], "did you mean bytes"),
+        (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--ckpt_path", "/nowhere.ckpt"], "/nowhere.ckpt"),
+        (["--model.lr", "fast"], "model.lr"),
+        (["--model.schedule", "cosin"], "model.schedule"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):
+    assert cli("fit", CONFIGS / "mixtral_tiny.yaml", "--trainer.default_root_dir", tmp_path, *args) == 2
+    shown = capsys.readouterr().err.splitlines()
+    errors = [line for line in shown if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert told in errors[0]
+    assert shown[-1] == errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"model": {"netwrk": "language/mixtral_tiny"}}, "'model.netwrk'; did you mean model.network"),
+        ({"data": {"batch_size": "many"}}, "data.batch_size"),
+        ({"trainer": {"max_step": 3}}, "did you mean trainer.max_steps"),
+    ],
+)
+def test_a_mistake_in_a_config_file_names_its_key(content, told, tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
+    assert cli("fit", tmp_path / "bad.yaml") == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_prediction_without_prompts_is_a_mistake(tmp_path, capsys):
+    (tmp_path / "none.yaml").write_text("model: {network: language/mixtral_tiny}\n")
+    assert cli("predict", tmp_path / "none.yaml") == 2
+    assert "give data.prompts" in capsys.readouterr().err
+
+
+def test_fit_help_shows_options_with_their_meaning(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["language", "fit", "--help"])
+    assert done.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--model.schedule {cosine,wsd,constant}" in shown
+    assert "peak learning rate" in shown

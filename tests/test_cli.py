@@ -1,0 +1,104 @@
+"""The command line is instant where it can be, and says what is wrong where it must."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+import zoo
+from zoo.cli import main
+
+
+def test_help_is_instant():
+    def seconds():
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-c", "from zoo.cli import main; main(['--help'])"], check=True, capture_output=True
+        )
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+@pytest.mark.parametrize(
+    "args", [["--help"], ["language", "--help"], ["models", "--help"], ["bench", "--help"], ["models"], ["nonsense"]]
+)
+def test_what_shows_no_options_imports_no_heavy_library(args):
+    code = (
+        "import sys; from zoo.cli import main; main(sys.argv[1:]);"
+        "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+
+
+def test_the_modules_of_tasks_print_the_same_help_without_heavy_imports():
+    code = "import sys, runpy; sys.argv = ['x', '--help']; runpy.run_module('tasks.language', run_name='__main__')"
+    probe = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    shown, _, imported = done.stdout.strip().rpartition("\n")
+    assert imported == "False"
+    direct = subprocess.run(
+        [sys.executable, "-c", "from zoo.cli import main; main(['language', '--help'])"], capture_output=True, text=True
+    )
+    assert shown == direct.stdout.strip()
+    assert "fit" in shown
+
+
+def test_help_names_every_command(capsys):
+    assert main([]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("language", "models", "demo", "report", "bench"))
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == zoo.__version__
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["modles"], "did you mean models?"),
+        (["langauge", "fit"], "did you mean language?"),
+        (["language", "fti"], "did you mean fit"),
+        (["models", "language/mixtral_tny"], "did you mean language/mixtral_tiny"),
+        (["models", "--router"], "did you mean --routers?"),
+        (["models", "--routers", "TopkRouter"], "did you mean TopKRouter"),
+        (["models", "a", "b"], "takes one pattern, got a, b"),
+        (["bench", "moes"], "did you mean moe?"),
+        (["language", "fit", "--config", "configs/language/mixtral_tiy.yaml"], "mixtral_tiny.yaml"),
+    ],
+)
+def test_a_wrong_name_lists_the_nearest_known_ones(args, told, capsys):
+    assert main(args) == 2
+    shown = capsys.readouterr().err
+    assert told in shown
+    assert shown.startswith("error: ")
+    assert shown.count("\n") == 1
+
+
+def test_models_are_listed_by_pattern(capsys):
+    assert main(["models"]) == 0
+    assert capsys.readouterr().out.split() == zoo.list_models()
+    assert main(["models", "*mixtral*"]) == 0
+    assert capsys.readouterr().out.split() == ["language/mixtral_8x7b", "language/mixtral_tiny"]
+
+
+def test_routers_are_listed(capsys):
+    assert main(["models", "--routers"]) == 0
+    names = capsys.readouterr().out.split()
+    assert "TopKRouter" in names
+    assert all(issubclass(getattr(zoo.moe.routers, name), zoo.moe.Router) for name in names)
+    assert "Router" not in names
+
+
+def test_a_config_file_that_is_no_yaml_is_one_error(tmp_path, capsys):
+    broken, scalar = tmp_path / "broken.yaml", tmp_path / "scalar.yaml"
+    broken.write_text("model: [1,\n")
+    scalar.write_text("just words\n")
+    assert main(["language", "fit", "--config", str(broken)]) == 2
+    assert "broken.yaml is not YAML" in capsys.readouterr().err
+    assert main(["language", "fit", f"--config={scalar}"]) == 2
+    assert "expected sections model, data and trainer, got str" in capsys.readouterr().err
