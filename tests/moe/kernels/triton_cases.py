@@ -16,6 +16,8 @@ from zoo.moe import Routing
 from zoo.moe.kernels import ACTIVATIONS, moe_mlp, reference
 from zoo.moe.kernels import triton as kernels
 from zoo.moe.kernels.triton.backward import d_hidden
+from zoo.moe.kernels.triton.combine import TokenLists, combine
+from zoo.moe.kernels.triton.expert_grads import d_bias, d_weight
 from zoo.moe.kernels.triton.forward import up_projection
 from zoo.moe.kernels.triton.gemm import grouped_gemm
 from zoo.moe.kernels.triton.schedule import RowTiles
@@ -206,17 +208,17 @@ def test_pre_activations_are_kept_only_on_request() -> None:
 
 
 def test_a_token_that_is_not_finite_spoils_only_itself_and_its_experts() -> None:
-    c = make(40, 24, 16, 3, K=1)
-    bad = int(c.token_index[0])  # the first of expert 0
+    c = make(40, 24, 16, 3, expert=torch.arange(40)[:, None] % 3)
+    bad = 1  # the first token of the second expert: next to the last of the first
     c.x[bad] = float("nan")
     ours = run(kernels, c)
     others = torch.arange(40, device=DEVICE) != bad
     for name in ("y", "dx"):
         assert ours[name][others].isfinite().all()
-        assert ours[name][~others].isnan().all()
+        assert ours[name][bad].isnan().all()
     for name in ("dw_in", "dw_out"):
-        assert ours[name][1:].isfinite().all()
-        assert ours[name][0].isnan().any()
+        assert ours[name][[0, 2]].isfinite().all()
+        assert ours[name][1].isnan().any()
 
 
 def test_results_repeat_bit_for_bit() -> None:
@@ -255,22 +257,36 @@ def test_assignments_beyond_two_to_the_31_are_reached() -> None:
     tile = Tile(rows, 32, 32, 4, 2)
     token_index = torch.empty(A, dtype=torch.int64, device=DEVICE)
     token_index[-rows:] = torch.arange(rows)
-    bounds = torch.tensor([[0], [A - rows], [0]], dtype=torch.int32, device=DEVICE)
-    last = RowTiles(bounds[0], bounds[1], torch.tensor([0, A], dtype=torch.int32, device=DEVICE), rows)
+    first, end = torch.tensor([[A - rows], [A]], dtype=torch.int32, device=DEVICE)
+    offsets = torch.cat([first, end])
+    last = RowTiles(torch.zeros_like(first), first, offsets, rows)
     pre, hidden, d_pre = (c.x.new_empty(A, n) for n in (32, 16, 32))
     weight, partial = torch.empty(A, device=DEVICE), torch.empty(1, A, device=DEVICE)
     weight[-rows:] = 1
+    x, dy, w_in, w_out = (t.double() for t in (c.x[:rows], c.dy[:rows], c.w_in[0], c.w_out[0]))
+    act = ACTIVATIONS["swiglu"]
 
     up_projection(c.x, c.w_in, None, token_index, last, tile, "swiglu", pre, hidden)
-    want = c.x[:rows].double() @ c.w_in[0].double().T
-    assert distance(pre[-rows:], want) < 4e-3
-    assert distance(hidden[-rows:], ACTIVATIONS["swiglu"].forward(want)) < 4e-3
-
-    out = grouped_gemm(hidden, c.w_out, None, last, tile)
-    assert distance(out[-rows:], hidden[-rows:].double() @ c.w_out[0].double().T) < 4e-3
+    assert distance(pre[-rows:], x @ w_in.T) < 4e-3
+    assert distance(hidden[-rows:], act.forward(x @ w_in.T)) < 4e-3
 
     d_hidden(c.dy, c.w_out, pre, weight, token_index, last, tile, "swiglu", d_pre, hidden, partial)
-    d_act = c.dy[:rows].double() @ c.w_out[0].double()
-    want = ACTIVATIONS["swiglu"].backward(pre[-rows:].double(), d_act)
-    assert distance(d_pre[-rows:], want) < 4e-3
-    assert distance(partial[0, -rows:], (d_act * ACTIVATIONS["swiglu"].forward(pre[-rows:].double())).sum(1)) < 1e-5
+    kept = pre[-rows:].double()
+    assert distance(d_pre[-rows:], act.backward(kept, dy @ w_out)) < 4e-3
+    assert distance(partial[0, -rows:], (dy @ w_out * act.forward(kept)).sum(1)) < 1e-5
+
+    grad = d_pre[-rows:].double()
+    out = grouped_gemm(d_pre, c.w_in.mT, None, last, tile)
+    assert distance(out[-rows:], grad @ w_in) < 4e-3
+    out = grouped_gemm(hidden, c.w_in, None, last, tile)
+    assert distance(out[-rows:], hidden[-rows:].double() @ w_in.T) < 4e-3
+
+    each = torch.arange(rows + 1, device=DEVICE)
+    y = combine(out, None, TokenLists(A - rows + each, each))
+    assert torch.equal(y, out[-rows:])
+
+    dw_in, db_in = torch.empty_like(c.w_in), c.w_in.new_empty(1, 32)
+    d_weight(d_pre, c.x, token_index, offsets, False, tile, dw_in)
+    assert distance(dw_in[0], grad.T @ x) < 4e-3
+    d_bias(d_pre, token_index, None, offsets, db_in)
+    assert distance(db_in[0], grad.sum(0)) < 4e-3
