@@ -244,6 +244,12 @@ class LanguageTask(LightningModule):
         """Exact resumption, throughput, and export where asked for."""
         return [ExactResume(), Throughput()]
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the data object first: with another tokenizer the weights' shapes would fail less clearly."""
+        data = getattr(self._trainer, "datamodule", None)
+        if isinstance(data, LanguageData) and "LanguageData" in checkpoint:
+            data.load_state_dict(checkpoint["LanguageData"])
+
     def configure_optimizers(self) -> Any:
         """AdamW with two parameter groups, and the schedule a step at a time."""
         h = self.hparams

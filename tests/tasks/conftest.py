@@ -39,6 +39,8 @@ def make(text, tmp_path):
     """make.task(...), make.data(...) and make.trainer(...), tiny ones."""
 
     class Make:
+        tiny, noisy = TINY, NOISY
+
         @staticmethod
         def task(**arguments):
             overrides = {**TINY, **arguments.pop("overrides", {})}

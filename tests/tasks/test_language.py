@@ -4,7 +4,6 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from conftest import NOISY, TINY
 from torch.nn import functional as F
 
 import zoo
@@ -140,7 +139,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(make):
 
 
 def test_recomputation_changes_nothing_and_counts_losses_once(make):
-    noisy = {"router": NOISY, "losses": {"switch": 1.0}, "overrides": {"attention_dropout": 0.1}}
+    noisy = {"router": make.noisy, "losses": {"switch": 1.0}, "overrides": {"attention_dropout": 0.1}}
     with_it = gradients(make, 4, {**noisy, "activation_checkpointing": True})
     assert_close(with_it, gradients(make, 4, noisy), rtol=1e-6)
 
@@ -156,7 +155,7 @@ def test_auxiliary_losses_are_added_once(make):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_selection_biases_move_once_an_optimizer_step(make, accumulate):
-    task = make.task(router={**NOISY, "init_args": {"selection_bias": True, "bias_update_rate": 0.25}})
+    task = make.task(router={**make.noisy, "init_args": {"selection_bias": True, "bias_update_rate": 0.25}})
     make.trainer(max_steps=1, accumulate_grad_batches=accumulate).fit(task, make.data())
     for layer in task.model.model.layers:
         bias = layer.mlp.router.selection_bias
@@ -245,7 +244,7 @@ def test_what_was_exported_generates_the_same_in_transformers(make, tmp_path):
 
 
 def test_training_goes_on_from_a_pretrained_folder(make, tmp_path):
-    pretrained = zoo.create_model("language/mixtral_tiny", vocab_size=259, **TINY).eval()
+    pretrained = zoo.create_model("language/mixtral_tiny", vocab_size=259, **make.tiny).eval()
     zoo.save_pretrained(pretrained, tmp_path / "model")
     task = LanguageTask(pretrained=str(tmp_path / "model"), losses={"switch": 0.5}, lr=0.0, weight_decay=0.0)
     trainer = make.trainer(max_steps=1)
@@ -254,7 +253,7 @@ def test_training_goes_on_from_a_pretrained_folder(make, tmp_path):
     ids = torch.randint(256, (1, 20))
     torch.testing.assert_close(task.model.eval()(input_ids=ids).logits, pretrained(input_ids=ids).logits)
     with pytest.raises(ValueError, match="keeps its own gates"):
-        LanguageTask(pretrained=str(tmp_path / "model"), router=NOISY)
+        LanguageTask(pretrained=str(tmp_path / "model"), router=make.noisy)
 
 
 def test_a_checkpoint_is_a_model_again_without_trainer_or_data(make, tmp_path):

@@ -6,7 +6,6 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from conftest import NOISY
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -28,7 +27,7 @@ def assert_same(a, b):
 def run(make, steps, ckpt_path=None, save_at=None, folder=None, data=None, task=None, **trainer):
     """Train to `steps`; with save_at keep a checkpoint of that step in `folder`."""
     pl.seed_everything(1 if ckpt_path is None else 999, verbose=False)
-    arguments = {"overrides": {"attention_dropout": 0.1}, "router": NOISY, "losses": {"switch": 0.1, "z": 0.01}}
+    arguments = {"overrides": {"attention_dropout": 0.1}, "router": make.noisy, "losses": {"switch": 0.1, "z": 0.01}}
     task = make.task(**{**arguments, **(task or {})})
     if save_at:
         saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save_at, save_top_k=-1)
