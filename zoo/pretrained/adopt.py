@@ -67,8 +67,7 @@ def build(
     blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
     for layer in model.model.layers:
         if layer.mlp in blocks:
-            layer.mlp = _dense(config, family) if dense else _shared(layer.mlp, family)
-    model.to(dtype)
+            layer.mlp = _dense(config, family, dtype) if dense else _shared(layer.mlp, family)
     if device.type != "meta":
         _materialize(model, device, initialize)
     if not dense:
@@ -103,10 +102,10 @@ def shared_width(config: Any) -> int:
     return 0
 
 
-def _dense(config: Any, family: Family) -> MLP:
+def _dense(config: Any, family: Family, dtype: torch.dtype) -> MLP:
     width = config.num_experts_per_tok * getattr(config, family.hidden) + shared_width(config)
     with torch.device("meta"):
-        return MLP(config.hidden_size, width, activation_of(config))
+        return MLP(config.hidden_size, width, activation_of(config)).to(dtype)
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def _use(moe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
 def _mask_is_idle(moe: MoE) -> bool:
     """Whether padding changes nothing for real tokens, nor anything that is counted: then all is as in transformers."""
     dropless = isinstance(moe.router, TopKRouter) and moe.router.capacity is None
-    return dropless and not moe.training and moe._record is None
+    return dropless and not moe.training and not moe._recording
 
 
 def _check_logits(base: Any) -> None:

@@ -1,0 +1,120 @@
+"""Any gate in any model: the ways to name one, and what is filled in."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+import zoo
+from zoo.moe import Capacity, MoE, Router, Routing
+from zoo.moe.routers import TopKRouter
+
+
+class EveryOther(Router):
+    """Sends tokens to expert 0 and 1 in turn; keeps what it was told."""
+
+    def __init__(self, dim: int, num_experts: int, first: int = 0) -> None:
+        super().__init__(dim, num_experts)
+        self.first = first
+        self.seen: list[dict] = []
+
+    def forward(self, x: Tensor, **context) -> Routing:
+        self.seen.append(context)
+        tokens = x.reshape(-1, self.dim).shape[0]
+        expert = (torch.arange(tokens)[:, None] + self.first) % 2
+        return Routing.from_choices(expert, torch.ones(tokens, 1), self.num_experts)
+
+
+def gates(router, **overrides) -> list:
+    model = zoo.create_model("language/mixtral_tiny", num_hidden_layers=2, router=router, **overrides)
+    tokens = torch.randint(0, 1024, (2, 8))
+    model(tokens, labels=tokens).loss.backward()
+    return [m.router for m in model.modules() if isinstance(m, MoE)]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"name": "TopKRouter", "k": 1, "jitter": 0.01},
+        {"class_path": "zoo.moe.routers.TopKRouter", "init_args": {"k": 1, "jitter": 0.01}},
+        {"class_path": "TopKRouter", "init_args": {"k": 1, "jitter": 0.01}},
+        functools.partial(TopKRouter, k=1, jitter=0.01),
+        lambda dim, num_experts: TopKRouter(dim, num_experts, k=1, jitter=0.01),
+    ],
+)
+def test_a_gate_may_be_named_in_many_ways(spec):
+    made = gates(spec)
+    assert [(g.k, g.jitter, g.dim, g.num_experts) for g in made] == [(1, 0.01, 128, 8)] * 2
+    assert made[0] is not made[1]
+
+
+@pytest.mark.parametrize("spec", ["TopKRouter", TopKRouter, {"name": "TopKRouter"}, "zoo.moe.routers.TopKRouter"])
+def test_the_number_of_choices_is_the_configurations_unless_given(spec):
+    assert [g.k for g in gates(spec, num_experts_per_tok=3)] == [3, 3]
+
+
+def test_a_gate_of_ones_own_works_by_its_class_path():
+    made = gates({"class_path": f"{__name__}.EveryOther", "init_args": {"first": 1}})
+    assert [type(g).__name__ for g in made] == ["EveryOther"] * 2
+    assert made[0].first == 1
+    assert made[0].seen[0]["token_ids"].shape == (2, 8)
+
+
+def test_losses_and_capacity_reach_the_familys_own_gate():
+    model = zoo.create_model(
+        "language/qwen3_moe_tiny", num_hidden_layers=2, losses={"switch": 0.01, "z": 0.001}, capacity=1.0
+    )
+    tokens = torch.randint(0, 1024, (2, 64))
+    with zoo.moe.record(model) as step:
+        model(tokens)
+    assert set(step.losses()) == {"switch", "z"}
+    assert all(value > 0 for value in step.losses().values())
+    router = model.model.layers[0].mlp.router
+    assert (router.normalize, router.k, router.capacity) == (True, 4, Capacity(factor=1.0))
+
+
+@pytest.mark.parametrize("capacity", [1.5, {"factor": 1.5}, Capacity(factor=1.5)])
+def test_capacity_may_be_a_factor_arguments_or_an_object(capacity):
+    assert gates(None, capacity=capacity)[0].capacity == Capacity(factor=1.5)
+    assert gates({"name": "TopKRouter", "capacity": capacity if not isinstance(capacity, float) else {"factor": 1.5}})
+
+
+def test_losses_are_handed_to_another_gate_as_well():
+    assert gates("TopKRouter", losses={"z": 0.1})[0].losses.terms.keys() == {"z"}
+    with pytest.raises(ValueError, match="unknown argument of EveryOther 'losses'"):
+        gates(EveryOther, losses={"z": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ("TopRouter", ValueError, "unknown router 'TopRouter'; did you mean TopKRouter"),
+        ({"class_path": "zoo.moe.routers.TopkRouter"}, ValueError, "did you mean TopKRouter"),
+        ({"class_path": "zoo.moe.rooters.TopKRouter"}, ValueError, "did you mean zoo.moe.routers.TopKRouter"),
+        ({"name": "TopKRouter", "jiter": 1.0}, ValueError, "argument of TopKRouter 'jiter'; did you mean jitter"),
+        ({"class_path": "TopKRouter", "args": {}}, ValueError, "did you mean init_args"),
+        ({"k": 1}, TypeError, "expected a class, a function, a name"),
+        (3, TypeError, "got 3"),
+        (lambda dim, num_experts: torch.nn.Linear(dim, num_experts), TypeError, "made a Linear"),
+        ({"name": "TopKRouter", "k": 99}, ValueError, "k must be between 1 and"),
+    ],
+)
+def test_a_wrong_gate_is_explained(spec, error, message):
+    with pytest.raises(error, match=message):
+        gates(spec)
+
+
+def test_one_gate_cannot_serve_every_layer():
+    with pytest.raises(TypeError, match="every layer needs its own"):
+        gates(TopKRouter(128, 8))
+
+
+def test_a_gate_that_does_not_say_how_many_experts_a_token_meets_cannot_be_counted():
+    model = zoo.create_model("language/mixtral_tiny", router=EveryOther)
+    with pytest.raises(ValueError, match=r"mlp: EveryOther has no fixed number"):
+        zoo.models.count_parameters(model)
