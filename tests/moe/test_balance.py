@@ -27,6 +27,10 @@ def close(actual: Tensor, expected: float) -> None:
     )
 
 
+UNIFORM = torch.tensor(1 / 6, dtype=torch.float64)
+EVEN = one_hot(torch.tensor([[0, 1], [2, 3], [4, 5]]), 6)
+
+
 def squared_cv(values: list[float]) -> float:
     mean = sum(values) / len(values)
     return sum((v - mean) ** 2 for v in values) / len(values) / (mean**2 + 1e-10)
@@ -46,16 +50,14 @@ def test_load_balance_against_a_loop_and_at_uniform_routing(normalization: str, 
         total += f * sum(float(probs[t, e]) for t in range(tokens)) / tokens
     close(balance.load_balance(probs, selected, normalization=normalization), num_experts * total)
     even = one_hot(torch.tensor([[0, 1], [2, 3], [4, 5]]), 6)
-    close(
-        balance.load_balance(torch.full((3, 6), 1 / 6, dtype=torch.float64), even, normalization=normalization), uniform
-    )
+    close(balance.load_balance(UNIFORM.expand(3, 6), even, normalization=normalization), uniform)
 
 
 def test_gshard_counts_first_choices_alone() -> None:
     _, probs, _ = draw()
     first = one_hot(probs.argmax(-1, keepdim=True), 6)
     close(balance.gshard(probs, first), 6 * float((first.mean(0) * probs.mean(0)).sum()))
-    close(balance.gshard(torch.full((6, 6), 1 / 6, dtype=torch.float64), torch.eye(6)), 1.0)
+    close(balance.gshard(UNIFORM.expand(6, 6), torch.eye(6).double()), 1.0)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -133,9 +135,7 @@ def test_device_level_against_the_paper() -> None:
     expected = sum(float(f[d : d + 2].mean() * probs.mean(0)[d : d + 2].sum()) for d in (0, 2, 4))
     close(balance.device_level(probs, selected, 3), expected)
     close(
-        balance.device_level(
-            torch.full((3, 6), 1 / 6, dtype=torch.float64), one_hot(torch.tensor([[0, 1], [2, 3], [4, 5]]), 6), 3
-        ),
+        balance.device_level(UNIFORM.expand(3, 6), one_hot(torch.tensor([[0, 1], [2, 3], [4, 5]]), 6), 3),
         1.0,
     )
     with pytest.raises(ValueError, match="6 experts do not split evenly over num_devices=4"):
