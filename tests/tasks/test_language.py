@@ -269,3 +269,11 @@ def test_a_checkpoint_is_a_model_again_without_trainer_or_data(make, tmp_path):
 def test_a_vocabulary_smaller_than_the_tokenizers_is_an_error(make):
     with pytest.raises(ValueError, match="259 tokens, but the model's vocabulary only 100"):
         make.trainer(max_steps=1).fit(make.task(vocab_size=100), make.data())
+
+
+def test_a_compiled_model_gives_the_same_gradients_and_losses(make, monkeypatch):
+    # Traced, but not translated to machine code, which takes minutes.
+    whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True))
+    task = {"router": {"class_path": "TopKRouter"}, "losses": {"switch": 1.0}}
+    assert_close(gradients(make, 4, {**task, "compile": True}), gradients(make, 4, task))
