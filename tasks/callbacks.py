@@ -61,7 +61,7 @@ class Throughput(Callback):
     """Log tokens per second over all processes, validation left out."""
 
     def __init__(self) -> None:
-        self._since, self._tokens = 0.0, 0
+        self._since, self._tokens, self._step = 0.0, 0, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Start the clock, unless it runs."""
@@ -73,7 +73,9 @@ class Throughput(Callback):
     ) -> None:
         """Count, and log at Lightning's interval."""
         self._tokens += batch["input_ids"].numel() * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0 or trainer.global_step == trainer.max_steps:  # type: ignore[attr-defined]
+        step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step != self._step and (step % every == 0 or step == trainer.max_steps):
+            self._step = step
             rate = self._tokens / max(time.perf_counter() - self._since, 1e-9)
             pl_module.log("tokens/s", rate, prog_bar=True, logger=False)
             pl_module.log("train/tokens_per_s", rate)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -86,8 +87,9 @@ class LanguageData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Tokenize into the cache, on one process only."""
-        fn = self.trainer.state.fn if self.trainer else "fit"
-        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(str(fn), ()):
+        stage = self.trainer.state.fn if self.trainer else None
+        splits = {TrainerFn.VALIDATING: ("val",), TrainerFn.TESTING: ("test",), TrainerFn.PREDICTING: ()}
+        for split in splits.get(stage or TrainerFn.FITTING, ("train", "val")):
             tokenize(self.corpus, split, self.tokenizer)
 
     def packed(self, split: str) -> Packed:

@@ -277,3 +277,13 @@ def test_a_compiled_model_gives_the_same_gradients_and_losses(make, monkeypatch)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: whole(self, backend="aot_eager", fullgraph=True))
     task = {"router": {"class_path": "TopKRouter"}, "losses": {"switch": 1.0}}
     assert_close(gradients(make, 4, {**task, "compile": True}), gradients(make, 4, task))
+
+
+def test_preparing_data_leaves_nothing_to_tokenize(make, monkeypatch):
+    data = make.data(tokenizer="bpe:280")
+    data.prepare_data()
+    monkeypatch.setattr("zoo.data.tokens._write", lambda *_: 1 / 0)
+    monkeypatch.setattr("zoo.data.tokenizer._train_bpe", lambda *_: 1 / 0)
+    again = make.data(tokenizer="bpe:280")
+    assert len(again.train_dataloader()) > 0
+    assert len(again.val_dataloader()) > 0

@@ -55,6 +55,39 @@ def test_resuming_is_exact(make, tmp_path, data, trainer, task):
     assert_same(run(make, 6, ckpt_path=checkpoint, data=data, task=task, **trainer), straight)
 
 
+def test_resuming_on_two_processes_is_exact(make, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork of a process with more threads may hang in the first parallel region
+
+    class Keep(pl.Callback):
+        def __init__(self, name):
+            self.name = name
+
+        def on_fit_end(self, trainer, pl_module):
+            if trainer.is_global_zero:
+                torch.save(state_of(pl_module), tmp_path / self.name)
+
+    def train(name, **arguments):
+        seed = 1 if "ckpt_path" not in arguments else 999
+        pl.seed_everything(seed, verbose=False)
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [Keep(name), saver]
+        trainer = make.trainer(
+            max_steps=4, strategy="ddp_fork", devices=2, callbacks=callbacks, enable_checkpointing=True
+        )
+        task = make.task(router=make.noisy, overrides={"attention_dropout": 0.1})
+        trainer.fit(task, make.data(), **arguments)
+
+    try:
+        train("straight.pt")
+        saved = torch.load(tmp_path / "step=2.ckpt")
+        assert len(saved["exact_resume"]["random"]) == 2
+        train("resumed.pt", ckpt_path=tmp_path / "step=2.ckpt")
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "straight.pt"))
+
+
 def test_a_run_that_ended_can_be_made_longer(make, tmp_path):
     task = {"schedule_steps": 6}
     straight = run(make, 6, task=task)
