@@ -125,6 +125,7 @@ def build(
     losses: Mapping[str, Any] | None = None,
     capacity: Any = None,
     backend: str = "auto",
+    dense: bool = False,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     **fields: Any,
@@ -134,13 +135,15 @@ def build(
     router: any gate, for every MoE layer: a class or function taking (dim, num_experts), or its name or class path
     with arguments, {"name": "TopKRouter", "k": 1} or {"class_path": "my.Router", "init_args": {...}}; dim and
     num_experts are filled in, and k too where the gate has one and none is given. losses and capacity (a `Capacity`,
-    its arguments, or the factor alone) go to that gate, or to the family's own. backend is that of `moe_mlp`. All other
-    keywords are fields of the family's configuration. Raises ValueError naming the nearest fields or gates for an
-    unknown one.
+    its arguments, or the factor alone) go to that gate, or to the family's own. backend is that of `moe_mlp`. dense
+    makes the dense twin instead (see `dense_twin`). All other keywords are fields of the family's configuration.
+    Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..pretrained import adopt
     from .gates import gate_factory
 
+    if dense:
+        return dense_twin(name, dtype=dtype, attn_implementation=attn_implementation, **fields)
     config = configuration(name, **fields)
     family = adopt.family_of(config.model_type)
     given = adopt.gate_arguments(losses, capacity)
@@ -173,7 +176,7 @@ def _check_fields(config_class: Any, fields: Mapping[str, Any]) -> None:
 
     # head_dim is read by every family, but is a field of some only.
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map) | {"head_dim"}
-    shortcuts = {"router", "losses", "capacity", "backend", "dtype", "attn_implementation"}
+    shortcuts = {"router", "losses", "capacity", "backend", "dense", "dtype", "attn_implementation"}
     for field in fields:
         if field not in known:
             raise unknown(f"override of {config_class.model_type}", field, known | shortcuts)
