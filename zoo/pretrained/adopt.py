@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from types import MethodType
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def build(
             if isinstance(layer.mlp, _Shared):
                 layer.mlp = _moe(config, family, make, layer.mlp.shared, backend, dtype, device, initialize)
         pass_context(model)
-        model.save_pretrained = MethodType(_save_pretrained, model)
+        model.save_pretrained = _Save(model)
     return model.eval() if not initialize else model
 
 
@@ -157,8 +156,16 @@ def _moe(
     return moe
 
 
-def _save_pretrained(model: Any, save_directory: Any, **options: Any) -> None:
-    """transformers' own method would write our tensor names; see `zoo.save_pretrained`."""
-    from .folder import save_pretrained
+class _Save:
+    """Stands in for transformers' own method, which would write our tensor names; see `zoo.save_pretrained`.
 
-    save_pretrained(model, save_directory, **options)
+    An object rather than a bound function: it survives pickling, and a copied model saves itself.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: Any, **options: Any) -> None:
+        from .folder import save_pretrained
+
+        save_pretrained(self.model, save_directory, **options)
