@@ -132,6 +132,15 @@ def test_a_compiled_model_gives_the_same_gradients(with_mask):
     assert moes(model)[0]._moe_link.value is None
 
 
+def test_a_compiled_model_without_a_mask_is_one_graph():
+    model = small(num_hidden_layers=2)
+    tokens = padded()[0]
+    expected = model(tokens, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
 def test_a_copy_has_hooks_of_its_own():
     model = small(router=Spy)
     tokens, mask = padded()

@@ -23,7 +23,7 @@ KEY = "moe_context"
 class _Link:
     """What an attention module leaves for the MoE of the same layer."""
 
-    value: dict[str, Tensor] | None = None
+    value: dict[str, Any] | None = None
 
 
 def pass_context(model: Any) -> None:
@@ -42,9 +42,10 @@ def pass_context(model: Any) -> None:
 
 
 def _put(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    context: dict[str, Any] = {}
     if kwargs.get("output_router_logits") or base.config.output_router_logits:
         _check_logits(base)
-    context = {}
+        context["record_logits"] = True
     ids = kwargs.get("input_ids", args[0] if args else None)
     embeds = kwargs.get("inputs_embeds")
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
@@ -75,7 +76,9 @@ def _use(moe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
     context, moe._moe_link.value = moe._moe_link.value or {}, None
     if "mask" in context and _mask_is_idle(moe):
         context = {key: value for key, value in context.items() if key != "mask"}
-    _record_logits(moe, args[0])
+    if "record_logits" in context:
+        context = {key: value for key, value in context.items() if key != "record_logits"}
+        _record_logits(moe, args[0])
     return args, {**context, **kwargs}
 
 
@@ -96,7 +99,7 @@ def _check_logits(base: Any) -> None:
 
 
 def _record_logits(moe: Any, x: Tensor) -> None:
-    """Give transformers the router's logits where a caller asked for output_router_logits."""
+    """Give transformers the router's logits, where it collects outputs for a caller."""
     from transformers.utils.output_capturing import _active_collector
 
     wanted = _active_collector.get()

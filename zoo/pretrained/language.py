@@ -53,8 +53,8 @@ def _mixtral(config: Any) -> dict[str, Any]:
 
 
 def _deepseek_v3(config: Any) -> dict[str, Any]:
-    # Groups that were not chosen are masked with -inf, as in the authors' code and transformers since 5.x; older
-    # transformers masked with 0, which with a negative bias picks experts outside the allowed groups.
+    # Groups that were not chosen are masked with -inf, as in the authors' code and in transformers 5.23; earlier ones
+    # masked with 0, which with a negative bias picks experts outside the allowed groups.
     return {
         "k": config.num_experts_per_tok,
         "score": "sigmoid",
