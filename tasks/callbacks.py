@@ -1,9 +1,12 @@
-"""Callbacks that every task brings along: exact resumption and throughput."""
+"""Callbacks that every task brings along: exact resumption, throughput, the last checkpoint."""
 
 from __future__ import annotations
 
 import random
+import signal
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,6 +87,65 @@ class Throughput(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
         self._since = 0.0
+
+
+class SaveLast(Callback):
+    """Keep checkpoints/last.ckpt beside the logs: every so many steps, and at the end, whatever ended the run.
+
+    The file is replaced whole. The first Ctrl-C ends the run after the step it is in, and so with a checkpoint that
+    continues exactly; a second one ends it at once.
+    """
+
+    def __init__(self, every_n_steps: int = 1000) -> None:
+        self.every_n_steps = every_n_steps
+        self._saved_step, self._interrupted = 0, False
+        self._handler: Any = None
+
+    def path(self, trainer: Trainer) -> Path:
+        """Where the checkpoint is."""
+        return Path(trainer.log_dir or trainer.default_root_dir, "checkpoints", "last.ckpt")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Catch Ctrl-C, in a single process: several would not stop at the same step."""
+        self._saved_step = trainer.global_step
+        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save or stop, when this batch ended a step."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        trainer.should_stop = trainer.should_stop or self._interrupted
+        if trainer.global_step - self._saved_step >= self.every_n_steps:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save what came after the last time."""
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+        if self._interrupted:
+            print(f"stopped after step {trainer.global_step}; go on with --ckpt_path {self.path(trainer)}")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give Ctrl-C back."""
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+            self._handler = None
+
+    def _interrupt(self, number: int, frame: Any) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+
+    def _save(self, trainer: Trainer) -> None:
+        path = self.path(trainer)
+        draft = path.with_suffix(".part")
+        trainer.save_checkpoint(draft)
+        if trainer.is_global_zero:
+            draft.replace(path)
+        self._saved_step = trainer.global_step
 
 
 def random_state() -> dict[str, Any]:

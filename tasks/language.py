@@ -81,7 +81,8 @@ class LanguageData(LightningDataModule):
         if not self.tokenizer_name.startswith("bpe:"):
             _ = self.tokenizer
         if subcommand != "predict":
-            _ = self.corpus
+            if not str(self.source).startswith("hub:"):  # opening one of those downloads it
+                _ = self.corpus
         elif not self.prompts:
             raise ValueError("nothing to predict: give data.prompts")
 

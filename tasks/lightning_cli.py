@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from tasks.callbacks import SaveLast
 from zoo.nearest import unknown
 
 TRAINER_DEFAULTS = {
@@ -139,7 +140,9 @@ class TaskCLI(LightningCLI):
             kwargs["logger"] = loggers(config["default_root_dir"], self.domain) if fitting else False
         callbacks = list(config.get("callbacks") or [])
         if fitting and config.get("enable_checkpointing") is not False:
-            callbacks += [ModelCheckpoint(save_last=True, every_n_train_steps=1000, save_top_k=0)]
+            callbacks += [SaveLast()]
+            # Lightning would otherwise add one of its own, which writes an epoch's last step a second time.
+            kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         if fitting and kwargs.get("logger", True):
             callbacks += [LearningRateMonitor("step")]
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)

@@ -1,12 +1,16 @@
 """A run that stops and goes on ends bit for bit where one that never stopped does."""
 
+import os
 import random
+import signal
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+
+from tasks.callbacks import SaveLast
 
 
 def state_of(task):
@@ -88,12 +92,38 @@ def test_resuming_on_two_processes_is_exact(make, tmp_path):
     assert_same(torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "straight.pt"))
 
 
-def test_a_run_that_ended_can_be_made_longer(make, tmp_path):
-    task = {"schedule_steps": 6}
-    straight = run(make, 6, task=task)
-    run(make, 3, save_at=3, folder=tmp_path, task=task)
-    [checkpoint] = tmp_path.glob("*.ckpt")
-    assert_same(run(make, 6, ckpt_path=checkpoint, task=task), straight)
+@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}])
+def test_a_run_that_ended_can_be_made_longer(make, tmp_path, trainer):
+    task, last = {"schedule_steps": 6}, tmp_path / "checkpoints" / "last.ckpt"
+    straight = run(make, 6, task=task, **trainer)
+    run(make, 3, task=task, callbacks=[SaveLast(every_n_steps=2)], **trainer)
+    assert torch.load(last)["global_step"] == 3
+    assert_same(run(make, 6, ckpt_path=last, task=task, **trainer), straight)
+
+
+def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint_that_continues_exactly(make, tmp_path, capsys):
+    class PressCtrlC(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 4:  # the first of the two micro-batches of step 3
+                os.kill(os.getpid(), signal.SIGINT)
+
+    window, last = {"accumulate_grad_batches": 2}, tmp_path / "checkpoints" / "last.ckpt"
+    straight = run(make, 6, **window)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(AssertionError):  # fewer steps than asked for
+        run(make, 6, callbacks=[PressCtrlC(), SaveLast()], **window)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopped after step 3" in capsys.readouterr().out
+    assert torch.load(last)["global_step"] == 3
+    assert [p.name for p in last.parent.iterdir()] == ["last.ckpt"]
+    assert_same(run(make, 6, ckpt_path=last, **window), straight)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(make):
+    saver = SaveLast()
+    saver._interrupt(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        saver._interrupt(signal.SIGINT, None)
 
 
 def test_a_checkpoint_inside_an_accumulation_window_keeps_its_gradients(make, tmp_path):
