@@ -1,0 +1,112 @@
+"""`zoo demo`: train a small mixture of experts and its dense twin side by side, and report how they compare.
+
+Every domain has its part in a file of its own, a function run(folder, options) that trains, prints, and leaves data
+for `zoo.report`. The run's folder holds nothing that the user wrote, so that the next demo may replace it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .machine import describe
+
+MARKER = "demo.json"
+DEFAULT_SECONDS = 160.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo; returns the exit status: 0, 2 for a mistake in the arguments, 130 after Ctrl-C."""
+    try:
+        options = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        if options.seconds <= 0:
+            raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
+        if not Path(options.config).is_file():
+            raise ValueError(f"there is no config file {options.config}")
+        prepare(options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _run(options)
+
+
+def prepare(folder: Path) -> None:
+    """Make an empty folder for a run, in place of an earlier demo's; raises FileExistsError for any other."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not is_demo(folder):
+            raise FileExistsError(
+                f"{folder} exists and was not made by zoo demo; nothing was changed. Choose another with --out"
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _note(folder, status="running", started=time.strftime("%Y-%m-%d %H:%M:%S %Z"), **describe())
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether a folder is what an earlier demo left."""
+    try:
+        return json.loads((folder / MARKER).read_text())["made_by"] == "zoo demo"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _run(options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    status, code = "finished", 0
+    try:
+        from .language import run
+
+        finished = run(options.out / "language", options.config, options.seconds)
+    except KeyboardInterrupt:
+        finished = False
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        _note(options.out, status="failed", wall_seconds=time.perf_counter() - started)
+        return 2
+    if not finished:
+        status, code = "interrupted", 130
+    _note(options.out, status=status, wall_seconds=time.perf_counter() - started)
+
+    from zoo.report import build, summary
+
+    report = build(options.out)
+    print()
+    print(summary(options.out))
+    print(f"\nreport: {report}   ({time.perf_counter() - started:.0f} s in all)")
+    return code
+
+
+def _note(folder: Path, **facts: Any) -> None:
+    """Add facts to the run's own file."""
+    path = folder / MARKER
+    known = json.loads(path.read_text()) if path.exists() else {"made_by": "zoo demo"}
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps({**known, **facts}, indent=1) + "\n")
+    draft.replace(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zoo demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=DEFAULT_SECONDS,
+        help="training time, shared evenly by the two models (default %(default)g); the rest takes less than a minute",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default %(default)s)")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        default=Path(__file__).parents[2] / "configs" / "language" / "demo.yaml",
+        help="configuration of the mixture of experts, as for zoo language fit (default configs/language/demo.yaml)",
+    )
+    return parser

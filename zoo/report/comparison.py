@@ -1,0 +1,43 @@
+"""The mixture of experts against its dense twin: which figures are compared, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .run import Row, at
+
+
+@dataclass(frozen=True)
+class Point:
+    """Both models' bits per byte at the same `place`: a number of steps, or of seconds of training."""
+
+    place: float
+    moe: float
+    dense: float
+
+    @property
+    def gain(self) -> float:
+        """How much less the mixture of experts needs, as a share of the dense twin's; negative when it needs more."""
+        return 1 - self.moe / self.dense
+
+
+def equal_steps(moe: list[Row], dense: list[Row]) -> Point | None:
+    """At the last step at which both were evaluated, if there is one."""
+    common = {row["step"] for row in moe} & {row["step"] for row in dense}
+    if not common:
+        return None
+    step = max(common)
+    return Point(step, at(moe, "step", "bits_per_byte", step), at(dense, "step", "bits_per_byte", step))
+
+
+def equal_time(moe: list[Row], dense: list[Row]) -> Point | None:
+    """At the training time that both reached, on the line between the evaluations around it."""
+    if not moe or not dense:
+        return None
+    seconds = min(moe[-1]["seconds"], dense[-1]["seconds"])
+    return Point(seconds, at(moe, "seconds", "bits_per_byte", seconds), at(dense, "seconds", "bits_per_byte", seconds))
+
+
+def speed(rows: list[Row]) -> float:
+    """Tokens a second over a whole training."""
+    return rows[-1]["tokens"] / max(rows[-1]["seconds"], 1e-9) if rows else 0.0
