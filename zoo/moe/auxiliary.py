@@ -93,6 +93,38 @@ class AuxiliaryLosses:
         return losses
 
 
+def choice_sources(
+    logits: Tensor,
+    noisy: Tensor,
+    std: Tensor | None,
+    expert: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    probs: Callable[[], Tensor],
+    noisy_probs: Callable[[], Tensor],
+) -> dict[str, Callable[[], Any]]:
+    """What losses may ask for after a choice of experts [T, K] with weights [T, K] from logits [T, E]."""
+    k = expert.shape[-1]
+
+    def chosen(index: Tensor, value: Tensor | None = None) -> Tensor:
+        zeros = torch.zeros_like(logits)
+        return zeros.scatter(-1, index, 1.0) if value is None else zeros.scatter(-1, index, value.to(zeros.dtype))
+
+    return {
+        "logits": lambda: logits,
+        "noisy_logits": lambda: noisy,
+        "noise_std": lambda: std,
+        "probs": probs,
+        "noisy_probs": noisy_probs,
+        "selected": lambda: chosen(expert),
+        "first": lambda: chosen(expert[:, :1]),
+        "unbiased": lambda: chosen(logits.topk(k, dim=-1).indices),
+        "gates": lambda: chosen(expert, weight),
+        "mask": lambda: mask,
+        "k": lambda: k,
+    }
+
+
 def _split(arguments: dict[str, Any], split: tuple[int, int], tokens: int) -> dict[str, Any]:
     """The tensors [T, ..] among `arguments` as [G, N, ..]; tokens that fill a short last group are masked."""
     missing = math.prod(split) - tokens

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..auxiliary import AuxiliaryLosses
+from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..capacity import Capacity
 from ..routing import Routing, count_experts
 from .base import Router, is_recomputation
@@ -169,7 +169,13 @@ class TopKRouter(Router):
         asked = expert if mask is None else expert.where(mask[:, None], self.num_experts)
         keep = None if mask is None else asked < self.num_experts
         self._count_load(asked)
-        losses = self._losses(logits, noisy, std, expert, weight, mask, batch)
+        probs = scores if self.score == "softmax" and noisy is logits else self._probs(logits)
+        losses = {}
+        if self.training and self.losses.terms:
+            sources = choice_sources(
+                logits, noisy, std, expert, weight, mask, lambda: probs, lambda: self._probs(noisy)
+            )
+            losses = self.losses(sources, self._loss_groups(logits.shape[0], batch))
         if self.capacity is not None:
             keep = self._within_capacity(asked, weight, noisy, batch)
             if self.capacity.renormalize:
@@ -181,7 +187,7 @@ class TopKRouter(Router):
             self.num_experts,
             keep=keep,
             losses=losses,
-            probs=scores if self.score == "softmax" and noisy is logits else self._probs(logits),
+            probs=probs,
             asked=self.k if mask is None else self.k * mask,
         )
 
@@ -274,44 +280,13 @@ class TopKRouter(Router):
             raise ValueError("TopKRouter: group_size='sequence' needs tokens as [B, S, D], got one list of tokens")
         return tokens // max(batch, 1)
 
-    def _losses(
-        self,
-        logits: Tensor,
-        noisy: Tensor,
-        std: Tensor | None,
-        expert: Tensor,
-        weight: Tensor,
-        mask: Tensor | None,
-        batch: int | None,
-    ) -> dict[str, Tensor]:
-        if not self.training or not self.losses.terms:
-            return {}
-        tokens = logits.shape[0]
-        groups = dict.fromkeys(("sequence", "group"), None if batch is None else (batch, tokens // max(batch, 1)))
-        if self.group_size != "sequence":
-            size = self.group_size or tokens
-            groups["group"] = (-(-tokens // size), size) if size else (1, 0)
-
-        def chosen(index: Tensor, value: Tensor | float = 1.0) -> Tensor:
-            zeros = torch.zeros_like(logits)
-            return zeros.scatter(-1, index, value.to(zeros.dtype) if isinstance(value, Tensor) else value)
-
-        return self.losses(
-            {
-                "logits": lambda: logits,
-                "noisy_logits": lambda: noisy,
-                "noise_std": lambda: std,
-                "probs": lambda: self._probs(logits),
-                "noisy_probs": lambda: self._probs(noisy),
-                "selected": lambda: chosen(expert),
-                "first": lambda: chosen(expert[:, :1]),
-                "unbiased": lambda: chosen(logits.topk(self.k, dim=-1).indices),
-                "gates": lambda: chosen(expert, weight),
-                "mask": lambda: mask,
-                "k": lambda: self.k,
-            },
-            groups,
-        )
+    def _loss_groups(self, tokens: int, batch: int | None) -> dict[str, tuple[int, int] | None]:
+        """How many groups of how many tokens each scope of a loss makes; None where that is unknown."""
+        sequences = None if batch is None else (batch, tokens // max(batch, 1))
+        if self.group_size == "sequence":
+            return {"sequence": sequences, "group": sequences}
+        size = self.group_size or tokens
+        return {"sequence": sequences, "group": (-(-tokens // size), size) if size else (1, 0)}
 
     def extra_repr(self) -> str:
         """Sizes and options for `print(model)`."""
