@@ -61,9 +61,10 @@ def moe_mlp(
     explicitly cannot run these tensors.
     """
     check_shapes(x, w_in, w_out, b_in, b_out, activation)
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
-    if autocast:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast := autocast and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
     elif not x.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(f"moe_mlp: x, w_in and w_out must share a dtype, got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
     if backend == "auto":

@@ -7,26 +7,26 @@ What the speed rests on, measured on 2 cores with AMX:
 - oneDNN compiles a GEMM for each new shape in about 4 ms, 20 times what the GEMM takes, so low-precision blocks
   are padded with zero rows to a few sizes;
 - the results of all experts are summed per token by `embedding_bag`, one pass that accumulates in float32;
-- fresh large buffers are backed by huge pages: page faults otherwise cost as much as a fifth of the GEMMs.
+- large buffers come from `memory`, which reuses pages: fresh ones cost up to half as much as the GEMMs.
 """
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from . import memory
 from .activations import get_activation
 
 # Rows up to which W @ x.T beats x @ W.T: the library repacks its second factor.
 FEW_ROWS = 32
 # Elements of all outputs together up to which index_add beats sorting the assignments by token.
+PADDED = (torch.bfloat16, torch.float16)
+MANY_ROWS = 448
 FEW_OUTPUTS = 1 << 15
-HUGE_BYTES = 1 << 22
 
 
 def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | None:
@@ -38,30 +38,9 @@ def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str 
     return None
 
 
-def _madvise() -> Callable[[int, int, int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    call = ctypes.CDLL(None).madvise
-    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return call
-
-
-_MADVISE = _madvise()
-
-
-def _huge(tensor: Tensor) -> Tensor:
-    """Ask for huge pages behind a fresh tensor; only advice, so a refusal does no harm."""
-    size = tensor.numel() * tensor.element_size()
-    if size >= HUGE_BYTES and _MADVISE is not None:
-        page = 4096
-        start = -(-tensor.data_ptr() // page) * page
-        _MADVISE(start, (tensor.data_ptr() + size - start) // page * page, 14)  # 14 is MADV_HUGEPAGE
-    return tensor
-
-
 def _padded(rows: int, dtype: torch.dtype) -> int:
     """Rows to compute for `rows` real ones: 16 sizes an octave where oneDNN would compile for each."""
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype not in PADDED:
         return rows
     step = max(8, 1 << max(0, rows.bit_length() - 5)) if rows > 8 else 1
     return -(-rows // step) * step
@@ -79,14 +58,20 @@ def _longest(offsets: Tensor, dtype: torch.dtype) -> int:
     return max((_padded(rows.stop - rows.start, dtype) for _, rows in _blocks(offsets)), default=0)
 
 
-def _linear(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out [n, N] = x [n, K] @ w [N, K].T."""
-    if x.shape[0] == 1:
-        torch.mv(w, x[0], out=out[0])
-    elif x.shape[0] <= FEW_ROWS:
-        out.copy_((w @ x.T).T)
+def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """out [n, N] = x [n, K] @ w [K, N]."""
+    n = x.shape[0]
+    if n == 1:
+        torch.mv(w.T, x[0], out=out[0])
+    elif n <= FEW_ROWS:
+        out.copy_((w.T @ x.T).T)
+    elif n <= MANY_ROWS or x.dtype not in PADDED:
+        torch.mm(x, w, out=out)
     else:
-        torch.mm(x, w.T, out=out)
+        parts = -(-n // MANY_ROWS)
+        step = _padded(-(-n // parts), x.dtype)
+        for i in range(0, n, step):
+            torch.mm(x[i : i + step], w, out=out[i : i + step])
 
 
 def _combine(rows: Tensor, token_index: Tensor, weight: Tensor | None, num_tokens: int) -> Tensor:
@@ -118,19 +103,20 @@ def forward(
     (tokens, width), (_, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
     count, longest = token_index.numel(), _longest(offsets, x.dtype)
     # Padding rows of one expert are overwritten by the next one, so only the end needs room for them.
-    pre = _huge(x.new_empty(count + longest if save else longest, wide))
-    outs = _huge(x.new_empty(count + longest, width))
-    x_block, hidden_block = x.new_zeros(longest, width), x.new_zeros(longest, hidden_dim)
+    pre = memory.empty((count + longest if save else longest, wide), x.dtype)
+    outs = memory.empty((count + longest, width), x.dtype)
+    x_block = memory.empty((longest, width), x.dtype)
+    hidden_block = memory.empty((longest, hidden_dim), x.dtype)
     for e, rows in _blocks(offsets):
         n = rows.stop - rows.start
         m = _padded(n, x.dtype)
         torch.index_select(x, 0, token_index[rows], out=x_block[:n])
         start = rows.start if save else 0
-        _linear(x_block[:m], w_in[e].to(x.dtype), pre[start : start + m])
+        _matmul(x_block[:m], w_in[e].T.to(x.dtype), pre[start : start + m])
         if b_in is not None:
             pre[start : start + n] += b_in[e]
         act.forward_out(pre[start : start + n], hidden_block[:n])
-        _linear(hidden_block[:m], w_out[e].to(x.dtype), outs[rows.start : rows.start + m])
+        _matmul(hidden_block[:m], w_out[e].T.to(x.dtype), outs[rows.start : rows.start + m])
         if b_out is not None:
             outs[rows] += b_out[e]
     y = _combine(outs[:count], token_index, weight.to(x.dtype), tokens)
@@ -158,15 +144,15 @@ def backward(
     need_pre = need_x or need_in or need_b_in
     (_, width), (_, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
     count, longest = token_index.numel(), _longest(offsets, x.dtype)
-    dx_rows = _huge(x.new_empty(count + longest, width)) if need_x else nothing
-    dw_in = _huge(torch.empty_like(w_in)) if need_in else nothing
-    dw_out = _huge(torch.empty_like(w_out)) if need_out else nothing
+    dx_rows = memory.empty((count + longest, width), x.dtype) if need_x else nothing
+    dw_in = memory.empty_like(w_in) if need_in else nothing
+    dw_out = memory.empty_like(w_out) if need_out else nothing
     db_in = torch.zeros_like(b_in) if b_in is not None and need_b_in else nothing
     db_out = torch.zeros_like(b_out) if b_out is not None and need_b_out else nothing
     dweight = weight.new_empty(weight.shape) if need_weight else nothing
-    x_block, g_block = x.new_empty(longest, width), x.new_empty(longest, width)
-    point, hidden, d_hidden = (x.new_empty(longest, hidden_dim) for _ in range(3))
-    d_pre = x.new_empty(longest, wide)
+    x_block, g_block = (memory.empty((longest, width), x.dtype) for _ in range(2))
+    point, hidden, d_hidden = (memory.empty((longest, hidden_dim), x.dtype) for _ in range(3))
+    d_pre = memory.empty((longest, wide), x.dtype)
     for e, rows in _blocks(offsets):
         n = rows.stop - rows.start
         m = _padded(n, x.dtype)
@@ -177,7 +163,7 @@ def backward(
         scale = weight[rows, None].to(x.dtype)
         act.forward_out(pre[rows], hidden[:n], point[:n])
         if need_pre or need_weight:
-            torch.mm(g_block[:m], w_out[e].to(x.dtype), out=d_hidden[:m])
+            _matmul(g_block[:m], w_out[e].to(x.dtype), d_hidden[:m])
         if need_weight:
             torch.mul(d_hidden[:n], hidden[:n], out=d_pre[:n, :hidden_dim])
             torch.sum(d_pre[:n, :hidden_dim], 1, dtype=weight.dtype, out=dweight[rows])
@@ -198,7 +184,7 @@ def backward(
             torch.index_select(x, 0, token_index[rows], out=x_block[:n])
             _product(d_pre[:m].T, x_block[:m], dw_in[e])
         if need_x:
-            torch.mm(d_pre[:m], w_in[e].to(x.dtype), out=dx_rows[rows.start : rows.start + m])
+            _matmul(d_pre[:m], w_in[e].to(x.dtype), dx_rows[rows.start : rows.start + m])
     _zero_idle(offsets, dw_in, dw_out)
     dx = _combine(dx_rows[:count], token_index, None, x.shape[0]) if need_x else nothing
     return [dx, dw_in, dw_out, db_in, db_out, dweight]

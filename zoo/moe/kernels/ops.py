@@ -7,7 +7,6 @@ inputs and the pre-activations, nothing else. Outputs are contiguous, gradients 
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
 import torch
@@ -49,11 +48,13 @@ def backend_module(name: str) -> ModuleType:
         from . import cpu
 
         return cpu
-    if name == "triton":
-        from . import triton
+    if name == "grouped_mm":
+        from . import grouped_mm
 
-        return triton
-    return importlib.import_module(f"{__package__}.{name}")
+        return grouped_mm
+    from . import triton
+
+    return triton
 
 
 def _forward(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
