@@ -141,7 +141,7 @@ def _text_models(module: ModuleType) -> list[type[PreTrainedModel]]:
 def _shrunk(config_class: Any, special: dict[str, Any]) -> Any:
     small: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     for name, value in config_class().to_dict().items():
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            sizes = [size for pattern, size in SMALL.items() if re.fullmatch(pattern, name)]
-            small[name] = min([value, *sizes])
+        sizes = [size for pattern, size in SMALL.items() if re.fullmatch(pattern, name)]
+        if sizes and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            small[name] = min(value, *sizes)
     return config_class(**{**small, **special})
