@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import inspect
 import re
 import subprocess
@@ -20,6 +21,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+import zoo
 from zoo.models import transformers_experts
 from zoo.models.transformers_experts import activation_of, experts_forward
 
@@ -167,14 +169,19 @@ def test_a_compiled_model_has_one_graph_and_the_same_logits():
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize(
-    "order", ["import zoo; import transformers", "import transformers.integrations.moe; import zoo"]
-)
-def test_importing_zoo_is_enough_in_either_order(order):
-    program = f"""
-import sys
-{order}
+def test_importing_zoo_before_transformers_is_enough():
+    program = """
+import sys, zoo
+assert not {"torch", "transformers"} & set(sys.modules)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 assert "zoo" in ALL_EXPERTS_FUNCTIONS.keys()
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_importing_zoo_after_transformers_is_enough():
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    del ALL_EXPERTS_FUNCTIONS._global_mapping["zoo"]
+    importlib.reload(zoo)
+    assert ALL_EXPERTS_FUNCTIONS["zoo"] is experts_forward
