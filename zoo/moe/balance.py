@@ -131,7 +131,7 @@ def update_biases(model: nn.Module) -> None:
     """
     for router in model.modules():
         bias = getattr(router, "selection_bias", None)
-        if not isinstance(bias, Tensor):
+        if not isinstance(bias, Tensor) or not hasattr(router, "load_since_update"):
             continue
         counts: Tensor | None = router.load_since_update  # type: ignore[assignment]
         if counts is None:

@@ -11,6 +11,7 @@ from .topk import TopKRouter
 
 EPS = 1e-8
 STEPS_PER_CHECK = 16
+MAX_CHECKS = 64  # EPS lets scalings drift for ever: a tolerance of 1e-8 would never be met
 
 
 class SinkhornRouter(TopKRouter):
@@ -42,8 +43,10 @@ def sinkhorn_plan(logits: Tensor, tolerance: float = 1e-4, mask: Tensor | None =
         cost, rows = cost.where(mask[:, None], 0), mask.sum()
     row, column = cost.new_ones(tokens), cost.new_ones(experts)
     done = torch.tensor(tokens == 0, device=logits.device)
-    while not done:
+    for _ in range(MAX_CHECKS):
         # Several steps between looks at `done`, each of which makes the host wait for the device.
+        if done:
+            break
         for _ in range(STEPS_PER_CHECK):
             new_row = 1 / (rows * ((cost * column).sum(1) + EPS))
             new_column = 1 / (experts * ((cost * new_row[:, None]).sum(0) + EPS))
