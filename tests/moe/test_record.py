@@ -159,12 +159,15 @@ def test_compiled_blocks_under_checkpointing_count_once() -> None:
     same(train_step(model, tokens(), run, inside=True), train_step(Model(), tokens()))
 
 
-def test_capacity_compiles_with_a_graph_break_to_the_same_result() -> None:
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_capacity_compiles_to_the_same_result(fullgraph: bool) -> None:
     torch._dynamo.reset()
     capacity = zoo.moe.Capacity(0.6, renormalize=True)
     model = Model(capacity=capacity)
-    compiled = torch.compile(model, backend="aot_eager")
-    same(train_step(model, tokens(), compiled), train_step(Model(capacity=capacity), tokens()))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
+    with torch._dynamo.config.patch(capture_scalar_outputs=fullgraph):
+        found = train_step(model, tokens(), compiled)
+    same(found, train_step(Model(capacity=capacity), tokens()))
 
 
 @pytest.mark.parametrize("checkpointing", [None, False])

@@ -34,8 +34,12 @@ class Capacity:
         priority_sum  the same with tokens ordered by the sum of their K scores (the paper's variant)
         random        tokens in random order, first choices first (random token selection, Z-code M3)
         unordered     whichever C of an expert's tokens torch.topk finds in a column of equal ones: as many, not the
-                      earliest (what DeepSpeed's top-1 gate does without random token selection)
+                      earliest (DeepSpeed's top-1 gate without random token selection; Megatron's `position` as it
+                      runs on a CPU, and its `probs` where all weights are 1)
     `renormalize` divides what is left of a token's weights by their sum (DeepSpeed's GShard; not V-MoE, not Switch).
+
+    How many choices are kept is known only when they are: torch.compile breaks the graph there, once a layer, unless
+    torch._dynamo.config.capture_scalar_outputs is set.
 
     Raises ValueError when an option is unknown or a capacity would be below one.
     """
