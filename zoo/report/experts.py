@@ -68,9 +68,9 @@ def _specialisation(layers: list[dict[str, Any]] | None) -> str:
     return section(
         "What each expert specialises in",
         "Tokens of unseen text that set an expert apart from the others, with the share of that token's choices that "
-        "goes to this expert; · is a space and ⏎ a line end. The bar is the expert's load; half of it is an even share. How far "
-        "token and position decide is the uncertainty about the expert that they remove (mutual information over entropy), "
-        "the question of OpenMoE (2402.01739).",
+        "goes to this expert; · is a space and ⏎ a line end. The bar is the expert's load; half of it is an even "
+        "share. How far token and position decide is the uncertainty about the expert that they remove (mutual "
+        "information over entropy), the question of OpenMoE (2402.01739).",
         *parts,
     )
 
