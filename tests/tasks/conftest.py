@@ -16,14 +16,24 @@ TINY = {
 NOISY = {"class_path": "zoo.moe.routers.TopKRouter", "init_args": {"jitter": 0.1, "selection_bias": True}}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models gain nothing from more, and a fork of a process with more may hang in its first parallel region."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
-    """A folder with enough text for a few dozen sequences a split."""
+    """A folder with enough text for about a hundred sequences of 32 bytes."""
     folder = tmp_path_factory.mktemp("text")
     generator = torch.Generator().manual_seed(0)
     words = ["router", "expert", "token", "gate", "while", "return", "if", "else"]
     for i in range(40):
-        picks = torch.randint(len(words), (60,), generator=generator).tolist()
+        # Short and uneven, so that batches differ in the number of targets.
+        picks = torch.randint(len(words), (3 + i % 30,), generator=generator).tolist()
         (folder / f"{i}.txt").write_text(" ".join(words[p] for p in picks))
     return folder
 

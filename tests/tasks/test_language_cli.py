@@ -49,7 +49,7 @@ def test_every_config_parses_and_its_model_builds_without_memory(config, capsys)
         assert total == pytest.approx(PUBLISHED[config.stem][0], rel=0.01)
         assert active == pytest.approx(PUBLISHED[config.stem][1], rel=0.03)
     else:
-        assert total < 0.01
+        assert total < 0.1
     assert config.read_text().startswith("# ")  # what it is, and what it takes
 
 
