@@ -99,21 +99,25 @@ class TaskCLI(LightningCLI):
         # Only the one that was asked for: building the parsers of all four takes seconds.
         named = {subcommand: LightningCLI.subcommands()[subcommand]}
         self.subcommands = lambda: named  # type: ignore[method-assign]
-        sys_argv, sys.argv = sys.argv, [f"zoo {domain}"]  # Lightning warns about args given beside those of the process
+        super().__init__(
+            task,
+            data,
+            save_config_callback=SaveConfig,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"prog": f"zoo {domain}"},
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse `args`; sys.argv is what data parallelism starts more processes with, and stays as it is."""
+        argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns about args beside those of the process
         try:
-            super().__init__(
-                task,
-                data,
-                save_config_callback=SaveConfig,
-                trainer_defaults=TRAINER_DEFAULTS,
-                seed_everything_default=0,
-                parser_class=Parser,
-                parser_kwargs={"prog": f"zoo {domain}"},
-                auto_configure_optimizers=False,
-                args=args,
-            )
+            super().parse_arguments(parser, args)
         finally:
-            sys.argv = sys_argv
+            sys.argv = argv
 
     def _parse_ckpt_path(self) -> None:
         # A checkpoint's own hyper-parameters fill in for a config file; they do not overrule one.

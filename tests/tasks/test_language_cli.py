@@ -1,6 +1,7 @@
 """`zoo language ...` from start to end, in one process, on tiny models."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,3 +161,12 @@ def test_fit_help_shows_options_with_their_meaning(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model.schedule {cosine,wsd,constant}" in shown
     assert "peak learning rate" in shown
+
+
+def test_more_processes_are_started_with_the_users_own_arguments(monkeypatch, tmp_path):
+    # Data parallelism runs sys.argv again for every further process.
+    seen = []
+    monkeypatch.setattr("lightning.pytorch.Trainer.fit", lambda *_, **__: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["/bin/zoo", "language", "fit", "--config", "mine.yaml"])
+    assert cli("fit", CONFIGS / "mixtral_tiny.yaml", "--trainer.default_root_dir", tmp_path) == 0
+    assert seen == [["/bin/zoo", "language", "fit", "--config", "mine.yaml"]]
