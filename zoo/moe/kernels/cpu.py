@@ -12,8 +12,8 @@ What the speed rests on, measured on 2 cores with AMX:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from .activations import get_activation
 # Rows up to which W @ x.T beats x @ W.T: the library repacks its second factor.
 FEW_ROWS = 32
 # Elements of all outputs together up to which index_add beats sorting the assignments by token.
-PADDED = (torch.bfloat16, torch.float16)
-MANY_ROWS = 448
 FEW_OUTPUTS = 1 << 15
+# What oneDNN multiplies; the others go to a library that compiles nothing.
+PADDED = (torch.bfloat16, torch.float16)
 
 
 def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | None:
@@ -46,16 +46,23 @@ def _padded(rows: int, dtype: torch.dtype) -> int:
     return -(-rows // step) * step
 
 
-def _blocks(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Experts that have rows, each with its slice of the assignments."""
-    bounds = offsets.tolist()
-    for e, (start, end) in enumerate(pairwise(bounds)):
-        if end > start:
-            yield e, slice(start, end)
+class Rows(NamedTuple):
+    """Where the rows of one expert lie: `real` of them from `start`, computed as `padded` ones."""
+
+    expert: int
+    start: int
+    real: int
+    padded: int
 
 
-def _longest(offsets: Tensor, dtype: torch.dtype) -> int:
-    return max((_padded(rows.stop - rows.start, dtype) for _, rows in _blocks(offsets)), default=0)
+def _rows(offsets: Tensor, dtype: torch.dtype) -> list[Rows]:
+    """The experts that have rows."""
+    bounds = enumerate(pairwise(offsets.tolist()))
+    return [Rows(e, start, end - start, _padded(end - start, dtype)) for e, (start, end) in bounds if end > start]
+
+
+def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
+    return w if w.dtype == dtype else w.to(dtype)  # the check is cheaper than a call that does nothing
 
 
 def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
@@ -65,13 +72,8 @@ def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mv(w.T, x[0], out=out[0])
     elif n <= FEW_ROWS:
         out.copy_((w.T @ x.T).T)
-    elif n <= MANY_ROWS or x.dtype not in PADDED:
-        torch.mm(x, w, out=out)
     else:
-        parts = -(-n // MANY_ROWS)
-        step = _padded(-(-n // parts), x.dtype)
-        for i in range(0, n, step):
-            torch.mm(x[i : i + step], w, out=out[i : i + step])
+        torch.mm(x, w, out=out)
 
 
 def _combine(rows: Tensor, token_index: Tensor, weight: Tensor | None, num_tokens: int) -> Tensor:
@@ -100,25 +102,24 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor)."""
     act = get_activation(activation)
-    (tokens, width), (_, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
-    count, longest = token_index.numel(), _longest(offsets, x.dtype)
+    (tokens, width), wide, hidden_dim = x.shape, w_in.shape[1], w_out.shape[2]
+    experts = _rows(offsets, x.dtype)
+    count, longest = token_index.numel(), max((r.padded for r in experts), default=0)
     # Padding rows of one expert are overwritten by the next one, so only the end needs room for them.
     pre = memory.empty((count + longest if save else longest, wide), x.dtype)
-    outs = memory.empty((count + longest, width), x.dtype)
-    x_block = memory.empty((longest, width), x.dtype)
-    hidden_block = memory.empty((longest, hidden_dim), x.dtype)
-    for e, rows in _blocks(offsets):
-        n = rows.stop - rows.start
-        m = _padded(n, x.dtype)
-        torch.index_select(x, 0, token_index[rows], out=x_block[:n])
-        start = rows.start if save else 0
-        _matmul(x_block[:m], w_in[e].T.to(x.dtype), pre[start : start + m])
+    sizes = ((count + longest, width), (longest, width), (longest, hidden_dim))
+    outs, x_block, hidden = memory.blocks(sizes, x.dtype)
+    for e, start, n, m in experts:
+        torch.index_select(x, 0, token_index[start : start + n], out=x_block[:n])
+        pre_e = pre[start : start + m] if save else pre[:m]
+        _matmul(x_block[:m], _cast(w_in[e], x.dtype).T, pre_e)
         if b_in is not None:
-            pre[start : start + n] += b_in[e]
-        act.forward_out(pre[start : start + n], hidden_block[:n])
-        _matmul(hidden_block[:m], w_out[e].T.to(x.dtype), outs[rows.start : rows.start + m])
+            pre_e += b_in[e]
+        act.forward_out(pre_e[:n], hidden[:n])
+        out = outs[start : start + m]
+        _matmul(hidden[:m], _cast(w_out[e], x.dtype).T, out)
         if b_out is not None:
-            outs[rows] += b_out[e]
+            out += b_out[e]
     y = _combine(outs[:count], token_index, weight.to(x.dtype), tokens)
     return y, pre[: count if save else 0]
 
@@ -142,49 +143,52 @@ def backward(
     nothing = x.new_empty(0)
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
     need_pre = need_x or need_in or need_b_in
-    (_, width), (_, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
-    count, longest = token_index.numel(), _longest(offsets, x.dtype)
-    dx_rows = memory.empty((count + longest, width), x.dtype) if need_x else nothing
+    width, wide, hidden_dim = x.shape[1], w_in.shape[1], w_out.shape[2]
+    experts = _rows(offsets, x.dtype)
+    count, longest = token_index.numel(), max((r.padded for r in experts), default=0)
     dw_in = memory.empty_like(w_in) if need_in else nothing
     dw_out = memory.empty_like(w_out) if need_out else nothing
     db_in = torch.zeros_like(b_in) if b_in is not None and need_b_in else nothing
     db_out = torch.zeros_like(b_out) if b_out is not None and need_b_out else nothing
     dweight = weight.new_empty(weight.shape) if need_weight else nothing
-    x_block, g_block = (memory.empty((longest, width), x.dtype) for _ in range(2))
-    point, hidden, d_hidden = (memory.empty((longest, hidden_dim), x.dtype) for _ in range(3))
-    d_pre = memory.empty((longest, wide), x.dtype)
-    for e, rows in _blocks(offsets):
-        n = rows.stop - rows.start
-        m = _padded(n, x.dtype)
-        g = g_block[:n]
-        for block in (x_block, g_block, hidden, d_pre):
-            block[n:m].zero_()
-        torch.index_select(dy, 0, token_index[rows], out=g)
-        scale = weight[rows, None].to(x.dtype)
-        act.forward_out(pre[rows], hidden[:n], point[:n])
+    scales = weight.to(x.dtype)[:, None]
+    widths = (width, width, hidden_dim, hidden_dim, hidden_dim, wide)
+    sizes = [(longest, size) for size in widths]
+    dx_rows, *scratch = memory.blocks([(count + longest if need_x else 0, width), *sizes], x.dtype)
+    for e, start, n, m in experts:
+        rows = slice(start, start + n)
+        index, scale, pre_e = token_index[rows], scales[rows], pre[rows]
+        padded = [block[:m] for block in scratch]
+        x_m, g_m, _, hidden_m, d_hidden_m, d_pre_m = padded
+        _, g, point, hidden, d_hidden, d_pre = padded if n == m else [block[:n] for block in scratch]
+        if n < m:
+            for block in (x_m, g_m, hidden_m, d_pre_m):
+                block[n:].zero_()
+        torch.index_select(dy, 0, index, out=g)
+        act.forward_out(pre_e, hidden, point)
         if need_pre or need_weight:
-            _matmul(g_block[:m], w_out[e].to(x.dtype), d_hidden[:m])
+            _matmul(g_m, _cast(w_out[e], x.dtype), d_hidden_m)
         if need_weight:
-            torch.mul(d_hidden[:n], hidden[:n], out=d_pre[:n, :hidden_dim])
-            torch.sum(d_pre[:n, :hidden_dim], 1, dtype=weight.dtype, out=dweight[rows])
+            product = torch.mul(d_hidden, hidden, out=d_pre[:, :hidden_dim])
+            torch.sum(product, 1, dtype=weight.dtype, out=dweight[rows])
             if b_out is not None:
-                dweight[rows] += g @ b_out[e].to(x.dtype)
+                dweight[rows] += g @ _cast(b_out[e], x.dtype)
         if need_out or need_b_out:
             g.mul_(scale)
         if need_b_out and b_out is not None:
             torch.sum(g, 0, dtype=b_out.dtype, out=db_out[e])
         if need_out:
-            _product(g_block[:m].T, hidden[:m], dw_out[e])
+            _product(g_m.T, hidden_m, dw_out[e])
         if not need_pre:
             continue
-        act.backward_out(pre[rows], d_hidden[:n].mul_(scale), point[:n], d_pre[:n])
+        act.backward_out(pre_e, d_hidden.mul_(scale), point, d_pre)
         if need_b_in and b_in is not None:
-            torch.sum(d_pre[:n], 0, dtype=b_in.dtype, out=db_in[e])
+            torch.sum(d_pre, 0, dtype=b_in.dtype, out=db_in[e])
         if need_in:
-            torch.index_select(x, 0, token_index[rows], out=x_block[:n])
-            _product(d_pre[:m].T, x_block[:m], dw_in[e])
+            torch.index_select(x, 0, index, out=x_m[:n])
+            _product(d_pre_m.T, x_m, dw_in[e])
         if need_x:
-            _matmul(d_pre[:m], w_in[e].to(x.dtype), dx_rows[rows.start : rows.start + m])
+            _matmul(d_pre_m, _cast(w_in[e], x.dtype), dx_rows[start : start + m])
     _zero_idle(offsets, dw_in, dw_out)
     dx = _combine(dx_rows[:count], token_index, None, x.shape[0]) if need_x else nothing
     return [dx, dw_in, dw_out, db_in, db_out, dweight]

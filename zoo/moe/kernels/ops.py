@@ -94,9 +94,12 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(x, w_in, w_out, b_in, b_out, weight, output[1], token_index, offsets)
     ctx.activation, ctx.backend = activation, backend
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a zero gradient as large as the pre-activations is made
 
 
 def _differentiate(ctx, dy, _):  # type: ignore[no-untyped-def]
+    if dy is None:
+        return (None,) * 11
     x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
     grads = moe_mlp_backward_op(
