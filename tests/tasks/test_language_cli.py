@@ -9,8 +9,8 @@ import torch
 import yaml
 
 import zoo
+from tasks.__main__ import main
 from tasks.language import LanguageTask
-from zoo.cli import main
 from zoo.models import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "language"

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from zoo.demo.turns import Stopwatch, Turns, take_turns
+from tasks.demo.turns import Stopwatch, Turns, take_turns
 
 
 def runner(turns, name, log, steps, cost):

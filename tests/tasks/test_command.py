@@ -7,14 +7,14 @@ import time
 import pytest
 
 import zoo
-from zoo.cli import main
+from tasks.__main__ import main
 
 
 def test_help_is_instant():
     def seconds():
         start = time.perf_counter()
         subprocess.run(
-            [sys.executable, "-c", "from zoo.cli import main; main(['--help'])"], check=True, capture_output=True
+            [sys.executable, "-c", "from tasks.__main__ import main; main(['--help'])"], check=True, capture_output=True
         )
         return time.perf_counter() - start
 
@@ -26,7 +26,7 @@ def test_help_is_instant():
 )
 def test_what_shows_no_options_imports_no_heavy_library(args):
     code = (
-        "import sys; from zoo.cli import main; main(sys.argv[1:]);"
+        "import sys; from tasks.__main__ import main; main(sys.argv[1:]);"
         "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse', 'numpy'} & set(sys.modules);"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -40,7 +40,9 @@ def test_the_modules_of_tasks_print_the_same_help_without_heavy_imports():
     shown, _, imported = done.stdout.strip().rpartition("\n")
     assert imported == "False"
     direct = subprocess.run(
-        [sys.executable, "-c", "from zoo.cli import main; main(['language', '--help'])"], capture_output=True, text=True
+        [sys.executable, "-c", "from tasks.__main__ import main; main(['language', '--help'])"],
+        capture_output=True,
+        text=True,
     )
     assert shown == direct.stdout.strip()
     assert "fit" in shown

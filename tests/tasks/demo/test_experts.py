@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from zoo.demo.experts import explained, top_tokens
+from tasks.demo.experts import explained, top_tokens
 
 
 def test_a_token_that_always_meets_the_same_expert_decides_alone():

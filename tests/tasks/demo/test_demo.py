@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import zoo
-from zoo.demo import main, prepare
+from tasks.demo import main, prepare
 from zoo.report.run import Run
 
 
@@ -56,8 +56,7 @@ def test_what_was_exported_is_what_was_evaluated(config, tmp_path):
 
 def test_ctrl_c_leaves_checkpoints_and_a_partial_report(config, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "zoo.cli", "demo", "--seconds", "600", "--out", str(out), "--config", str(config)]
-    command[1:3] = ["-c", "import sys; from zoo.cli import main; sys.exit(main())"]
+    command = [sys.executable, "-m", "tasks", "demo", "--seconds", "600", "--out", str(out), "--config", str(config)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     try:
         trained = [out / "language" / name / "train.csv" for name in ("moe", "dense")]

@@ -1,11 +1,13 @@
-"""The command `zoo`. Only what a command needs is imported, so that help is instant."""
+"""The command `zoo`, also `python -m tasks`. Only what a command needs is imported, so that help is instant."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
 
-from .nearest import unknown
+from tasks.cli import DOMAINS
+from tasks.cli import main as task
+from zoo.nearest import unknown
 
 USAGE = """usage: zoo COMMAND ...
 
@@ -22,9 +24,6 @@ train and run models, a domain each (zoo DOMAIN --help):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status, 2 for a mistake in the arguments."""
     args = list(sys.argv[1:] if argv is None else argv)
-    from tasks.cli import DOMAINS
-    from tasks.cli import main as task
-
     if not args or args[0] in ("-h", "--help"):
         print(USAGE.format(domains="\n".join(f"  {name:<22}{DOMAINS[name][2]}" for name in DOMAINS)), end="")
         return 0
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command in DOMAINS:
         return task(command, rest)
     if command == "--version":
-        from . import __version__
+        from zoo import __version__
 
         print(__version__)
         return 0
@@ -65,26 +64,26 @@ def models(args: Sequence[str]) -> int:
 
 
 def _models() -> list[str]:
-    from .models import list_models
+    from zoo.models import list_models
 
     return list_models()
 
 
 def _routers() -> list[str]:
-    from .moe import Router, routers
+    from zoo.moe import Router, routers
 
     classes = [c for c in vars(routers).values() if isinstance(c, type) and issubclass(c, Router) and c is not Router]
     return sorted(c.__name__ for c in classes)
 
 
 def _demo(args: Sequence[str]) -> int:
-    from .demo import main
+    from tasks.demo import main
 
     return main(args)
 
 
 def _report(args: Sequence[str]) -> int:
-    from .report import main
+    from zoo.report import main
 
     return main(args)
 
@@ -95,7 +94,7 @@ def _bench(args: Sequence[str]) -> int:
         return 0
     if args[0] != "moe":
         return _mistake(unknown("benchmark", args[0], ["moe"]))
-    from .bench.moe import main
+    from zoo.bench.moe import main
 
     return main(args[1:])
 
@@ -111,3 +110,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def _mistake(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
