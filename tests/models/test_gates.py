@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-
 import zoo
 from zoo.moe import Capacity, MoE, Router, Routing
 from zoo.moe.routers import TopKRouter

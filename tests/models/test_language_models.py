@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-pytest.importorskip("transformers")
-
 import zoo
 from zoo.models import count_parameters, dense_twin
 from zoo.models.language import MODELS, configuration

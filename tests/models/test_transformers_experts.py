@@ -11,11 +11,8 @@ import sys
 
 import pytest
 import torch
-from torch import nn
-
-pytest.importorskip("transformers")
-
 from tiny_families import experts_classes, tiny_model
+from torch import nn
 from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, NemotronHConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts

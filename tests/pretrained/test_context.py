@@ -7,11 +7,8 @@ import pickle
 
 import pytest
 import torch
-from torch import Tensor, nn
-
-pytest.importorskip("transformers")
-
 from conftest import FAMILIES, theirs
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import zoo

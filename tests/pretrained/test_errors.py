@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 

@@ -8,9 +8,6 @@ import shutil
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from conftest import FAMILIES, theirs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig

@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-pytest.importorskip("transformers")
-
 from conftest import theirs
 
 # Resident memory of the whole process, pages of mapped files included: its peak while loading, less what it was before.
