@@ -51,5 +51,5 @@ def test_labels_are_text():
 
 
 def test_heat_is_half_at_an_even_load_and_full_from_twice_that():
-    cells = [e for e in svg(heat_map([[0.25, 0.5], [0.0, 0.9]], ["0", "1"], ["10", "20"], 0.25)).iter("rect")]
+    cells = svg(heat_map([[0.25, 0.5], [0.0, 0.9]], ["0", "1"], ["10", "20"], 0.25)).iter("rect")
     assert [float(c.get("fill-opacity")) for c in cells] == [0.5, 1.0, 0.0, 1.0]

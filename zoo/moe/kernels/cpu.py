@@ -1,9 +1,12 @@
-"""Expert math on the CPU: one expert after the other through small reused buffers, combined by one gather-and-sum.
+"""Expert math on the CPU: a few experts at a time through small reused buffers, combined by one gather-and-sum.
 
-T tokens, D width, F hidden, H = 2F (gated) or F, E experts, A assignments sorted by expert; n rows of one expert.
-What the speed rests on, measured on 2 cores with AMX:
-- an expert's rows go through gather, GEMM, activation and GEMM while they are in cache; only pre-activations,
-  one output row per assignment and the gradients are large;
+T tokens, D width, F hidden, H = 2F (gated) or F, E experts, A assignments sorted by expert. A block is G experts of
+about equal load with M rows each. What the speed rests on, measured on 2 cores with AMX:
+- a block goes through gather, GEMM, activation and GEMM while it is in cache; only pre-activations, one output
+  row per assignment and the gradients are large;
+- hidden units lie feature by feature, [G, F, M]: the library repacks its second factor at each call, so the
+  smaller matrix should be that one, and for the gradient of w_in nothing has to be transposed;
+- oneDNN splits one GEMM of a few hundred rows badly over threads, two at once well: low precision takes pairs;
 - oneDNN compiles a GEMM for each new shape in about 4 ms, 20 times what the GEMM takes, so low-precision blocks
   are padded with zero rows to a few sizes;
 - the results of all experts are summed per token by `embedding_bag`, one pass that accumulates in float32;
@@ -21,12 +24,15 @@ from torch import Tensor
 from . import memory
 from .activations import get_activation
 
-# Rows up to which W @ x.T beats x @ W.T: the library repacks its second factor.
+# Rows up to which W @ x.T and a transposition beat x @ W.T.
 FEW_ROWS = 32
 # Elements of all outputs together up to which index_add beats sorting the assignments by token.
 FEW_OUTPUTS = 1 << 15
-# What oneDNN multiplies; the others go to a library that compiles nothing.
+# What oneDNN multiplies; the others go to a library that compiles nothing and needs no company.
 PADDED = (torch.bfloat16, torch.float16)
+# Two neighbours share a block if the smaller one fills this share of it.
+ALIKE = 0.8
+BYF = False
 
 
 def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | None:
@@ -38,54 +44,106 @@ def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str 
     return None
 
 
-def _padded(rows: int, dtype: torch.dtype) -> int:
-    """Rows to compute for `rows` real ones: 16 sizes an octave where oneDNN would compile for each."""
-    if dtype not in PADDED:
-        return rows
+class Block(NamedTuple):
+    """`experts` selects G of them; `rows` are their assignments, computed as `padded` each from row `start` on."""
+
+    experts: slice
+    rows: tuple[slice, ...]
+    padded: int
+    start: int
+
+    @property
+    def span(self) -> slice:
+        """The block's rows in buffers that hold padding too."""
+        return slice(self.start, self.start + self.padded * len(self.rows))
+
+
+def _padded(rows: int) -> int:
+    """Rows to compute for `rows` real ones: 16 sizes an octave."""
     step = max(8, 1 << max(0, rows.bit_length() - 5)) if rows > 8 else 1
     return -(-rows // step) * step
 
 
-class Rows(NamedTuple):
-    """Where the rows of one expert lie: `real` of them from `start`, computed as `padded` ones."""
-
-    expert: int
-    start: int
-    real: int
-    padded: int
+def kept_rows(assignments: int, experts: int, dtype: torch.dtype) -> int:
+    """Rows of the pre-activations kept for the backward: enough for any padding."""
+    return assignments * 5 // 4 + 16 * experts if dtype in PADDED else assignments
 
 
-def _rows(offsets: Tensor, dtype: torch.dtype) -> list[Rows]:
-    """The experts that have rows."""
+def plan(offsets: Tensor, dtype: torch.dtype) -> list[Block]:
+    """The blocks that cover every expert with rows; in low precision pairs of experts with about equal load."""
     bounds = enumerate(pairwise(offsets.tolist()))
-    return [Rows(e, start, end - start, _padded(end - start, dtype)) for e, (start, end) in bounds if end > start]
+    todo = [(end - start, e, slice(start, end)) for e, (start, end) in bounds if end > start]
+    blocks: list[Block] = []
+    if dtype not in PADDED:
+        return [Block(slice(e, e + 1), (rows,), count, rows.start) for count, e, rows in todo]
+    for count, e, rows in todo:
+        last = blocks[-1] if blocks else None
+        m = _padded(count)
+        if last and len(last.rows) == 1 and last.experts.stop == e and _alike(m, last.padded):
+            m = max(m, last.padded)
+            blocks[-1] = Block(slice(e - 1, e + 1), (last.rows[0], rows), m, last.start)
+        else:
+            blocks.append(Block(slice(e, e + 1), (rows,), m, last.span.stop if last else 0))
+    return blocks
+
+
+def _alike(m: int, other: int) -> bool:
+    return min(m, other) >= ALIKE * max(m, other)
+
+
+def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out [G, M, N] = a [G, M, K] @ b [G, K, N]."""
+    if a.dtype != out.dtype:
+        out.copy_(a @ b)
+        return
+    if out.stride(-1) != 1:
+        a, b, out = b.mT, a.mT, out.mT
+    if a.shape[0] == 1:
+        torch.mm(a[0], b[0], out=out[0])
+    else:
+        torch.bmm(a, b, out=out)
+
+
+def _lay(rows: Tensor, g: int, m: int, by_feature: bool) -> Tensor:
+    """[G, M, N] on the first rows of a buffer [_, N], in memory either like that or as [G, N, M]."""
+    size = rows.shape[1]
+    rows = rows[: g * m]
+    return rows.view(g, size, m).mT if by_feature else rows.view(g, m, size)
 
 
 def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
     return w if w.dtype == dtype else w.to(dtype)  # the check is cheaper than a call that does nothing
 
 
-def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out [n, N] = x [n, K] @ w [K, N]."""
-    n = x.shape[0]
-    if n == 1:
-        torch.mv(w.T, x[0], out=out[0])
-    elif n <= FEW_ROWS:
-        out.copy_((w.T @ x.T).T)
+def _gather(source: Tensor, token_index: Tensor, block: Block, out: Tensor) -> Tensor:
+    """The block's rows of source [T, D], as [G, M, D] in the buffer `out`; padding is zero."""
+    out = out[: block.padded * len(block.rows)].view(len(block.rows), block.padded, -1)
+    for part, rows in zip(out, block.rows):
+        count = rows.stop - rows.start
+        torch.index_select(source, 0, token_index[rows], out=part[:count])
+        if count < block.padded:
+            part[count:].zero_()
+    return out
+
+
+def _combine(rows: Tensor, blocks: list[Block], token_index: Tensor, weight: Tensor | None, tokens: int) -> Tensor:
+    """y[t] = sum of weight[a] * row of a over the assignments a of token t; rows as the blocks lie, y [T, D]."""
+    if len(blocks) > 1 or (blocks and blocks[0].padded != token_index.numel()):
+        place = torch.empty_like(token_index)
+        for block in blocks:
+            for i, part in enumerate(block.rows):
+                first = block.start + i * block.padded
+                torch.arange(first, first + part.stop - part.start, out=place[part])
     else:
-        torch.mm(x, w, out=out)
-
-
-def _combine(rows: Tensor, token_index: Tensor, weight: Tensor | None, num_tokens: int) -> Tensor:
-    """y[t] = sum of weight[a] * rows[a] over the assignments a of token t; rows [A, D], y [T, D]."""
-    if rows.numel() <= FEW_OUTPUTS:
-        scaled = rows if weight is None else rows * weight[:, None]
-        return rows.new_zeros(num_tokens, rows.shape[1]).index_add_(0, token_index, scaled)
+        place = torch.arange(token_index.numel())
+    if token_index.numel() * rows.shape[1] <= FEW_OUTPUTS:
+        rows = rows[place] if weight is None else rows[place] * weight[:, None]
+        return rows.new_zeros(tokens, rows.shape[1]).index_add_(0, token_index, rows)
     order = torch.argsort(token_index, stable=True)
-    starts = torch.zeros(num_tokens + 1, dtype=torch.int64)
-    torch.cumsum(torch.bincount(token_index, minlength=num_tokens), 0, out=starts[1:])
+    starts = torch.zeros(tokens + 1, dtype=torch.int64)
+    torch.cumsum(torch.bincount(token_index, minlength=tokens), 0, out=starts[1:])
     per_sample = None if weight is None else weight[order]
-    return torch.embedding_bag(rows, order, starts, False, 0, False, per_sample, True)[0]
+    return torch.embedding_bag(rows, place[order], starts, False, 0, False, per_sample, True)[0]
 
 
 def forward(
@@ -100,28 +158,38 @@ def forward(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor)."""
-    act = get_activation(activation)
-    (tokens, width), wide, hidden_dim = x.shape, w_in.shape[1], w_out.shape[2]
-    experts = _rows(offsets, x.dtype)
-    count, longest = token_index.numel(), max((r.padded for r in experts), default=0)
-    # Padding rows of one expert are overwritten by the next one, so only the end needs room for them.
-    pre = memory.empty((count + longest if save else longest, wide), x.dtype)
-    sizes = ((count + longest, width), (longest, width), (longest, hidden_dim))
-    outs, x_block, hidden = memory.blocks(sizes, x.dtype)
-    for e, start, n, m in experts:
-        torch.index_select(x, 0, token_index[start : start + n], out=x_block[:n])
-        pre_e = pre[start : start + m] if save else pre[:m]
-        _matmul(x_block[:m], _cast(w_in[e], x.dtype).T, pre_e)
+    """Outputs [T, D] and, when `save`, the pre-activations as the blocks lie (else an empty tensor)."""
+    act, dtype = get_activation(activation), x.dtype
+    (tokens, width), (experts, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
+    blocks = plan(offsets, dtype)
+    by_feature = BYF
+    total, largest = _sizes(blocks)
+    kept = kept_rows(token_index.numel(), experts, dtype) if save else 0
+    pre = memory.empty((kept if save else largest, wide), dtype)
+    outs, x_rows, hidden_rows = memory.blocks([(total, width), (largest, width), (largest, hidden_dim)], dtype)
+    for block in blocks:
+        g, m = len(block.rows), block.padded
+        x_b = _gather(x, token_index, block, x_rows)
+        pre_b = _lay(pre[block.start :] if save else pre, g, m, by_feature)
+        _bmm(x_b, _cast(w_in[block.experts], dtype).mT, pre_b)
         if b_in is not None:
-            pre_e += b_in[e]
-        act.forward_out(pre_e[:n], hidden[:n])
-        out = outs[start : start + m]
-        _matmul(hidden[:m], _cast(w_out[e], x.dtype).T, out)
+            pre_b += b_in[block.experts, None]
+        hidden = _lay(hidden_rows, g, m, by_feature)
+        act.forward_out(pre_b, hidden)
+        out, w = outs[block.span].view(g, m, width), _cast(w_out[block.experts], dtype)
+        if m <= FEW_ROWS:
+            out.copy_((w @ hidden.mT).mT)
+        else:
+            _bmm(hidden, w.mT, out)
         if b_out is not None:
-            out += b_out[e]
-    y = _combine(outs[:count], token_index, weight.to(x.dtype), tokens)
-    return y, pre[: count if save else 0]
+            out += b_out[block.experts, None]
+    y = _combine(outs, blocks, token_index, weight.to(dtype), tokens)
+    return y, pre[:kept]
+
+
+def _sizes(blocks: list[Block]) -> tuple[int, int]:
+    """Rows of all blocks together, and of the largest one."""
+    return max((b.span.stop for b in blocks), default=0), max((b.padded * len(b.rows) for b in blocks), default=0)
 
 
 def backward(
@@ -139,67 +207,64 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, w_in, w_out, b_in, b_out and weight; an empty tensor for each that is not needed."""
-    act = get_activation(activation)
+    act, dtype = get_activation(activation), x.dtype
     nothing = x.new_empty(0)
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
     need_pre = need_x or need_in or need_b_in
     width, wide, hidden_dim = x.shape[1], w_in.shape[1], w_out.shape[2]
-    experts = _rows(offsets, x.dtype)
-    count, longest = token_index.numel(), max((r.padded for r in experts), default=0)
+    blocks = plan(offsets, dtype)
+    by_feature = BYF
+    total, largest = _sizes(blocks)
     dw_in = memory.empty_like(w_in) if need_in else nothing
     dw_out = memory.empty_like(w_out) if need_out else nothing
     db_in = torch.zeros_like(b_in) if b_in is not None and need_b_in else nothing
     db_out = torch.zeros_like(b_out) if b_out is not None and need_b_out else nothing
     dweight = weight.new_empty(weight.shape) if need_weight else nothing
-    scales = weight.to(x.dtype)[:, None]
-    widths = (width, width, hidden_dim, hidden_dim, hidden_dim, wide)
-    sizes = [(longest, size) for size in widths]
-    dx_rows, *scratch = memory.blocks([(count + longest if need_x else 0, width), *sizes], x.dtype)
-    for e, start, n, m in experts:
-        rows = slice(start, start + n)
-        index, scale, pre_e = token_index[rows], scales[rows], pre[rows]
-        padded = [block[:m] for block in scratch]
-        x_m, g_m, _, hidden_m, d_hidden_m, d_pre_m = padded
-        _, g, point, hidden, d_hidden, d_pre = padded if n == m else [block[:n] for block in scratch]
-        if n < m:
-            for block in (x_m, g_m, hidden_m, d_pre_m):
-                block[n:].zero_()
-        torch.index_select(dy, 0, index, out=g)
-        act.forward_out(pre_e, hidden, point)
+    widths = (width, width, wide, hidden_dim, hidden_dim, hidden_dim)
+    sizes = [(total if need_x else 0, width), *((largest, size) for size in widths)]
+    dx_rows, x_rows, g_rows, d_pre_rows, *hidden_rows = memory.blocks(sizes, dtype)
+    for block in blocks:
+        n, m = len(block.rows), block.padded
+        # [G, H, M] or [G, F, M] in memory, seen as [G, M, H] or [G, M, F]
+        pre_b, d_pre = (_lay(rows, n, m, by_feature) for rows in (pre[block.start :], d_pre_rows))
+        point, hidden, d_hidden = (_lay(rows, n, m, by_feature) for rows in hidden_rows)
+        g = _gather(dy, token_index, block, g_rows)
+        scale = _spread(weight, block, dtype)
+        act.forward_out(pre_b, hidden, point)
         if need_pre or need_weight:
-            _matmul(g_m, _cast(w_out[e], x.dtype), d_hidden_m)
+            _bmm(g, _cast(w_out[block.experts], dtype), d_hidden)
         if need_weight:
-            product = torch.mul(d_hidden, hidden, out=d_pre[:, :hidden_dim])
-            torch.sum(product, 1, dtype=weight.dtype, out=dweight[rows])
+            products = torch.mul(d_hidden, hidden, out=d_pre[..., :hidden_dim]).sum(-1, dtype=weight.dtype)
             if b_out is not None:
-                dweight[rows] += g @ _cast(b_out[e], x.dtype)
+                products += (g @ _cast(b_out[block.experts], dtype)[..., None])[..., 0]
+            for part, rows in zip(products, block.rows):
+                dweight[rows] = part[: rows.stop - rows.start]
         if need_out or need_b_out:
             g.mul_(scale)
         if need_b_out and b_out is not None:
-            torch.sum(g, 0, dtype=b_out.dtype, out=db_out[e])
+            db_out[block.experts] = g.sum(1, dtype=b_out.dtype)
         if need_out:
-            _product(g_m.T, hidden_m, dw_out[e])
+            _bmm(g.mT, hidden, dw_out[block.experts])
         if not need_pre:
             continue
-        act.backward_out(pre_e, d_hidden.mul_(scale), point, d_pre)
+        act.backward_out(pre_b, d_hidden.mul_(scale), point, d_pre)
         if need_b_in and b_in is not None:
-            torch.sum(d_pre, 0, dtype=b_in.dtype, out=db_in[e])
+            db_in[block.experts] = d_pre.sum(1, dtype=b_in.dtype)
         if need_in:
-            torch.index_select(x, 0, index, out=x_m[:n])
-            _product(d_pre_m.T, x_m, dw_in[e])
+            _bmm(d_pre.mT, _gather(x, token_index, block, x_rows), dw_in[block.experts])
         if need_x:
-            _matmul(d_pre_m, _cast(w_in[e], x.dtype), dx_rows[start : start + m])
+            _bmm(d_pre, _cast(w_in[block.experts], dtype), dx_rows[block.span].view(n, m, width))
     _zero_idle(offsets, dw_in, dw_out)
-    dx = _combine(dx_rows[:count], token_index, None, x.shape[0]) if need_x else nothing
+    dx = _combine(dx_rows, blocks, token_index, None, x.shape[0]) if need_x else nothing
     return [dx, dw_in, dw_out, db_in, db_out, dweight]
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, through a buffer where out has another dtype."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a @ b)
+def _spread(weight: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """The combine weights of a block, [G, M, 1]; padding is zero."""
+    out = torch.zeros(len(block.rows), block.padded, 1, dtype=dtype)
+    for part, rows in zip(out, block.rows):
+        part[: rows.stop - rows.start, 0] = weight[rows]
+    return out
 
 
 def _zero_idle(offsets: Tensor, *grads: Tensor) -> None:

@@ -66,7 +66,10 @@ def _forward(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activati
 
 
 def _forward_fake(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty(token_index.shape[0] if save else 0, w_in.shape[1])
+    rows = token_index.shape[0]
+    if backend == "cpu":
+        rows = backend_module(backend).kept_rows(rows, w_in.shape[0], x.dtype)
+    return x.new_empty(x.shape), x.new_empty(rows if save else 0, w_in.shape[1])
 
 
 def _backward(  # type: ignore[no-untyped-def]
