@@ -10,7 +10,7 @@ demo: $(READY)  ## train the demonstration models and write runs/demo/report.htm
 	$(BIN)/zoo demo
 
 test: $(READY)  ## the whole test suite
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .
