@@ -141,6 +141,15 @@ def test_one_gradient_alone_is_the_same_as_among_all(backend, wanted):
     torch.testing.assert_close(t[wanted].grad.double(), every[wanted], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight", [0.0, 1e-30, -0.3])
+def test_combine_weights_of_nothing_or_less_have_gradients_too(backend, dtype, weight):
+    case = make_case(30, 16, 8, 4, 2, "swiglu", True, dtype)
+    case.inputs["weight"][::2, 0] = torch.tensor(weight).to(dtype).double()
+    assert_as_exact_as_a_loop(case, backend, dtype)
+
+
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_combine_weights_keep_float32_beside_low_precision_tokens(backend):
     case = make_case(60, 32, 16, 4, 2, dtype=torch.bfloat16)

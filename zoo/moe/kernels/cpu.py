@@ -4,8 +4,6 @@ T tokens, D width, F hidden, H = 2F (gated) or F, E experts, A assignments sorte
 about equal load with M rows each. What the speed rests on, measured on 2 cores with AMX:
 - a block goes through gather, GEMM, activation and GEMM while it is in cache; only pre-activations, one output
   row per assignment and the gradients are large;
-- hidden units lie feature by feature, [G, F, M]: the library repacks its second factor at each call, so the
-  smaller matrix should be that one, and for the gradient of w_in nothing has to be transposed;
 - oneDNN splits one GEMM of a few hundred rows badly over threads, two at once well: low precision takes pairs;
 - oneDNN compiles a GEMM for each new shape in about 4 ms, 20 times what the GEMM takes, so low-precision blocks
   are padded with zero rows to a few sizes;
@@ -32,7 +30,6 @@ FEW_OUTPUTS = 1 << 15
 PADDED = (torch.bfloat16, torch.float16)
 # Two neighbours share a block if the smaller one fills this share of it.
 ALIKE = 0.8
-BYF = False
 
 
 def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | None:
@@ -95,20 +92,24 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out [G, M, N] = a [G, M, K] @ b [G, K, N]."""
     if a.dtype != out.dtype:
         out.copy_(a @ b)
-        return
-    if out.stride(-1) != 1:
-        a, b, out = b.mT, a.mT, out.mT
-    if a.shape[0] == 1:
+    elif a.shape[0] == 1:
         torch.mm(a[0], b[0], out=out[0])
     else:
         torch.bmm(a, b, out=out)
 
 
-def _lay(rows: Tensor, g: int, m: int, by_feature: bool) -> Tensor:
-    """[G, M, N] on the first rows of a buffer [_, N], in memory either like that or as [G, N, M]."""
-    size = rows.shape[1]
-    rows = rows[: g * m]
-    return rows.view(g, size, m).mT if by_feature else rows.view(g, m, size)
+def _linear(x: Tensor, w: Tensor, out: Tensor) -> None:
+    """out [G, M, N] = x [G, M, K] @ w [G, N, K] transposed."""
+    if x.shape[1] <= FEW_ROWS:
+        out.copy_((w @ x.mT).mT)
+    else:
+        _bmm(x, w.mT, out)
+
+
+def _lay(rows: Tensor, block: Block) -> Tensor:
+    """The first rows of a buffer [_, N] as a block, [G, M, N]."""
+    g, m = len(block.rows), block.padded
+    return rows[: g * m].view(g, m, rows.shape[1])
 
 
 def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,25 +163,20 @@ def forward(
     act, dtype = get_activation(activation), x.dtype
     (tokens, width), (experts, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
     blocks = plan(offsets, dtype)
-    by_feature = BYF
     total, largest = _sizes(blocks)
     kept = kept_rows(token_index.numel(), experts, dtype) if save else 0
     pre = memory.empty((kept if save else largest, wide), dtype)
     outs, x_rows, hidden_rows = memory.blocks([(total, width), (largest, width), (largest, hidden_dim)], dtype)
     for block in blocks:
-        g, m = len(block.rows), block.padded
         x_b = _gather(x, token_index, block, x_rows)
-        pre_b = _lay(pre[block.start :] if save else pre, g, m, by_feature)
-        _bmm(x_b, _cast(w_in[block.experts], dtype).mT, pre_b)
+        pre_b = _lay(pre[block.start :] if save else pre, block)
+        _linear(x_b, _cast(w_in[block.experts], dtype), pre_b)
         if b_in is not None:
             pre_b += b_in[block.experts, None]
-        hidden = _lay(hidden_rows, g, m, by_feature)
+        hidden = _lay(hidden_rows, block)
         act.forward_out(pre_b, hidden)
-        out, w = outs[block.span].view(g, m, width), _cast(w_out[block.experts], dtype)
-        if m <= FEW_ROWS:
-            out.copy_((w @ hidden.mT).mT)
-        else:
-            _bmm(hidden, w.mT, out)
+        out = _lay(outs[block.start :], block)
+        _linear(hidden, _cast(w_out[block.experts], dtype), out)
         if b_out is not None:
             out += b_out[block.experts, None]
     y = _combine(outs, blocks, token_index, weight.to(dtype), tokens)
@@ -213,7 +209,6 @@ def backward(
     need_pre = need_x or need_in or need_b_in
     width, wide, hidden_dim = x.shape[1], w_in.shape[1], w_out.shape[2]
     blocks = plan(offsets, dtype)
-    by_feature = BYF
     total, largest = _sizes(blocks)
     dw_in = memory.empty_like(w_in) if need_in else nothing
     dw_out = memory.empty_like(w_out) if need_out else nothing
@@ -224,12 +219,9 @@ def backward(
     sizes = [(total if need_x else 0, width), *((largest, size) for size in widths)]
     dx_rows, x_rows, g_rows, d_pre_rows, *hidden_rows = memory.blocks(sizes, dtype)
     for block in blocks:
-        n, m = len(block.rows), block.padded
-        # [G, H, M] or [G, F, M] in memory, seen as [G, M, H] or [G, M, F]
-        pre_b, d_pre = (_lay(rows, n, m, by_feature) for rows in (pre[block.start :], d_pre_rows))
-        point, hidden, d_hidden = (_lay(rows, n, m, by_feature) for rows in hidden_rows)
-        g = _gather(dy, token_index, block, g_rows)
-        scale = _spread(weight, block, dtype)
+        pre_b, d_pre = _lay(pre[block.start :], block), _lay(d_pre_rows, block)
+        point, hidden, d_hidden = (_lay(rows, block) for rows in hidden_rows)
+        g, scale = _gather(dy, token_index, block, g_rows), _spread(weight, block, dtype)
         act.forward_out(pre_b, hidden, point)
         if need_pre or need_weight:
             _bmm(g, _cast(w_out[block.experts], dtype), d_hidden)
@@ -253,14 +245,14 @@ def backward(
         if need_in:
             _bmm(d_pre.mT, _gather(x, token_index, block, x_rows), dw_in[block.experts])
         if need_x:
-            _bmm(d_pre, _cast(w_in[block.experts], dtype), dx_rows[block.span].view(n, m, width))
+            _bmm(d_pre, _cast(w_in[block.experts], dtype), _lay(dx_rows[block.start :], block))
     _zero_idle(offsets, dw_in, dw_out)
     dx = _combine(dx_rows, blocks, token_index, None, x.shape[0]) if need_x else nothing
     return [dx, dw_in, dw_out, db_in, db_out, dweight]
 
 
 def _spread(weight: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """The combine weights of a block, [G, M, 1]; padding is zero."""
+    """The combine weights of a block, [G, M, 1]; padding gets zero."""
     out = torch.zeros(len(block.rows), block.padded, 1, dtype=dtype)
     for part, rows in zip(out, block.rows):
         part[: rows.stop - rows.start, 0] = weight[rows]
