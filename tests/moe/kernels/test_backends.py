@@ -91,6 +91,18 @@ def test_dropped_assignments_contribute_nothing(backend):
     assert y[0].abs().max() == 0
 
 
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("choice", [[[1, 3]], [[2, 2]], [[0, 1], [3, 3], [1, 2]]])
+def test_decoding_without_gradients_gives_what_training_does(backend, dtype, choice):
+    case = make_case(len(choice), 16, 24, 4, 2, "swiglu_clamped", True, dtype, torch.tensor(choice))
+    t = {k: v.to(dtype) for k, v in case.inputs.items()}
+    routing = Routing.from_choices(case.choice, t["weight"], 4)
+    y = moe_mlp(t["x"], t["w_in"], t["w_out"], routing, case.activation, backend, b_in=t["b_in"], b_out=t["b_out"])
+    limit = 2 * error(case.run("reference", dtype)["y"], case.run("reference", torch.float64)["y"])
+    assert error(y, case.run("reference", torch.float64)["y"]) <= limit + torch.finfo(dtype).eps
+
+
 def strided(t: torch.Tensor) -> torch.Tensor:
     """The same values with every second element of a larger tensor skipped."""
     out = t.new_full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"))[..., ::2]

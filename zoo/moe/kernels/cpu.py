@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .activations import get_activation
+from .activations import Activation, get_activation
 
 # Rows up to which W @ x.T and a transposition beat x @ W.T.
 FEW_ROWS = 32
@@ -100,10 +100,13 @@ def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def _linear(x: Tensor, w: Tensor, out: Tensor) -> None:
     """out [G, M, N] = x [G, M, K] @ w [G, N, K] transposed."""
-    if x.shape[1] <= FEW_ROWS:
-        out.copy_((w @ x.mT).mT)
-    else:
+    n = x.shape[1]
+    if n > FEW_ROWS or (n < 4 and x.dtype not in PADDED):
         _bmm(x, w.mT, out)
+    elif len(x) == 1:
+        out[0].copy_(torch.mm(w[0], x[0].T).T)
+    else:
+        out.copy_((w @ x.mT).mT)
 
 
 def _lay(rows: Tensor, block: Block) -> Tensor:
@@ -147,6 +150,32 @@ def _combine(rows: Tensor, blocks: list[Block], token_index: Tensor, weight: Ten
     return torch.embedding_bag(rows, place[order], starts, False, 0, False, per_sample, True)[0]
 
 
+def _one_token(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None,
+    b_out: Tensor | None,
+    weight: Tensor,
+    offsets: Tensor,
+    act: Activation,
+) -> Tensor:
+    """The output [1, D] of a single token: products of a matrix and a vector, and nothing else that takes time."""
+    dtype, vector = x.dtype, x[0]
+    outs = x.new_empty(weight.numel(), x.shape[1])
+    for e, (start, end) in enumerate(pairwise(offsets.tolist())):
+        if start == end:
+            continue
+        pre = torch.mv(_cast(w_in[e], dtype), vector)
+        if b_in is not None:
+            pre += b_in[e]
+        out = torch.mv(_cast(w_out[e], dtype), act.forward(pre))
+        if b_out is not None:
+            out += b_out[e]
+        outs[start:end] = out
+    return weight.to(dtype)[None] @ outs
+
+
 def forward(
     x: Tensor,
     w_in: Tensor,
@@ -162,6 +191,8 @@ def forward(
     """Outputs [T, D] and, when `save`, the pre-activations as the blocks lie (else an empty tensor)."""
     act, dtype = get_activation(activation), x.dtype
     (tokens, width), (experts, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
+    if tokens == 1 and not save:
+        return _one_token(x, w_in, w_out, b_in, b_out, weight, offsets, act), x.new_empty(0, wide)
     blocks = plan(offsets, dtype)
     total, largest = _sizes(blocks)
     kept = kept_rows(token_index.numel(), experts, dtype) if save else 0
