@@ -62,8 +62,9 @@ def moe_mlp(
     """
     check_shapes(x, w_in, w_out, b_in, b_out, activation)
     device = x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast := autocast and x.dtype != torch.float64:
+    # The meta device knows no autocast; torch.amp.is_autocast_available would break the graph in torch 2.11.
+    autocast = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
+    if autocast:
         x = x.to(torch.get_autocast_dtype(device))
     elif not x.dtype == w_in.dtype == w_out.dtype:
         raise ValueError(f"moe_mlp: x, w_in and w_out must share a dtype, got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
