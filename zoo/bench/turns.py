@@ -69,6 +69,21 @@ def measure(field: list[Contestant], repeats: int, backward: bool, device: str) 
     return turns
 
 
+def measure_steps(field: list[Contestant], repeats: int, steps: int, device: str) -> dict[str, list[float]]:
+    """Seconds of one `run` of every contestant, itself a whole step, as the mean of `steps` of them in every turn."""
+    clock = _cuda_clock if device.startswith("cuda") else time.perf_counter
+    able = [one for one in field if one.refuses is None]
+    turns: dict[str, list[float]] = {one.name: [] for one in able}
+    for i in range(1 + repeats):
+        for one in able:
+            start = clock()
+            for _ in range(steps):
+                one.run()
+            if i:  # the first turn warms up
+                turns[one.name].append((clock() - start) / steps)
+    return turns
+
+
 def compare(field: list[Contestant], turns: dict[str, list[float]]) -> list[dict[str, Any]]:
     """One row a contestant: its median, its share of the dense limit, its speed against the best rival."""
     middle = {name: statistics.median(seconds) for name, seconds in turns.items()}
