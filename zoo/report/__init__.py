@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import language, vision
+from . import language, recommendation, vision
 from .page import page
 from .run import Run
 
@@ -42,7 +42,9 @@ def build(folder: Path) -> Path:
     path = folder / FILE
     draft = path.with_suffix(".tmp")
     *sections, foot = language.sections(run)
-    draft.write_text(page("MoE Zoo demo", [*sections, *vision.sections(run), foot]), encoding="utf-8")
+    draft.write_text(
+        page("MoE Zoo demo", [*sections, *vision.sections(run), *recommendation.sections(run), foot]), encoding="utf-8"
+    )
     draft.replace(path)
     return path
 
@@ -50,4 +52,6 @@ def build(folder: Path) -> Path:
 def summary(folder: Path) -> str:
     """The result as a plain text table; raises ValueError when the folder holds no run."""
     run = Run(folder)
-    return "\n\n".join(part for part in (language.summary(run), vision.summary(run)) if part)
+    return "\n\n".join(
+        part for part in (language.summary(run), vision.summary(run), recommendation.summary(run)) if part
+    )

@@ -106,8 +106,13 @@ def _legend(series: Sequence[Series]) -> str:
     return f'<div class="legend">{"".join(items)}</div>' if len(items) > 1 else ""
 
 
-def heat_map(rows: Sequence[Sequence[float]], labels: Sequence[str], columns: Sequence[str], even: float) -> str:
-    """Loads rows x columns as cells: one at `even` is half as strong in colour as one at twice of it or more."""
+def heat_map(
+    rows: Sequence[Sequence[float]], labels: Sequence[str], columns: Sequence[str], even: float, share: str = "tokens"
+) -> str:
+    """Shares rows x columns as cells: one at `even` is half as strong in colour as one at twice of it or more.
+
+    `share` says of what: the tokens, for loads of experts.
+    """
     if not rows or not rows[0]:
         return ""
     cell = 15
@@ -122,13 +127,13 @@ def heat_map(rows: Sequence[Sequence[float]], labels: Sequence[str], columns: Se
             parts.append(
                 f'<rect class="cell" x="{LEFT + j * wide:.2f}" y="{top}" width="{wide:.2f}" height="{cell - 1}" '
                 f'fill-opacity="{strength:.3f}"><title>expert {escape(label)}, step {escape(columns[j])}: '
-                f"{100 * value:.1f}% of the tokens</title></rect>"
+                f"{100 * value:.1f}% of the {share}</title></rect>"
             )
     for j in sorted({0, len(columns) // 2, len(columns) - 1}):
         anchor = "start" if j == 0 else "end" if j == len(columns) - 1 else "middle"
         at = LEFT + (j + (0 if j == 0 else 1 if j == len(columns) - 1 else 0.5)) * wide
         parts.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">step {escape(columns[j])}</text>')
-    return _svg(WIDTH, height, "".join(parts), "load of each expert over time")
+    return _svg(WIDTH, height, "".join(parts), f"share of the {share} that each expert has over time")
 
 
 def _svg(width: int, height: int, body: str, title: str) -> str:
