@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS, Activation, get_activation
+from .linear import grouped_linear
 from .ops import BACKENDS, CASTS_WEIGHTS, backend_module, check_shapes, moe_mlp_op
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "Activation", "explain", "get_activation", "moe_mlp"]
+__all__ = ["ACTIVATIONS", "BACKENDS", "Activation", "explain", "get_activation", "grouped_linear", "moe_mlp"]
 
 
 class Assignments(Protocol):
