@@ -1,8 +1,10 @@
 """The shared mixture-of-experts core: tensors only, no task, no model family, no file format."""
 
 from . import balance, kernels, routers, schedule, telemetry
+from .attention_experts import HeadExperts, KeyValues, MoA, MoH, SwitchHead, rotary
 from .blend import Blend
 from .capacity import Capacity
+from .conv_experts import ChannelRouter, DeepMoE, GatedConv2d, PatchMoE, shallow_embedding
 from .decision import Decision
 from .depth import DepthRouter, MixtureOfDepths
 from .experts import MLP, Experts
@@ -18,21 +20,32 @@ __all__ = [
     "PEER",
     "Blend",
     "Capacity",
+    "ChannelRouter",
     "Decision",
+    "DeepMoE",
     "DepthRouter",
     "Experts",
+    "GatedConv2d",
+    "HeadExperts",
+    "KeyValues",
     "MixtureOfDepths",
+    "MoA",
     "MoE",
+    "MoH",
     "NeuronExperts",
+    "PatchMoE",
     "Router",
     "Routing",
     "Slots",
     "Step",
+    "SwitchHead",
     "ZeroComputationExperts",
     "balance",
     "kernels",
     "record",
+    "rotary",
     "routers",
     "schedule",
+    "shallow_embedding",
     "telemetry",
 ]

@@ -130,7 +130,7 @@ class Step:
 
 @contextmanager
 def record(model: nn.Module) -> Iterator[Step]:
-    """Collect decisions and losses of every `MoE` and `MixtureOfDepths` in `model` while the block runs.
+    """Collect decisions and losses of every layer with a router in `model` while the block runs: `MoE` and its kin.
 
     Nothing is kept outside such a block, so a model that nobody records costs nothing. Blocks may nest; each sees every
     call made inside it. A call counts once: recomputation by (non-reentrant) activation checkpointing does not add to

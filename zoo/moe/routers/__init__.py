@@ -20,6 +20,7 @@ from .moduleformer import ModuleFormerRouter
 from .moe_plus_plus import MoEPlusPlusRouter
 from .null_expert import NullExpertRouter
 from .output_masking import OutputMaskingRouter
+from .patch import PatchRouter
 from .product_key import ProductKeyRouter
 from .prototype import PrototypeRouter
 from .random_expert import RandomRouter
@@ -28,6 +29,7 @@ from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
 from .soft import SoftRouter
 from .stable import StableMoERouter
+from .switch_head import SwitchHeadRouter
 from .topk import TopKRouter
 from .xmoe import XMoERouter
 
@@ -53,6 +55,7 @@ __all__ = [
     "NullExpertRouter",
     "OutputMaskingRouter",
     "PanGuRouter",
+    "PatchRouter",
     "ProductKeyRouter",
     "PrototypeRouter",
     "RandomRouter",
@@ -64,6 +67,7 @@ __all__ = [
     "SinkhornRouter",
     "SoftRouter",
     "StableMoERouter",
+    "SwitchHeadRouter",
     "TaskRouter",
     "TopKRouter",
     "XMoERouter",
