@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader
 class Loader:
     """Iterate over a map-style data set, rank's share of every global batch at a time.
 
+    A data set with `__getitems__` and `collate` makes a batch of a list of row numbers itself.
+
     Global batch j is the same rows for any number of ranks: rank r of W takes rows r*B..(r+1)*B of its W*B.
     `state_dict` counts the rows handed out in the running epoch, so a run continues with the next one, with any number
     of workers, and on another number of ranks. When shuffled, rows that do not fill a global batch are left for the
@@ -54,6 +56,7 @@ class Loader:
             self.data,  # type: ignore[arg-type]
             batch_sampler=list(self._batches()),
             num_workers=self.num_workers,
+            collate_fn=getattr(self.data, "collate", None),
             pin_memory=torch.cuda.is_available(),
             # Its own generator: starting workers must not draw from the one that dropout draws from.
             generator=torch.Generator().manual_seed(self.seed),
