@@ -32,13 +32,14 @@ class ExactResume(Callback):
         if trainer.world_size > 1:
             states = [{}] * trainer.world_size
             dist.all_gather_object(states, random_state())
-        extra: dict[str, Any] = {"random": states, "gradients": {}, "loads": {}}
+        extra: dict[str, Any] = {"random": states, "gradients": {}, "counts": {}}
         if trainer.world_size == 1 and trainer.fit_loop.epoch_loop._should_accumulate():
             extra["gradients"] = {n: p.grad for n, p in pl_module.named_parameters() if p.grad is not None}
-            extra["loads"] = {
-                name: module.load_since_update
+            # What gates counted since their last step: loads, open gates, dropped assignments.
+            extra["counts"] = {
+                name: counts
                 for name, module in pl_module.named_modules()
-                if getattr(module, "load_since_update", None) is not None
+                if (counts := {k: v for k, v in vars(module).items() if k.endswith("_since_update") and v is not None})
             }
         checkpoint["exact_resume"] = extra
 
@@ -56,8 +57,9 @@ class ExactResume(Callback):
         parameters, modules = dict(pl_module.named_parameters()), dict(pl_module.named_modules())
         for name, gradient in extra["gradients"].items():
             parameters[name].grad = gradient.to(parameters[name].device)
-        for name, load in extra["loads"].items():
-            modules[name].load_since_update = load.to(pl_module.device)
+        for name, counts in extra["counts"].items():
+            for attribute, value in counts.items():
+                setattr(modules[name], attribute, value.to(pl_module.device))
 
 
 class Throughput(Callback):

@@ -179,6 +179,7 @@ def test_masked_tokens_do_not_count_whatever_they_hold() -> None:
         lambda lo, p, s, n, w, m: balance.load_vmoe(lo, n, w, 2, m),
         lambda lo, p, s, n, w, m: balance.z(lo, m),
         lambda lo, p, s, n, w, m: balance.device_level(p, s, 2, m),
+        lambda lo, p, s, n, w, m: balance.communication(p, s, 2, None, m),
     )
     for function in functions:
         close(function(*spoilt, mask), float(function(*real, None)))
@@ -197,6 +198,7 @@ def test_gradients_are_those_of_finite_differences() -> None:
         lambda v: balance.load_vmoe(v, v + noise, std, 2, mask),
         lambda v: balance.z(v, mask),
         lambda v: balance.device_level(v.softmax(-1), selected, 2, mask),
+        lambda v: balance.communication(v.softmax(-1), selected, 2, 1, mask),
     ):
         assert torch.autograd.gradcheck(function, logits)
 
@@ -220,6 +222,30 @@ def test_losses_may_count_other_choices_than_those_made() -> None:
         ("load_balance", choice.topk(1).indices),
     ):
         close(routing.losses[name], float(balance.load_balance(scores, one_hot(expert, 8))))
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_communication_by_loop(limit: int | None) -> None:
+    """D / (M T) times how many tokens reach a device, times the summed probability of its experts."""
+    _, probs, selected = draw(k=3)
+    mask = torch.rand(23) > 0.3
+    tokens = [t for t in range(23) if mask[t]]
+    reach = [{e // 2 for e in range(6) if selected[t, e]} for t in tokens]
+    sent = [sum(d in r for r in reach) for d in range(3)]
+    mean = sum(sent) / len(tokens) if limit is None else limit
+    p = [sum(float(probs[t, 2 * d : 2 * d + 2].sum()) for t in tokens) / len(tokens) for d in range(3)]
+    expected = sum(3 / (mean * len(tokens)) * s * q for s, q in zip(sent, p))
+    close(balance.communication(probs, selected, 3, limit, mask), expected)
+    close(balance.communication(UNIFORM.expand(3, 6), EVEN, 3, 1), 1.0)
+    router = TopKRouter(
+        4, 6, 2, num_groups=3, group_topk=2, losses={"communication": {"weight": 0.5, "num_devices": 3}}
+    )
+    logits = torch.randn(30, 6, dtype=torch.float64)
+    routing = router.route(logits)
+    chosen = (routing.dense() > 0).double()
+    close(routing.losses["communication"], 0.5 * float(balance.communication(logits.softmax(-1), chosen, 3)))
+    with pytest.raises(ValueError, match="communication: 6 experts do not split evenly over num_devices=4"):
+        balance.communication(probs, selected, 4)
 
 
 def test_loss_free_update_moves_each_bias_towards_the_mean_load() -> None:

@@ -12,6 +12,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tasks.callbacks import SaveLast
 
+NOISY = {"class_path": "zoo.moe.routers.TopKRouter", "init_args": {"jitter": 0.1, "selection_bias": True}}
+
 
 def state_of(task):
     """Parameters, buffers and optimizer state, by name."""
@@ -120,15 +122,19 @@ def test_a_second_ctrl_c_ends_the_run_at_once(make):
         saver._interrupt(signal.SIGINT, None)
 
 
-def test_a_checkpoint_inside_an_accumulation_window_keeps_its_gradients(make, tmp_path):
+@pytest.mark.parametrize(
+    "gate", [NOISY, {"name": "SkyworkRouter", "capacity": {"factor": 0.6}, "decay": 0.5}, {"name": "ReMoERouter"}]
+)
+def test_a_checkpoint_inside_an_accumulation_window_keeps_its_gradients_and_counts(make, tmp_path, gate):
     class SaveAfter(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 4:  # the second of the three micro-batches of step 2
                 trainer.save_checkpoint(tmp_path / "inside.ckpt")
 
-    window = {"accumulate_grad_batches": 3}
-    straight = run(make, 4, callbacks=[SaveAfter()], **window)
-    assert_same(run(make, 4, ckpt_path=tmp_path / "inside.ckpt", **window), straight)
+    # A gate that counts since its last step: what it counted before the checkpoint must not be lost.
+    window, task = {"accumulate_grad_batches": 3}, {"router": gate, "losses": {"z": 0.01}}
+    straight = run(make, 4, callbacks=[SaveAfter()], task=task, **window)
+    assert_same(run(make, 4, ckpt_path=tmp_path / "inside.ckpt", task=task, **window), straight)
 
 
 def test_all_generators_continue(make, tmp_path):

@@ -32,7 +32,11 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "sequence": balance.load_balance,
     "device_level": balance.device_level,
     "mutual_information": balance.mutual_information,
+    "communication": balance.communication,
     "task_mutual_information": balance.task_mutual_information,
+    "local_entropy": balance.local_entropy,
+    "global_entropy": balance.global_entropy,
+    "localized_balance": balance.localized_balance,
     "selector_entropy": balance.selector_entropy,
     "selector_reach": balance.selector_reach,
     "relu_l1": balance.relu_l1,
@@ -45,6 +49,8 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "hierarchical_load": gate_losses.hierarchical_load,
 }
 SCOPES = ("batch", "sequence", "group")
+BY_SEQUENCE = ("sequence", "localized_balance")  # losses that are computed a sequence at a time unless told otherwise
+LABELS = ("task", "modality", "sample_type")  # whole numbers that a loss may read of the context
 
 
 @dataclass
@@ -67,7 +73,7 @@ class AuxiliaryLosses:
     among its parameters (see `zoo.moe.balance`) and the options given. An option may name another tensor to stand in:
     {"sequence": {"weight": 1e-4, "selected": "unbiased"}} counts the best scores instead of what bias and groups made
     of them, as Megatron does; {"probs": "noisy_probs"} is V-MoE's gshard. scope is "batch" (default), "sequence"
-    (default of the loss of that name) or "group" (the router's groups).
+    (default of the losses BY_SEQUENCE) or "group" (the router's groups).
 
     Raises ValueError naming an unknown loss, scope or option.
     """
@@ -156,12 +162,12 @@ def _split(arguments: dict[str, Any], split: tuple[int, int], tokens: int) -> di
 def _term(name: str, spec: float | Mapping[str, Any]) -> Term:
     function = LOSSES.get(name) or _imported(name)
     if not isinstance(spec, Mapping):
-        return Term(function, float(spec), "sequence" if name == "sequence" else "batch")
+        return Term(function, float(spec), "sequence" if name in BY_SEQUENCE else "batch")
     options = dict(spec)
     if "weight" not in options:
         raise ValueError(f"auxiliary loss {name!r}: expected a number or a table with 'weight', got {dict(spec)}")
     weight = float(options.pop("weight"))
-    scope = options.pop("scope", "sequence" if name == "sequence" else "batch")
+    scope = options.pop("scope", "sequence" if name in BY_SEQUENCE else "batch")
     if scope not in SCOPES:
         raise ValueError(f"auxiliary loss {name!r}: unknown scope {scope!r}; known: {', '.join(SCOPES)}")
     known = inspect.signature(function).parameters

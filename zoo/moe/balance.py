@@ -16,6 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .label_losses import global_entropy, local_entropy, localized_balance, task_mutual_information
+from .masked import cv_squared, surprise, token_count, token_sum
+
+__all__ = [
+    "all_reduce",
+    "communication",
+    "consistency",
+    "device_level",
+    "global_entropy",
+    "gshard",
+    "importance",
+    "importance_probs",
+    "load",
+    "load_balance",
+    "load_vmoe",
+    "local_entropy",
+    "localized_balance",
+    "mutual_information",
+    "null_load",
+    "relu_l1",
+    "selector_entropy",
+    "selector_reach",
+    "task_mutual_information",
+    "update_biases",
+    "updated_bias",
+    "win_probability",
+    "z",
+]
+
 
 def load_balance(
     probs: Tensor,
@@ -32,8 +61,8 @@ def load_balance(
     counts over all processes (2501.11873), probabilities stay local: the mean of the gradients over the processes, as
     data parallelism takes it, is that of one process with all tokens, however they are spread.
     """
-    counts, tokens = _sum(selected, mask), _tokens(probs, mask)
-    mean_probs = _sum(probs, mask)
+    counts, tokens = token_sum(selected, mask), token_count(probs, mask)
+    mean_probs = token_sum(probs, mask)
     if global_batch and _world() > 1:
         # Averaging gradients over processes divides by their number once more than a mean over all tokens does.
         mean_probs = mean_probs * _world()
@@ -57,12 +86,12 @@ def importance(gates: Tensor, mask: Tensor | None = None, correction: int = 0) -
 
     Population variance; correction=1 takes the unbiased one (MEO, Tutel).
     """
-    return _cv_squared(_sum(gates, mask), correction).mean()
+    return cv_squared(token_sum(gates, mask), correction).mean()
 
 
 def importance_probs(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """CV^2 of the summed probabilities, before any choice (V-MoE 2106.05974, appendix A)."""
-    return _cv_squared(_sum(probs, mask)).mean()
+    return cv_squared(token_sum(probs, mask)).mean()
 
 
 def load(
@@ -80,15 +109,15 @@ def load(
     or with k = E, the load is the plain count, which has no gradient. correction as in `importance`.
     """
     if noise_std is None or k >= logits.shape[-1]:
-        return _cv_squared(_sum(selected, mask), correction).mean()
-    return _cv_squared(_sum(win_probability(logits, noisy_logits, noise_std, k), mask), correction).mean()
+        return cv_squared(token_sum(selected, mask), correction).mean()
+    return cv_squared(token_sum(win_probability(logits, noisy_logits, noise_std, k), mask), correction).mean()
 
 
 def win_probability(logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: int) -> Tensor:
     """Probability that fresh noise would put each expert among the k, the other experts' noise as it is."""
     top = noisy_logits.topk(k + 1, dim=-1).values
     threshold = torch.where(noisy_logits > top[..., k:], top[..., k:], top[..., k - 1 : k])
-    return _normal_cdf((logits - threshold) / noise_std)
+    return torch.special.ndtr((logits - threshold) / noise_std)
 
 
 def load_vmoe(
@@ -100,14 +129,14 @@ def load_vmoe(
     """
     threshold = noisy_logits.topk(k, dim=-1).values[..., -1:]
     margin = logits - threshold
-    wins = (margin >= 0).to(logits.dtype) if noise_std is None else _normal_cdf(margin / noise_std)
-    return _cv_squared(_sum(wins, mask) / _tokens(logits, mask).clamp(min=1)).mean()
+    wins = (margin >= 0).to(logits.dtype) if noise_std is None else torch.special.ndtr(margin / noise_std)
+    return cv_squared(token_sum(wins, mask) / token_count(logits, mask).clamp(min=1)).mean()
 
 
 def z(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared log-sum-exp of the logits (ST-MoE 2202.08906, eq. 5): keeps them small."""
     squared = logits.logsumexp(-1, keepdim=True).square()
-    return (_sum(squared, mask) / _tokens(logits, mask).clamp(min=1)).mean()
+    return (token_sum(squared, mask) / token_count(logits, mask).clamp(min=1)).mean()
 
 
 def device_level(probs: Tensor, selected: Tensor, num_devices: int, mask: Tensor | None = None) -> Tensor:
@@ -115,14 +144,34 @@ def device_level(probs: Tensor, selected: Tensor, num_devices: int, mask: Tensor
 
     Experts are split evenly, in order, over `num_devices`; f_e = E count_e / (k T), so 1 when uniform.
     """
-    experts = probs.shape[-1]
-    if experts % num_devices:
-        raise ValueError(f"device_level: {experts} experts do not split evenly over num_devices={num_devices}")
-    counts = _sum(selected, mask)
-    f = experts * counts / counts.sum(-1, keepdim=True).clamp(min=1)
-    p = _sum(probs, mask) / _tokens(probs, mask).clamp(min=1)
-    per_device = (num_devices, experts // num_devices)
-    return (f.unflatten(-1, per_device).mean(-1) * p.unflatten(-1, per_device).sum(-1)).sum(-1).mean()
+    counts = token_sum(selected, mask)
+    f = probs.shape[-1] * counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    p = token_sum(probs, mask) / token_count(probs, mask).clamp(min=1)
+    f, p = (_by_device("device_level", values, num_devices) for values in (f, p))
+    return (f.mean(-1) * p.sum(-1)).sum(-1).mean()
+
+
+def communication(
+    probs: Tensor, selected: Tensor, num_devices: int, limit: int | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """Balance of what devices receive (DeepSeek-V2 2405.04434, eq. 29-31): sum over devices of f times summed P.
+
+    f_d = D / (M T) times the number of tokens sent to device d, where a token counts once however many experts it meets
+    there; P as in `device_level`. M is `limit`, how many devices a token may reach (group_topk); by default as many as
+    tokens reach on average, so that f has mean 1. 1 when uniform. Experts lie on devices in order.
+    """
+    here, p = (_by_device("communication", values, num_devices) for values in (selected > 0, token_sum(probs, mask)))
+    sent, tokens = token_sum(here.any(-1).to(probs.dtype), mask), token_count(probs, mask)
+    reached = sent.sum(-1, keepdim=True) if limit is None else limit * tokens
+    f = num_devices * sent / reached.clamp(min=1)
+    return (f * p.sum(-1) / tokens.clamp(min=1)).sum(-1).mean()
+
+
+def _by_device(name: str, values: Tensor, num_devices: int) -> Tensor:
+    """Values of experts [..., E] as those of devices [..., D, E / D]."""
+    if values.shape[-1] % num_devices:
+        raise ValueError(f"{name}: {values.shape[-1]} experts do not split evenly over num_devices={num_devices}")
+    return values.unflatten(-1, (num_devices, -1))
 
 
 def consistency(logits: Tensor, other: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -143,28 +192,8 @@ def mutual_information(probs: Tensor, mask: Tensor | None = None) -> Tensor:
 
     ModuleFormer (2306.04640, eq. 5) and DS-MoE. Between -log E (every token sure, all experts used alike) and 0.
     """
-    tokens = _tokens(probs, mask).clamp(min=1)
-    return (_sum(_surprise(probs), mask) / tokens - _surprise(_sum(probs, mask) / tokens)).sum(-1).mean()
-
-
-def task_mutual_information(probs: Tensor, task: Tensor, num_tasks: int, mask: Tensor | None = None) -> Tensor:
-    """-I(E; task): minus the information that a token's task gives about its expert (Mod-Squad 2212.08066, eq. 4).
-
-    task [..., T] in 0..num_tasks-1. P(e | task) is the mean of its tokens' probabilities, and tasks count alike, as in
-    the paper, those without a token here not at all.
-    """
-    member = torch.nn.functional.one_hot(task, num_tasks).to(probs.dtype)
-    if mask is not None:
-        member, probs = member * mask.unsqueeze(-1), probs.where(mask.unsqueeze(-1), 0)
-    tokens = member.sum(-2).unsqueeze(-1)
-    given = member.transpose(-1, -2) @ probs / tokens.clamp(min=1)
-    weight = (tokens > 0) / (tokens > 0).sum(-2, keepdim=True).clamp(min=1)
-    return ((weight * _surprise(given)).sum(-2) - _surprise((weight * given).sum(-2))).sum(-1).mean()
-
-
-def _surprise(probs: Tensor) -> Tensor:
-    """-p log p, of finite slope at 0."""
-    return -(probs * probs.clamp(min=1e-20).log())
+    tokens = token_count(probs, mask).clamp(min=1)
+    return (token_sum(surprise(probs), mask) / tokens - surprise(token_sum(probs, mask) / tokens)).sum(-1).mean()
 
 
 def selector_entropy(selectors: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -187,8 +216,8 @@ def _selector_sum(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def relu_l1(gates: Tensor, selected: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """E / (k T^2) sum_e mass_e count_e of ReLU gates: L1 that weighs busy experts more (ReMoE 2412.14711, eq. 11)."""
-    tokens = _tokens(gates, mask).clamp(min=1)
-    return (gates.shape[-1] / k * (_sum(gates, mask) / tokens * _sum(selected, mask) / tokens).sum(-1)).mean()
+    tokens = token_count(gates, mask).clamp(min=1)
+    return (gates.shape[-1] / k * (token_sum(gates, mask) / tokens * token_sum(selected, mask) / tokens).sum(-1)).mean()
 
 
 def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | None = None) -> Tensor:
@@ -197,9 +226,9 @@ def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | Non
     f_e is the share of tokens that chose e, so that f sums to k, as in transformers; for null experts it is their mean.
     """
     true = probs.shape[-1] - num_null
-    f = _sum(selected, mask) / _tokens(selected, mask).clamp(min=1)
+    f = token_sum(selected, mask) / token_count(selected, mask).clamp(min=1)
     f = torch.cat([f[..., :true], f[..., true:].mean(-1, keepdim=True).expand(*f.shape[:-1], num_null)], dim=-1)
-    return (probs.shape[-1] * f * _sum(probs, mask) / _tokens(probs, mask).clamp(min=1)).sum(-1).mean()
+    return (probs.shape[-1] * f * token_sum(probs, mask) / token_count(probs, mask).clamp(min=1)).sum(-1).mean()
 
 
 def updated_bias(bias: Tensor, counts: Tensor, rate: float) -> Tensor:
@@ -224,29 +253,6 @@ def update_biases(model: nn.Module) -> None:
             counts = torch.zeros(bias.numel(), dtype=torch.int64, device=bias.device)
         bias.copy_(updated_bias(bias, all_reduce(counts), router.bias_update_rate))  # type: ignore[arg-type]
         router.load_since_update = torch.zeros_like(counts)
-
-
-def _sum(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum over tokens: [..., T, E] -> [..., E]."""
-    # A masked token may hold anything, even nan: select, do not multiply.
-    return (values if mask is None else values.where(mask.unsqueeze(-1), 0)).sum(-2)
-
-
-def _tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Number of tokens that count, [..., 1]."""
-    if mask is None:
-        return values.new_full((*values.shape[:-2], 1), float(values.shape[-2]))
-    return mask.sum(-1, keepdim=True).to(values.dtype)
-
-
-def _cv_squared(values: Tensor, correction: int = 0) -> Tensor:
-    """Squared coefficient of variation over the last dimension, population variance unless corrected."""
-    correction = min(correction, values.shape[-1] - 1)
-    return values.var(-1, correction=correction) / (values.mean(-1).square() + 1e-10)
-
-
-def _normal_cdf(values: Tensor) -> Tensor:
-    return torch.special.ndtr(values)
 
 
 def _world() -> int:

@@ -56,6 +56,14 @@ def stable_distill(distilled_logits: Tensor, logits: Tensor, mask: Tensor | None
     return loss.where(mask, 0).sum() / mask.sum().clamp(min=1)
 
 
+def conditional_budget(gates: Tensor, budget: float, mask: Tensor | None = None) -> Tensor:
+    """|sum g / T - budget| of CMR's gates [T] over the tokens that are not padding (NLLB's code); 0 without any."""
+    if mask is not None:
+        gates = gates.where(mask, 0)
+    tokens = torch.tensor(gates.numel(), device=gates.device) if mask is None else mask.sum()
+    return (gates.sum() / tokens.clamp(min=1) - budget).abs() * (tokens > 0)
+
+
 def hierarchical_load(
     level_logits: tuple[Tensor, Tensor],
     level_noisy: tuple[Tensor, Tensor],

@@ -1,4 +1,4 @@
-"""Gates that change as training goes on: they count optimizer steps."""
+"""Gates that change as training goes on, once an optimizer step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 
 class Scheduled:
-    """Base of modules with a buffer `step` [], int64: how many optimizer steps were taken. Checkpoints keep it."""
+    """Base of modules that change with every optimizer step. Unless they say otherwise they count steps in a buffer
+    `step` [], int64, which checkpoints keep.
+    """
 
     step: Tensor
 
@@ -18,9 +20,9 @@ class Scheduled:
 
 @torch.no_grad()
 def advance(model: nn.Module) -> None:
-    """Tell every gate of `model` that follows a schedule that one optimizer step was taken.
+    """Tell every gate of `model` that changes with the steps that one optimizer step was taken.
 
-    Call it once an optimizer step, however many micro-batches that had. `tasks.training.Task` does.
+    Call it on all processes once an optimizer step, however many micro-batches that had. `tasks.training.Task` does.
     """
     for module in model.modules():
         if isinstance(module, Scheduled):

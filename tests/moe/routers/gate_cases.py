@@ -14,6 +14,7 @@ from zoo.moe.routers import (
     AttentionRouter,
     AttributeRouter,
     BASERouter,
+    ConditionalRouter,
     DenseRouter,
     DenseToSparseRouter,
     DomainRouter,
@@ -37,6 +38,7 @@ from zoo.moe.routers import (
     ReMoERouter,
     SentenceRouter,
     SinkhornRouter,
+    SkyworkRouter,
     SMEARRouter,
     SMoEDropoutRouter,
     SoftRouter,
@@ -96,6 +98,12 @@ GATES: dict[str, Gate] = {
     ),
     "hierarchical (Shazeer)": Gate(lambda d, e: HierarchicalRouter(d, e, 1, num_groups=4), active=2),
     "expert output masking (NLLB)": Gate(lambda d, e: OutputMaskingRouter(d, e, capacity=None), active=2),
+    # The last expert is the dense MLP beside: of nine, eight are chosen from.
+    "conditional (NLLB)": Gate(
+        lambda d, e: ConditionalRouter(d, e + 1, gate="TopKRouter", k=1, losses=BALANCE),
+        active=2,
+        experts=lambda e, d, h: make_experts(e + 1, d, h),
+    ),
     "ModuleFormer": Gate(lambda d, e: ModuleFormerRouter(d, e, hidden_dim=32), active=2),
     "ModuleFormer, sampling": Gate(lambda d, e: ModuleFormerRouter(d, e, hidden_dim=32, sample=1), active=2),
     "attributes (Uni-Perceiver)": Gate(
@@ -127,7 +135,8 @@ GATES: dict[str, Gate] = {
     "dense": Gate(lambda d, e: DenseRouter(d, e), active=8),
     "dense to sparse (EvoMoE)": Gate(lambda d, e: DenseToSparseRouter(d, e, decay_steps=80, hard_steps=100)),
     "domain (DEMix)": Gate(lambda d, e: DomainRouter(d, e), context=lambda x, cluster: {"domain": cluster}),
-    "DS-MoE": Gate(lambda d, e: DenseRouter(d, e, eval_k=4), active=8),
+    # A heavier loss than the paper's 1e-3: it is what makes half of the experts enough after 150 steps.
+    "DS-MoE": Gate(lambda d, e: DenseRouter(d, e, eval_k=4, losses={"mutual_information": 0.1}), active=8),
     "expert choice": Gate(lambda d, e: ExpertChoiceRouter(d, e, capacity=Capacity(2.0)), active=2),
     "GShard": Gate(lambda d, e: GShardRouter(d, e, capacity=None), active=2),
     "GShard, sampling": Gate(lambda d, e: GShardRouter(d, e, second="sampling", renormalize="after"), active=2),
@@ -163,7 +172,7 @@ GATES: dict[str, Gate] = {
         lambda d, e: RandomRouter(d, e), cannot="experts are drawn at random, so that none becomes a specialist"
     ),
     "sinkhorn": Gate(lambda d, e: SinkhornRouter(d, e), chooses_otherwise_in_training=True),
-    "Skywork": Gate(lambda d, e: TopKRouter(d, e, 2, normalize_logits=1.0, losses=BALANCE), active=2),
+    "Skywork": Gate(lambda d, e: SkyworkRouter(d, e, 2), active=2),
     "SMEAR": Gate(lambda d, e: SMEARRouter(d, e, dropout=0.1), whole_sequences=True),
     "SMoE-Dropout": Gate(lambda d, e: SMoEDropoutRouter(d, e, steps=150, k_max=4), active=2),
     # Slots mix tokens: those of one cluster, or nothing is left of what a token needs.

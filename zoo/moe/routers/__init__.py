@@ -4,6 +4,7 @@ from .attention_router import AttentionRouter
 from .attribute import AttributeRouter
 from .base import Router
 from .base_layers import BASERouter
+from .conditional import ConditionalRouter
 from .dense import DenseRouter
 from .dense_to_sparse import DenseToSparseRouter, SMoEDropoutRouter
 from .dselect_k import DSelectKRouter
@@ -27,6 +28,7 @@ from .random_expert import RandomRouter
 from .remoe import ReMoERouter
 from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
+from .skywork import SkyworkRouter
 from .soft import SoftRouter
 from .stable import StableMoERouter
 from .switch_head import SwitchHeadRouter
@@ -37,6 +39,7 @@ __all__ = [
     "AttentionRouter",
     "AttributeRouter",
     "BASERouter",
+    "ConditionalRouter",
     "DSelectKRouter",
     "DenseRouter",
     "DenseToSparseRouter",
@@ -65,6 +68,7 @@ __all__ = [
     "SMoEDropoutRouter",
     "SentenceRouter",
     "SinkhornRouter",
+    "SkyworkRouter",
     "SoftRouter",
     "StableMoERouter",
     "SwitchHeadRouter",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..auxiliary import LABELS
 from ..routing import Routing
 
 
@@ -37,6 +39,14 @@ def per_token(router: str, context: Mapping[str, Any], name: str, x: Tensor, lim
     if limit is not None and tokens:
         _check_range(router, name, found, limit)
     return found
+
+
+def label_sources(
+    router: str, context: Mapping[str, Any], x: Tensor, mask: Tensor | None
+) -> dict[str, Callable[[], Any]]:
+    """The labels that losses may ask for, one a token, made on demand; x is as in `per_token`, mask may be flat."""
+    given = {**context, "mask": mask}
+    return {name: partial(per_token, router, given, name, x) for name in LABELS}
 
 
 def _check_range(router: str, name: str, value: Tensor, limit: int) -> None:

@@ -47,12 +47,12 @@ class DenseRouter(LinearRouter):
         """How many experts a token meets: all in training, eval_k outside, where that is set."""
         return self.num_experts if self.training else self.eval_k or self.num_experts
 
-    def route(self, logits: Tensor, mask: Tensor | None = None, **_: Any) -> Routing:
+    def route(self, logits: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Decide from logits [T, E] or [B, S, E]."""
         logits, mask, split = self._flat(logits, mask)
         probs = logits.softmax(-1)
         everywhere = torch.ones_like(probs, dtype=torch.bool)
-        losses = self._losses(logits, probs, everywhere, mask, split)
+        losses = self._losses(logits, probs, everywhere, mask, split, context)
         if not self.training and self.eval_k is not None:
             weight, expert = probs.topk(self.eval_k, dim=-1)
             keep = None if mask is None else mask[:, None].expand_as(expert)

@@ -70,7 +70,7 @@ class DenseToSparseRouter(Scheduled, LinearRouter):
             tau = self.max_temperature * (self.min_temperature / self.max_temperature) ** done
         return tau.clamp(min=self.min_temperature)
 
-    def route(self, logits: Tensor, mask: Tensor | None = None, **_: Any) -> Routing:
+    def route(self, logits: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Decide from logits [T, E] or [B, S, E]."""
         logits, mask, split = self._flat(logits, mask)
         probs = noisy = logits.softmax(-1)
@@ -84,7 +84,7 @@ class DenseToSparseRouter(Scheduled, LinearRouter):
         if mask is not None:
             kept = kept & mask[:, None]
         weight = noisy if self.weights == "gumbel" else probs
-        losses = self._losses(logits, weight, kept, mask, split)
+        losses = self._losses(logits, weight, kept, mask, split, context)
         return Routing.from_matrix(weight, kept, losses=losses, probs=probs, asked=kept.sum(-1))
 
     def extra_repr(self) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..auxiliary import AuxiliaryLosses
 from ..routing import Routing
 from .base import Router
+from .context import label_sources
 
 
 class DSelectKRouter(Router):
@@ -81,7 +82,7 @@ class DSelectKRouter(Router):
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x, **context)
-        batch = x.shape[0] if x.dim() == 3 else None
+        batch, given = x.shape[0] if x.dim() == 3 else None, x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)
         mask = context.get("mask")
         if mask is not None:
@@ -104,6 +105,7 @@ class DSelectKRouter(Router):
                 "selected": lambda: met.to(weight.dtype),
                 "mask": lambda: mask,
                 "k": lambda: self.k,
+                **label_sources("DSelectKRouter", context, given, mask),
             }
             sequences = None if batch is None or self.static else (batch, tokens // max(batch, 1))
             routing.losses = self.losses(sources, {"sequence": sequences, "group": None})

@@ -15,6 +15,7 @@ from ..experts import Experts
 from ..layer import MoE
 from ..routing import Routing
 from .base import Router, is_recomputation
+from .context import label_sources
 
 LOSSES = {"top_any_load": 1e-2, "top_any_cost": 1e-2, "diverse_and_simple": 1e-2}
 LARGEST_SCALE = 100.0
@@ -61,13 +62,13 @@ class DynamicRouter(Router):
         self.threshold.zero_()
         self.met = self.unmet = None
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **_: Any) -> Routing:
+    def forward(self, x: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the scores, and with them the choice.
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x, mask)
-        sequences = (x.shape[0], x.shape[1]) if x.dim() == 3 else None
+                return self.forward(x, mask, **context)
+        sequences, given = (x.shape[0], x.shape[1]) if x.dim() == 3 else None, x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)
         if mask is not None:
             mask = mask.reshape(-1).bool()
@@ -90,6 +91,7 @@ class DynamicRouter(Router):
                 "selected": lambda: met.to(x.dtype),
                 "gates": lambda: switches / met.sum(-1, keepdim=True).clamp(min=1),
                 "mask": lambda: mask,
+                **label_sources("DynamicRouter", context, given, mask),
             }
             losses = self.losses(sources, {"sequence": sequences, "group": None})
         if not self.training:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..capacity import Capacity
 from ..routing import Routing
+from .context import label_sources
 from .groups import GroupSize, check_groups, group_tokens
 from .linear import LinearRouter
 
@@ -80,6 +81,7 @@ class ExpertChoiceRouter(LinearRouter):
                 stacklevel=2,
             )
         batch = logits.shape[0] if logits.dim() == 3 else None
+        labels = label_sources("ExpertChoiceRouter", context, logits, mask)
         logits, mask, _ = self._flat(logits, mask)
         tokens = logits.shape[0]
         noisy = logits
@@ -94,7 +96,9 @@ class ExpertChoiceRouter(LinearRouter):
         probs = logits.softmax(-1)
         if mask is not None:
             probs = probs * mask[:, None]
-        losses = self._group_losses(logits, noisy, mask, batch, size) if self.training and self.losses.terms else {}
+        losses = {}
+        if self.training and self.losses.terms:
+            losses = self._group_losses(logits, noisy, mask, batch, size, labels)
         return Routing(token, offsets, weight, tokens, losses=losses, probs=probs)
 
     def _scores(self, logits: Tensor, mask: Tensor | None, size: int) -> tuple[Tensor, Tensor | None]:
@@ -130,7 +134,13 @@ class ExpertChoiceRouter(LinearRouter):
         return token.index_select(0, kept), offsets, weight.index_select(0, kept)
 
     def _group_losses(
-        self, logits: Tensor, noisy: Tensor, mask: Tensor | None, batch: int | None, size: int
+        self,
+        logits: Tensor,
+        noisy: Tensor,
+        mask: Tensor | None,
+        batch: int | None,
+        size: int,
+        labels: dict[str, Callable[[], Any]],
     ) -> dict[str, Tensor]:
         sources: dict[str, Callable[[], Any]] = {
             "logits": lambda: logits,
@@ -138,6 +148,7 @@ class ExpertChoiceRouter(LinearRouter):
             "probs": lambda: logits.softmax(-1),
             "noisy_probs": lambda: noisy.softmax(-1),
             "mask": lambda: mask,
+            **labels,
         }
         tokens = logits.shape[0]
         sequences = None if batch is None else (batch, tokens // max(batch, 1))

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..routing import Routing
 from .base import Router
+from .context import label_sources
 from .topk import NOISE_FLOOR
 
 LOSSES = {"importance": 0.1, "hierarchical_load": 0.1}
@@ -65,12 +66,13 @@ class HierarchicalRouter(Router):
         for weight in self.parameters():
             weight.uniform_(-bound, bound)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, **_: Any) -> Routing:
+    def forward(self, x: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the logits, and with them the choice.
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x, mask)
+                return self.forward(x, mask, **context)
+        given = x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)
         if mask is not None:
             mask = mask.reshape(-1).bool()
@@ -91,6 +93,7 @@ class HierarchicalRouter(Router):
             sources = choice_sources(probs, probs, None, expert, weight, mask, lambda: probs, lambda: noisy_probs)
             for name in ("logits", "noisy_logits", "noise_std", "k"):  # there are two of each
                 del sources[name]
+            sources |= label_sources("HierarchicalRouter", context, given, mask)
             entered = torch.zeros_like(outer).scatter(-1, group, 1.0)
             sources["entered"] = lambda: entered
             sources["level_logits"] = lambda: (outer, inner)

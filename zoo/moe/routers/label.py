@@ -120,7 +120,7 @@ class TaskRouter(TopKRouter):
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D] by their tasks alone."""
         task = per_token("TaskRouter", context, self.label, x, self.task_embedding.shape[0])
-        return super().forward(F.embedding(task, self.task_embedding).view(x.shape), mask=context.get("mask"))
+        return super().forward(F.embedding(task, self.task_embedding).view(x.shape), **context)
 
 
 class PanGuRouter(Router):

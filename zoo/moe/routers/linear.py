@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..decision import Decision
 from .base import Router
+from .context import label_sources
 
 
 class LinearRouter(Router):
@@ -70,15 +71,17 @@ class LinearRouter(Router):
         selected: Tensor,
         mask: Tensor | None,
         split: tuple[int, int] | None,
-        noisy: Tensor | None = None,
+        context: Mapping[str, Any],
     ) -> dict[str, Tensor]:
         """Losses of combine weights [T, E] where selected [T, E]; none outside training."""
         if not self.training or not self.losses.terms:
             return {}
-        noisy = logits if noisy is None else noisy
         every = torch.arange(self.num_experts, device=logits.device).expand(logits.shape)
         probs: Callable[[], Tensor] = lambda: logits.softmax(-1)  # noqa: E731
-        sources = choice_sources(logits, noisy, None, every, weight, mask, probs, lambda: noisy.softmax(-1))
+        sources = choice_sources(logits, logits, None, every, weight, mask, probs, probs)
+        sources |= label_sources(
+            type(self).__name__, context, logits if split is None else logits.unflatten(0, split), mask
+        )
         sources["selected"] = lambda: selected.to(logits.dtype)
         sources["gates"] = lambda: weight * selected
         sources["first"] = lambda: one_hot(weight.where(selected, -1.0).argmax(-1), logits)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..auxiliary import choice_sources
 from ..routing import Routing
+from .context import label_sources
 from .linear import LinearRouter
 
 
@@ -45,9 +46,9 @@ class NullExpertRouter(LinearRouter):
         self.weight = nn.Parameter(torch.empty(num_experts + num_null, dim))
         self.reset_parameters()
 
-    def route(self, logits: Tensor, mask: Tensor | None = None, **_: Any) -> Routing:
+    def route(self, logits: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Decide from logits [T, E + num_null] or [B, S, E + num_null], true experts first."""
-        sequences = (logits.shape[0], logits.shape[1]) if logits.dim() == 3 else None
+        sequences, given = (logits.shape[0], logits.shape[1]) if logits.dim() == 3 else None, logits
         logits = logits.reshape(-1, self.num_experts + self.num_null)
         if mask is not None:
             mask = mask.reshape(-1).bool()
@@ -62,6 +63,7 @@ class NullExpertRouter(LinearRouter):
         losses = {}
         if self.training and self.losses.terms:
             sources = choice_sources(logits, logits, None, expert, true_weight, mask, lambda: probs, lambda: probs)
+            sources |= label_sources("NullExpertRouter", context, given, mask)
             sources["num_null"] = lambda: self.num_null
             losses = self.losses(sources, {"sequence": sequences, "group": None})
         true_probs = probs[:, : self.num_experts]

@@ -65,7 +65,7 @@ class ReMoERouter(LinearRouter):
             self.l1_coefficient = before.to(self.l1_coefficient.device)
         return self
 
-    def route(self, logits: Tensor, mask: Tensor | None = None, **_: Any) -> Routing:
+    def route(self, logits: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Decide from logits [T, E] or [B, S, E]."""
         logits, mask, split = self._flat(logits, mask)
         weight = logits.relu()
@@ -79,7 +79,7 @@ class ReMoERouter(LinearRouter):
             l1 = balance.relu_l1(weight, met.to(weight.dtype), self.k, mask)
             routing.losses = {
                 "l1": l1 * self.l1_coefficient.clone().to(l1.dtype),
-                **self._losses(logits, weight, met, mask, split),
+                **self._losses(logits, weight, met, mask, split, context),
             }
         return routing
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def standardized(logits: Tensor, scale: float) -> Tensor:
     """scale * (z - mean z) / std z over the experts of each token [T, E]; 0 where all are equal.
 
-    Skywork-MoE (2406.06563, eq. 3), std unbiased as in the code of MoE++, which has the same option.
+    Skywork-MoE (2406.06563, eq. 6), std unbiased as in the code of MoE++, which has the same option.
     """
     if logits.shape[-1] == 1:
         return torch.zeros_like(logits)

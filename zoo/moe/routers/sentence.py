@@ -45,4 +45,4 @@ class SentenceRouter(GShardRouter):
         # A mean by products of rows, for ids of any size; a masked token may hold anything, even nan.
         same = (segments[:, :, None] == segments[:, None, :]) * counted[:, None, :]
         mean = same @ rows.where(counted[..., None] > 0, 0) / same.sum(-1, keepdim=True).clamp(min=1)
-        return super().forward(mean.view(*shape, self.dim), mask=mask)
+        return super().forward(mean.view(*shape, self.dim), **context)

@@ -14,6 +14,7 @@ from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..capacity import Capacity
 from ..routing import Routing, count_experts
 from .base import Router, is_recomputation
+from .context import label_sources
 from .groups import GroupSize, check_groups, group_tokens
 from .scores import inside_best_groups, standardized
 
@@ -30,7 +31,7 @@ class TopKRouter(Router):
         V-MoE         noise="fixed", noise_std=1/E, capacity, losses importance_vmoe and load_vmoe
         Mixtral       score="softmax_topk" (equal to softmax with normalize=True)
         DeepSeekMoE, OLMoE, Qwen2-MoE   the defaults; Qwen3-MoE normalize=True
-        Skywork-MoE   normalize_logits=1.0 (2406.06563, eq. 3: lambda (z - mean z) / std z)
+        Skywork-MoE   normalize_logits=1.0 (2406.06563, eq. 6: lambda (z - mean z) / std z); see `SkyworkRouter`
         DeepSeek-V2   num_groups, group_topk, group_score="max", scale
         DeepSeek-V3   score="sigmoid", normalize=True, selection_bias=True, group_score="top2_sum", scale=2.5
         Megatron      group_score=k // group_topk; for k=1 it leaves sigmoid scores as they are: normalize=False
@@ -171,10 +172,10 @@ class TopKRouter(Router):
         mask: Tensor | None = None,
         noise_std: Tensor | None = None,
         preference: Tensor | None = None,
-        **_: Any,
+        **context: Any,
     ) -> Routing:
         """Decide from logits [T, E] or [B, S, E]; noise_std, preference [T, E]: in place of the router's own."""
-        batch = logits.shape[0] if logits.dim() == 3 else None
+        batch, given = logits.shape[0] if logits.dim() == 3 else None, logits
         logits = logits.reshape(-1, self.num_experts)
         if mask is not None:
             mask = mask.reshape(-1).bool()
@@ -197,6 +198,7 @@ class TopKRouter(Router):
             sources = choice_sources(
                 logits, noisy, std, expert, weight, mask, lambda: probs, lambda: self._probs(noisy)
             )
+            sources |= label_sources(type(self).__name__, context, given, mask)
             if not self.training:
                 del sources["noise_std"]
             losses = self.losses(sources, self._loss_groups(logits.shape[0], batch))
