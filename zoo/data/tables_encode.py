@@ -146,6 +146,19 @@ class Preparation:
             {name: (values[0], values[1]) for name, values in table["moments"].items()},
         )
 
+    def difference(self, other: Preparation) -> str | None:
+        """The name of the first thing in which two differ, such as "vocabulary 'movie'", or None."""
+        theirs, ours = self._facts(), other._facts()
+        return next((name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name)), None)
+
+    def _facts(self) -> dict[str, Any]:
+        schema = self.schema
+        facts: dict[str, Any] = {f"feature {f.name!r}": f for f in schema.features}
+        facts |= {f"task {task.name!r}": task for task in schema.tasks}
+        facts |= {f"vocabulary {name!r}": words for name, words in self.vocabularies.items()}
+        facts |= {f"mean and deviation of {name!r}": values for name, values in self.moments.items()}
+        return {**facts, "schema": schema}
+
     def save(self, folder: str | Path) -> None:
         """Write preparation.json into a folder, which is made where there is none."""
         Path(folder).mkdir(parents=True, exist_ok=True)
