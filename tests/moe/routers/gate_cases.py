@@ -42,6 +42,7 @@ from zoo.moe.routers import (
     SMEARRouter,
     SMoEDropoutRouter,
     SoftRouter,
+    SparseMixerRouter,
     StableMoERouter,
     TaskRouter,
     TopKRouter,
@@ -86,6 +87,9 @@ class Gate:
 
 # One row a gate, in the order of the alphabet; a row is all it takes.
 GATES: dict[str, Gate] = {
+    "SparseMixer (GRIN)": Gate(
+        lambda d, e: SparseMixerRouter(d, e, threshold=0.1, losses=BALANCE), active=2, smooth=False
+    ),
     "StableMoE": Gate(
         lambda d, e: StableMoERouter(d, e, vocab_size=8, switch_step=100, capacity=None),
         context=lambda x, cluster: {"token_ids": cluster},
@@ -137,6 +141,9 @@ GATES: dict[str, Gate] = {
     "domain (DEMix)": Gate(lambda d, e: DomainRouter(d, e), context=lambda x, cluster: {"domain": cluster}),
     # A heavier loss than the paper's 1e-3: it is what makes half of the experts enough after 150 steps.
     "DS-MoE": Gate(lambda d, e: DenseRouter(d, e, eval_k=4, losses={"mutual_information": 0.1}), active=8),
+    "expert choice, capped": Gate(
+        lambda d, e: ExpertChoiceRouter(d, e, capacity=Capacity(2.0), max_experts=3), active=2
+    ),
     "expert choice": Gate(lambda d, e: ExpertChoiceRouter(d, e, capacity=Capacity(2.0)), active=2),
     "GShard": Gate(lambda d, e: GShardRouter(d, e, capacity=None), active=2),
     "GShard, sampling": Gate(lambda d, e: GShardRouter(d, e, second="sampling", renormalize="after"), active=2),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from zoo.moe import Capacity, Experts, MoE, balance, record, telemetry
 from zoo.moe.routers import ExpertChoiceRouter
+from zoo.moe.routers.capped import capped_plan
 
 
 def chosen_by_loop(
@@ -214,3 +216,58 @@ def test_state_round_trip_and_the_meta_device() -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertChoiceRouter(**{"dim": 4, "num_experts": 2, **options})
+
+
+def best_within_cap(scores: Tensor, places: int, cap: int) -> float:
+    """The largest sum where every expert takes `places` tokens and no token meets more than `cap`, by trying all."""
+    tokens, experts = scores.shape
+    ways = list(itertools.combinations(range(tokens), places))
+    best = -float("inf")
+    for choice in itertools.product(ways, repeat=experts):
+        met = [sum(t in way for way in choice) for t in range(tokens)]
+        if max(met) <= cap:
+            best = max(best, sum(float(scores[t, e]) for e, way in enumerate(choice) for t in way))
+    return best
+
+
+@pytest.mark.parametrize(("tokens", "experts", "places", "cap"), [(6, 3, 2, 1), (5, 3, 3, 2), (6, 3, 4, 2)])
+def test_the_capped_plan_finds_the_best_choice(tokens: int, experts: int, places: int, cap: int) -> None:
+    torch.manual_seed(0)  # near ties are not told apart at the last temperature
+    for _ in range(5):
+        scores = (2 * torch.randn(tokens, experts)).softmax(-1)
+        plan = capped_plan(scores[None], places, cap)[0]
+        chosen = plan.topk(places, dim=0).indices
+        found = float(scores.gather(0, chosen).sum())
+        assert chosen.flatten().bincount().max() <= cap
+        assert found == pytest.approx(best_within_cap(scores, places, cap), abs=0.02)
+
+
+def test_the_capped_plan_is_feasible() -> None:
+    scores = (2 * torch.randn(2, 64, 8) + 3 * torch.randn(2, 64, 1) * torch.randn(8)).softmax(-1)
+    mask = torch.rand(2, 64) > 0.2
+    plan = capped_plan(scores, 12, 3, mask).exp()
+    assert (plan.sum(1) > 11.5).all()
+    assert plan.sum(1).max() < 12.01
+    assert plan.sum(2).max() < 3.01
+    assert not plan[~mask].any()
+
+
+@pytest.mark.parametrize("cap", [2, 3])
+def test_no_token_meets_more_experts_than_the_cap(cap: int) -> None:
+    router = ExpertChoiceRouter(4, 8, capacity=Capacity(1.5), max_experts=cap)
+    logits = 2 * torch.randn(3, 50, 8) + 3 * torch.randn(3, 50, 1) * torch.randn(8)
+    mask = torch.rand(3, 50) > 0.1
+    for options in ({}, {"mask": mask}):
+        routing = router.route(logits, **options)
+        met = torch.bincount(routing.token_index, minlength=150)
+        free = ExpertChoiceRouter(4, 8, capacity=Capacity(1.5)).route(logits, **options)
+        assert met.max() <= cap < torch.bincount(free.token_index).max()
+        assert met.sum() > 0.85 * torch.bincount(free.token_index).sum()
+        dense, probs = routing.dense(), logits.view(-1, 8).softmax(-1)
+        torch.testing.assert_close(dense, probs * (dense > 0))
+        assert torch.equal(routing.offsets, torch.cat([torch.zeros(1), (dense > 0).sum(0).cumsum(0)]).int())
+
+
+def test_a_cap_below_the_mean_is_refused() -> None:
+    with pytest.raises(ValueError, match="meet 2 experts on average, so that max_experts must be at least that, got 1"):
+        ExpertChoiceRouter(4, 8, max_experts=1)

@@ -30,6 +30,7 @@ from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
 from .skywork import SkyworkRouter
 from .soft import SoftRouter
+from .sparse_mixer import SparseMixerRouter
 from .stable import StableMoERouter
 from .switch_head import SwitchHeadRouter
 from .topk import TopKRouter
@@ -70,6 +71,7 @@ __all__ = [
     "SinkhornRouter",
     "SkyworkRouter",
     "SoftRouter",
+    "SparseMixerRouter",
     "StableMoERouter",
     "SwitchHeadRouter",
     "TaskRouter",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..capacity import Capacity
 from ..routing import Routing
+from .capped import capped_plan, within_cap
 from .context import label_sources
 from .groups import GroupSize, check_groups, group_tokens
 from .linear import LinearRouter
@@ -26,7 +27,9 @@ class ExpertChoiceRouter(LinearRouter):
     the paper) is how many experts a token meets on average; its `drop` has no meaning here.
 
     normalize divides the weights of each token by their sum plus normalize_eps (sparse upcycling, 2212.05055);
-    noise_std adds N(0, noise_std^2) to the logits in training (V-MoE: 1/E). losses may name those that need no choice
+    noise_std adds N(0, noise_std^2) to the logits in training (V-MoE: 1/E). max_experts is the paper's capped variant
+    (EC-CAP): experts choose by `capped_plan`, so that a token meets at most that many; what its rounding to whole
+    tokens leaves above the cap is dropped, the token's lowest scores first. losses may name those that need no choice
     of the tokens, such as z. Groups and dtype as in `TopKRouter`.
 
     An expert sees the whole group before it takes a token, later tokens too: in a causal model training would use the
@@ -45,6 +48,7 @@ class ExpertChoiceRouter(LinearRouter):
         normalize: bool = False,
         normalize_eps: float = 1e-20,
         noise_std: float = 0.0,
+        max_experts: int | None = None,
         group_size: GroupSize = None,
         group_sequences: int = 1,
         losses: Mapping[str, float | Mapping[str, Any]] | None = None,
@@ -61,7 +65,12 @@ class ExpertChoiceRouter(LinearRouter):
                 "normalize divides a token's weights by their sum"
             )
         self.softmax, self.normalize, self.normalize_eps = softmax, normalize, normalize_eps
-        self.noise_std = noise_std
+        self.noise_std, self.max_experts = noise_std, max_experts
+        if max_experts is not None and (max_experts < 1 or max_experts < self.capacity.factor):
+            raise ValueError(
+                f"ExpertChoiceRouter: tokens meet {self.capacity.factor:g} experts on average, so that max_experts "
+                f"must be at least that, got {max_experts}"
+            )
         self.group_size, self.group_sequences = group_size, group_sequences
         for name, term in self.losses.terms.items():
             if unknown := {"selected", "first", "unbiased", "gates", "k"} & set(term.parameters):
@@ -121,14 +130,20 @@ class ExpertChoiceRouter(LinearRouter):
         groups, size, experts = scores.shape
         places = min(self.capacity.places(size, 1, experts, self.training), size) if tokens else 0
         by_expert = scores.permute(2, 0, 1)
-        wanted = by_expert.detach() if here is None else by_expert.detach().where(here, -1.0)
+        if self.max_experts is not None and places:
+            wanted = capped_plan(scores.detach(), places, self.max_experts, here).permute(2, 0, 1)
+        else:
+            wanted = by_expert.detach() if here is None else by_expert.detach().where(here, -1.0)
         chosen = wanted.topk(places, dim=-1, sorted=False).indices.sort(dim=-1).values
         weight = by_expert.gather(-1, chosen).flatten()
         token = (chosen + size * torch.arange(groups, device=scores.device)[:, None]).flatten()
         bounds = torch.arange(experts + 1, dtype=torch.int32, device=scores.device)
-        if here is None:
+        taken = None if here is None else here.expand(experts, -1, -1).gather(-1, chosen)
+        if self.max_experts is not None:
+            within = within_cap(scores, chosen, self.max_experts)
+            taken = within if taken is None else taken & within
+        if taken is None:
             return token, bounds * (groups * places), weight
-        taken = here.expand(experts, -1, -1).gather(-1, chosen)
         offsets = F.pad(taken.flatten(1).sum(-1).cumsum(0), (1, 0)).to(torch.int32)
         kept = taken.flatten().nonzero().squeeze(-1)
         return token.index_select(0, kept), offsets, weight.index_select(0, kept)

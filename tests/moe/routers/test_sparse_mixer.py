@@ -1,0 +1,65 @@
+"""SparseMixer against the code of Phi-3.5-MoE in transformers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from zoo.moe.routers import SparseMixerRouter
+
+
+def by_phimoe(logits: Tensor, threshold: float, training: bool) -> Tensor:
+    """Weights of two experts a token as a matrix [T, E]."""
+    from transformers.models.phimoe.modeling_phimoe import sparsemixer
+
+    weight, expert = sparsemixer(logits, threshold, training)
+    return torch.zeros_like(logits).scatter(-1, expert, weight)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("threshold", [0.01, 0.5])
+def test_weights_and_gradients_are_those_of_phimoe(training: bool, threshold: float, monkeypatch: Any) -> None:
+    logits = torch.randn(200, 6, dtype=torch.float64).requires_grad_()
+    uniform = iter([torch.rand(200, 1).double() for _ in range(2)] * 2)
+    # Its second round throws a draw away and takes another.
+    monkeypatch.setattr(torch, "rand_like", lambda like: next(uniform).as_subclass(Drawn))
+    router = SparseMixerRouter(3, 6, threshold=threshold).train(training)
+    torch.manual_seed(5)
+    found = router.route(logits).dense()
+    torch.manual_seed(5)
+    expected = by_phimoe(logits, threshold, training)
+    # They have 0.3333 and 0.6667 for a third and two thirds.
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    target = torch.randn_like(found)
+    grads = [torch.autograd.grad((out * target).sum(), logits)[0] for out in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+class Drawn(torch.Tensor):
+    def uniform_(self) -> Tensor:  # type: ignore[override]
+        return self
+
+
+def test_an_expert_is_drawn_as_often_as_its_probability() -> None:
+    logits = torch.tensor([[1.0, 0.5, 0.0, -3.0]]).expand(20000, 4)
+    routing = SparseMixerRouter(2, 4, k=1, threshold=0.6).route(logits)  # 3 is (1 + 3) / 3 below
+    expected = torch.tensor([1.0, 0.5, 0.0, float("-inf")]).softmax(0)
+    assert (routing.counts / 20000 - expected).abs().max() < 5 * (0.25 / 20000) ** 0.5
+    assert routing.counts[3] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "sigmoid"}, "score has no meaning where experts are drawn"),
+        ({"selection_bias": True}, "selection_bias has no meaning"),
+        ({"threshold": -0.1}, "expected threshold >= 0, got -0.1"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SparseMixerRouter(4, 4, **options)
