@@ -114,7 +114,7 @@ class FeatureEncoder(nn.Module):
         """One feature [B, width] from the embeddings of its ids."""
         if type(f) is Categorical:
             return embedded
-        rows = torch.repeat_interleave(lengths.long(), output_size=len(embedded))
+        rows = torch.repeat_interleave(lengths.long(), output_size=embedded.shape[0])
         total: Tensor = lengths
         if _attends(f):
             unit = self.attention[_module_name(f.name)]
@@ -122,8 +122,8 @@ class FeatureEncoder(nn.Module):
         elif _part(f) == "weighted":
             weights = batch.weighted[f.name].weights()  # type: ignore[index]
             embedded = embedded * weights[:, None]
-            total = weights.new_zeros(len(lengths)).index_add(0, rows, weights)
-        pooled = embedded.new_zeros(len(lengths), embedded.shape[1]).index_add(0, rows, embedded)
+            total = weights.new_zeros(lengths.shape[0]).index_add(0, rows, weights)
+        pooled = embedded.new_zeros(lengths.shape[0], embedded.shape[1]).index_add(0, rows, embedded)
         return pooled / _nonzero(total)[:, None] if _is_mean(f) else pooled
 
 
@@ -228,7 +228,7 @@ def _ids(batch: TableBatch, tables: list[_Table], weighted: bool) -> KeyedJagged
 
 def _weights(ids: KeyedJaggedTensor) -> Tensor:
     weights = ids.weights_or_none()
-    return ids.values().new_ones(len(ids.values()), dtype=torch.float32) if weights is None else weights
+    return ids.values().new_ones(ids.values().shape[0], dtype=torch.float32) if weights is None else weights
 
 
 def _totals(ids: KeyedJaggedTensor) -> Tensor:
@@ -236,8 +236,8 @@ def _totals(ids: KeyedJaggedTensor) -> Tensor:
     lengths, weights = ids.lengths(), ids.weights_or_none()
     if weights is None:
         return lengths.clamp(min=1)
-    bags = torch.repeat_interleave(lengths.long(), output_size=len(weights))
-    return _nonzero(weights.new_zeros(len(lengths)).index_add(0, bags, weights))
+    bags = torch.repeat_interleave(lengths.long(), output_size=weights.shape[0])
+    return _nonzero(weights.new_zeros(lengths.shape[0]).index_add(0, bags, weights))
 
 
 def _nonzero(totals: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..nearest import unknown
 if TYPE_CHECKING:
     from torch import nn
 
-DOMAINS = ("language", "vision")
+DOMAINS = ("language", "recommendation", "vision")
 
 
 def list_models(pattern: str = "*") -> list[str]:
