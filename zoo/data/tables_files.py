@@ -122,6 +122,8 @@ class TableFiles:
                 for name in columns:
                     if name not in known:
                         raise unknown("column", name, known)
+                    if known.count(name) > 1:
+                        raise ValueError(f"expected one column {name!r}, got {known.count(name)}")
                 # What a file need not decode, it skips itself.
                 passed, batches = self._batches(path, list(columns), size, skip)
                 first, skip = first + passed, skip - passed
@@ -134,6 +136,7 @@ class TableFiles:
                         yield Chunk(numbers, {name: kept.column(name) for name in columns})
 
     def _names(self, path: Path) -> list[str]:
+        """Columns of one file."""
         raise NotImplementedError
 
     def _batches(self, path: Path, columns: list[str], size: int, skip: int) -> tuple[int, Iterable[Any]]:
@@ -188,7 +191,9 @@ class CsvFiles(TableFiles):
         return csv.open_csv(
             path,
             csv.ReadOptions(block_size=_BLOCK_BYTES, column_names=self.header),
-            csv.ParseOptions(delimiter=delimiter, quote_char='"' if self.quoted else False),
+            csv.ParseOptions(
+                delimiter=delimiter, quote_char='"' if self.quoted else False, newlines_in_values=self.quoted
+            ),
             csv.ConvertOptions(
                 column_types={name: pa.string() for name in columns or ()},
                 include_columns=columns,
