@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,7 @@ class Parts:
 
     Each has a column `row` and one of float32 a prediction, and is written under another name and renamed when whole.
     A manifest tells what the predictions are of (`about`: model, input, whatever must be the same) and, in the end, how
-    many rows there are. Of several processes, rank r of W writes the parts r, r + W, ...; the folder may be taken up by
-    another number of them.
+    many rows there are. One process writes.
     """
 
     def __init__(
@@ -33,22 +32,19 @@ class Parts:
         names: Sequence[str],
         about: Mapping[str, Any],
         rows_per_part: int = 100_000,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
         if rows_per_part < 1:
             raise ValueError(f"rows_per_part must be at least 1, got {rows_per_part}")
         if ROW in names:
             raise ValueError(f"predictions have a column {ROW!r} of their own; expected another name for this task")
-        self.folder, self.names = Path(folder).expanduser(), list(names)
-        self.size, self.rank, self.world_size = rows_per_part, rank, world_size
+        self.folder, self.names, self.size = Path(folder).expanduser(), list(names), rows_per_part
         self._manifest = {"columns": [ROW, *names], "rows_per_part": rows_per_part, **about}
         self._there: Array = np.zeros(0, np.int64)
         self._pending: list[dict[str, Array]] = []
         self._count = 0
 
     def start(self) -> int | None:
-        """Make or take up the folder, on the first process alone; the number of rows where all are there already.
+        """Make or take up the folder; the number of rows where all are there already.
 
         Raises ValueError for a folder that holds something else or predictions of something else.
         """
@@ -72,18 +68,14 @@ class Parts:
         return None
 
     def take_up(self) -> int:
-        """See which parts are there; the number of the first row that is left for this process, or a later one."""
+        """See which parts are there; the number of the first row that is left."""
         numbers = {int(path.stem.removeprefix("part-")) for path in self.folder.glob("part-*.parquet")}
         self._there = np.array(sorted(numbers), np.int64)
-        left = self.rank
-        while left in numbers:
-            left += self.world_size
-        return left * self.size
+        return next(part for part in count() if part not in numbers) * self.size
 
     def wanted(self, rows: Array) -> Array:
-        """Which of the rows [B] this process still has to predict."""
-        part = rows // self.size
-        return (part % self.world_size == self.rank) & ~np.isin(part, self._there)
+        """Which of the rows [B] are left to predict."""
+        return ~np.isin(rows // self.size, self._there)
 
     def add(self, rows: Array, predictions: Mapping[str, Array]) -> None:
         """Predictions [B] of rows that are wanted, in order; a part is written as soon as it is whole."""
@@ -103,7 +95,7 @@ class Parts:
             self._write()
 
     def close(self) -> int:
-        """Mark the folder as whole, on the first process alone, after all have finished; the number of rows."""
+        """Mark the folder as whole, after `finish`; the number of rows."""
         import pyarrow.parquet as pq
 
         paths = sorted(self.folder.glob("part-*.parquet"))

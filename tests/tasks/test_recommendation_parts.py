@@ -11,8 +11,8 @@ from tasks.recommendation_parts import Parts
 ABOUT = {"model": "abc", "input": [["a.parquet", 10, 1]]}
 
 
-def parts(folder, names=("click",), about=ABOUT, size=10, **where):
-    return Parts(folder, names, about, size, **where)
+def parts(folder, names=("click",), about=ABOUT, size=10):
+    return Parts(folder, names, about, size)
 
 
 def predict(made, rows, chunk, stop=None):
@@ -61,13 +61,13 @@ def test_a_second_run_goes_on_after_the_last_whole_part(tmp_path, stop):
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
-def test_processes_share_the_parts_and_may_be_more_or_fewer_later(tmp_path):
-    predict(parts(tmp_path, rank=0, world_size=2), 65, 8, stop=33)  # parts 0 and 2
-    predict(parts(tmp_path, rank=1, world_size=2), 65, 8, stop=18)  # none
-    assert sorted(p.name for p in tmp_path.glob("part-*")) == ["part-00000.parquet", "part-00002.parquet"]
-    for rank in range(3):
-        predict(parts(tmp_path, rank=rank, world_size=3), 65, 8)
-    assert parts(tmp_path).close() == 65
+def test_a_part_that_was_lost_is_made_again(tmp_path):
+    predict(parts(tmp_path), 65, 8)
+    (tmp_path / "part-00002.parquet").unlink()
+    again = parts(tmp_path)
+    assert (again.start(), again.take_up()) == (None, 20)
+    predict(again, 65, 8)
+    again.close()
     check(tmp_path, 65)
 
 
