@@ -16,6 +16,7 @@ from zoo.nearest import unknown
 # domain: (its classes, in the module of the same name; what it is)
 DOMAINS = {
     "language": ("LanguageTask", "LanguageData", "causal language models"),
+    "recommendation": ("RecommendationTask", "RecommendationData", "multi-task recommendation models"),
     "vision": ("VisionTask", "VisionData", "image classifiers"),
 }
 
@@ -23,7 +24,7 @@ SUBCOMMANDS = {
     "fit": "train, and validate along the way",
     "validate": "evaluate on the validation split",
     "test": "evaluate on the test split",
-    "predict": "generate text, classify images",
+    "predict": "generate text, classify images, score rows",
 }
 
 

@@ -131,8 +131,8 @@ class TaskCLI(LightningCLI):
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
         try:
             super().instantiate_classes()
-            self.datamodule.check(self._only)
-            self.model.check(self.datamodule)
+            file = checkpoint if checkpoint and Path(checkpoint).exists() else None
+            self.model.check_run(self.trainer, self.datamodule, self._only, file)
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise ArgumentMistake(str(error)) from error
 

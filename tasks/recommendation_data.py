@@ -32,7 +32,6 @@ class RecommendationData(LightningDataModule):
         preparation: a folder with the preparation.json of a trained model, whose vocabularies and means to use; learnt
             from the rows to train on by default.
         input: files, folders and patterns that `predict` scores; they need no labels.
-        skip: rows of them that are done already.
     """
 
     def __init__(
@@ -48,16 +47,14 @@ class RecommendationData(LightningDataModule):
         download: bool = False,
         preparation: str | None = None,
         input: str | list[str] | None = None,
-        skip: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("skip", skip, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.source, self.given_schema, self.options = source, schema, dict(options or {})
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.held_out, self.root, self.download = held_out, root, download
-        self.input, self.skip = input, skip
+        self.input = input
         self._preparation = Preparation.load(preparation) if preparation else None
         self._rows: dict[str, Rows] = {}
 
@@ -88,15 +85,30 @@ class RecommendationData(LightningDataModule):
         """Features and tasks, with the size of every embedding table."""
         return self.preparation.schema
 
+    def adopt(self, theirs: Preparation, whose: str) -> None:
+        """Encode rows as a trained model does; raises ValueError when they were prepared in another way already."""
+        if self._preparation is None:
+            self.preparation = theirs
+        elif differ := theirs.difference(self._preparation):
+            raise ValueError(f"{whose} was trained on other data than {self.source}: its {differ} differs")
+
     def check(self, subcommand: str) -> None:
         """Raise what is wrong with the arguments, as far as it shows in the names of columns."""
         if subcommand == "predict":
             if not self.input:
                 raise ValueError("nothing to predict: give data.input")
-            self.predict_dataloader().check()
+            self._stream(0).check()
         elif not self.download:  # opening would fetch the data
             self.table.check()
             self.table.split({"fit": "train", "validate": "val"}.get(subcommand, subcommand))
+            if self._preparation is not None and (differ := self.table.schema.difference(self._preparation.schema)):
+                raise ValueError(f"{self.source} has another schema than the trained model: its {differ} differs")
+
+    def encode_rows(self, subcommand: str, validate: bool) -> None:
+        """Encode what a subcommand will need, so that a value that cannot be shows before any work is done."""
+        splits = {"fit": ["train", *(["val"] if validate else [])], "validate": ["val"]}
+        for split in splits.get(subcommand, [subcommand]):
+            self.rows(split)
 
     def prepare_data(self) -> None:
         """Fetch what is to be fetched, on one process only, and say what there is."""
@@ -123,13 +135,18 @@ class RecommendationData(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> Stream:
-        """Every row of the input but the first `skip`, in order, read as it is needed."""
+        """Every row of the input that is left to predict, in order, read as it is needed."""
+        task = getattr(self.trainer, "lightning_module", None)
+        done = task.first_row(open_files(self.input or []).paths) if hasattr(task, "first_row") else 0
+        return self._stream(done)
+
+    def _stream(self, skip: int) -> Stream:
         trainer = self.trainer
         return Stream(
             open_files(self.input or []),
             self.preparation,
             self.batch_size,
-            self.skip,
+            skip,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
         )
@@ -152,8 +169,4 @@ class RecommendationData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Encode rows as the checkpoint does; raises ValueError when the data was already prepared in another way."""
-        theirs = Preparation.read(state_dict["preparation"])
-        if self._preparation is None:
-            self._preparation = theirs
-        elif differ := theirs.difference(self._preparation):
-            raise ValueError(f"the checkpoint was trained on other data than {self.source}: its {differ} differs")
+        self.adopt(Preparation.read(state_dict["preparation"]), "the checkpoint")

@@ -95,6 +95,17 @@ class TableMetrics:
         return figures, undefined
 
 
+def figure_names(tasks: Sequence[Target], groups: bool, ndcg_k: int = 10) -> list[str]:
+    """What `TableMetrics.compute` finds for tasks, "<figure>/<task>", with groups of rows or without."""
+    none = np.zeros(0)
+    found = []
+    for task in tasks:
+        names = [task.name, *([f"{task.name}_joint"] if task.given else [])]
+        figures = _of_kind(task.kind, ndcg_k, none, none, none if groups else None, None)
+        found += [f"{figure}/{name}" for name in names for figure in figures]
+    return found
+
+
 def _of_kind(
     kind: str, k: int, prediction: Array, labels: Array, group: Array | None, weight: Array | None
 ) -> dict[str, float]:

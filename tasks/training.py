@@ -73,6 +73,11 @@ class Task(LightningModule):
         """How many of `unit` a batch holds."""
         raise NotImplementedError
 
+    def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
+        """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        data.check(subcommand)
+        self.check(data)
+
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         if self.model is None and not self.hparams["pretrained"]:

@@ -6,7 +6,7 @@ Plain data, read from YAML or written in Python. Nothing here looks at a table; 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ..nearest import unknown
@@ -153,12 +153,31 @@ class Schema:
                 raise unknown("key of schema", name, sorted(known))
         return cls(tuple(features), tuple(tasks), **rest)
 
+    def difference(self, other: Schema) -> str | None:
+        """The first thing in which another differs, such as "feature 'age'", or None; an open size is like any."""
+        for what in ("feature", "task"):
+            mine, theirs = ({made.name: made for made in getattr(s, f"{what}s")} for s in (self, other))
+            for name in [*mine, *theirs]:
+                if name not in mine or name not in theirs or not _alike(mine[name], theirs[name]):
+                    return f"{what} {name!r}"
+            if list(mine) != list(theirs):
+                return f"order of {what}s"
+        keys = ("dim", "group", "domain", "weight")
+        return next((key for key in keys if getattr(self, key) != getattr(other, key)), None)
+
     def table(self) -> dict[str, Any]:
         """What `read` reads, for a JSON or YAML file."""
         kinds = {made: name for name, made in _KINDS.items()}
         features = {f.name: {"kind": kinds[type(f)], **_given(f)} for f in self.features}
         rest = {"dim": self.dim, "group": self.group, "domain": self.domain, "weight": self.weight}
         return {"features": features, "tasks": {t.name: _given(t) for t in self.tasks}, **rest}
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two features or tasks are the same, but for a num_embeddings that one of them leaves open."""
+    if None in (sizes := [getattr(made, "num_embeddings", None) for made in (one, other)]) and any(sizes):
+        one, other = (replace(made, num_embeddings=None) for made in (one, other))
+    return bool(one == other)
 
 
 def _given(made: Any) -> dict[str, Any]:

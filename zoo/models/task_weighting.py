@@ -21,6 +21,7 @@ from ..nearest import unknown
 class FixedWeighting(nn.Module):
     """L = sum_k w_k L_k with w_k = `Target.weight`."""
 
+    needs_shared_parameters = False
     own: Tensor
 
     def __init__(self, tasks: Sequence[Target]) -> None:
@@ -83,6 +84,7 @@ class GradNormWeighting(FixedWeighting):
         lr: step length for v.
     """
 
+    needs_shared_parameters = True
     factor: Tensor
     initial: Tensor
 

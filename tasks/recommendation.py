@@ -1,0 +1,281 @@
+"""Multi-task recommendation: train, evaluate and use models with experts that tasks share.
+
+python -m tasks.recommendation fit --config configs/recommendation/census_income_mmoe.yaml
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # before the heavy imports, so that --help is instant
+    from tasks.cli import main
+
+    raise SystemExit(main("recommendation"))
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import zoo
+from tasks.recommendation_data import RecommendationData
+from tasks.recommendation_evaluation import TableMetrics, figure_names
+from tasks.recommendation_gates import TaskGates
+from tasks.recommendation_parts import Parts, fingerprint, input_files
+from tasks.training import Task
+from zoo.data.tables import Preparation
+from zoo.data.tables_batch import TableBatch
+from zoo.data.tables_schema import Schema, Target
+from zoo.models.task_weighting import FixedWeighting, task_weighting
+from zoo.nearest import unknown
+
+__all__ = ["RecommendationData", "RecommendationTask"]
+
+
+class RecommendationTask(Task):
+    """A recommendation model, the losses of its tasks, and what to log.
+
+    Args:
+        network: the name of a model of ours ("recommendation/mmoe", see `zoo models`), or a module.
+        pretrained: a folder that `export` or `zoo.save_pretrained` wrote, to start from instead.
+        overrides: keywords of the model to change, such as {num_experts: 4, expert_dims: [64]}.
+        router: the gates, a name or {"name": ..., arguments}; the model's own by default.
+        losses: auxiliary losses of the gates by name with their weights, such as {"importance": 0.01}.
+        weighting: how the tasks' losses become one: "fixed", "uncertainty", "gradnorm" or {"name": "gradnorm", "alpha":
+            0.5}.
+        task_weights: factors on the losses by task, instead of the schema's.
+        embedding_optimizer: of the embedding tables, which updates in backward the rows used and no others:
+            "rowwise_adagrad", "adagrad" or "sgd"; none leaves them to AdamW, which moves every row in every step.
+        embedding_lr: its peak learning rate; the schedule is that of the rest.
+        sharding: how tables are split over several processes: "auto" asks torchrec's planner.
+        ndcg_k: how many rows of a group count in NDCG.
+        predictions: the folder that `predict` writes: Parquet parts with a row for each row of the input, in order.
+        rows_per_part: rows of a part; a run that was cut short goes on after the last whole one.
+        weight_decay: of AdamW, on matrices.
+        betas: of AdamW.
+        training: arguments of `tasks.training.Task`: learning rate, schedule and so on.
+    """
+
+    unit = "rows"
+    weighting: FixedWeighting
+
+    def __init__(
+        self,
+        network: str | nn.Module = "recommendation/mmoe",
+        pretrained: str | None = None,
+        overrides: dict[str, Any] | None = None,
+        router: dict[str, Any] | str | None = None,
+        losses: dict[str, Any] | None = None,
+        weighting: dict[str, Any] | str = "fixed",
+        task_weights: dict[str, float] | None = None,
+        embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] | None = "rowwise_adagrad",
+        embedding_lr: float = 0.01,
+        sharding: str = "auto",
+        ndcg_k: int = 10,
+        predictions: str = "predictions",
+        rows_per_part: int = 100_000,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        **training: Any,
+    ) -> None:
+        super().__init__(network, weight_decay=weight_decay, betas=betas, **training)
+        if pretrained and (overrides or router or losses):
+            raise ValueError("pretrained: the model there has its own sizes and gates; leave out overrides and router")
+        self._preparation: Preparation | None = None
+        self._tables: torch.optim.Optimizer | None = None
+        self._metrics = TableMetrics((), ndcg_k)
+        self._gates: TaskGates | None = None
+        self._parts: Parts | None = None
+
+    def build(self) -> nn.Module:
+        """The model that the arguments describe, fresh or pretrained."""
+        h = self.hparams
+        if h["pretrained"]:
+            return zoo.from_pretrained(h["pretrained"])
+        assert isinstance(self.network, str)
+        gate = {name: h[name] for name in ("router", "losses") if h[name] is not None}
+        schema = None if self._preparation is None else self._preparation.schema
+        return zoo.create_model(self.network, schema=schema, **(h["overrides"] or {}), **gate)
+
+    def tasks(self, schema: Schema) -> list[Target]:
+        """The schema's tasks with the weights asked for; raises ValueError naming the nearest for an unknown task."""
+        weights = dict(self.hparams["task_weights"] or {})
+        tasks = [replace(task, weight=weights.pop(task.name, task.weight)) for task in schema.tasks]
+        for name in weights:
+            raise unknown("task of task_weights", name, [task.name for task in tasks])
+        return tasks
+
+    def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
+        """Take how rows are encoded from the model that is to be used, then check everything that can be."""
+        if checkpoint:
+            data.adopt(checkpoint_preparation(checkpoint), checkpoint)
+        elif self.hparams["pretrained"]:
+            data.adopt(Preparation.load(self.hparams["pretrained"]), self.hparams["pretrained"])
+        elif subcommand == "predict" and isinstance(self.network, str):
+            raise ValueError("nothing to predict with: give --ckpt_path or model.pretrained")
+        super().check_run(trainer, data, subcommand, checkpoint)
+        if subcommand == "fit":
+            self._check_monitors(trainer, data.schema)
+        if subcommand != "predict" and not data.download:
+            data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
+
+    def check(self, data: Any) -> None:
+        """Build the model without memory: raises what is wrong with the arguments before any work is done."""
+        if self.hparams["activation_checkpointing"]:
+            raise ValueError("activation_checkpointing: a recommendation model keeps too little to gain from it")
+        self._preparation = data.preparation
+        super().check(data)
+
+    def check_model(self, model: Any, data: Any) -> None:
+        """Raise ValueError when a model does not fit the data, or the weighting does not fit either."""
+        if data is not None and (differ := model.schema.difference(data.schema)):
+            raise ValueError(f"the model was made for another schema than that of {data.source}: {differ} differs")
+        weighting = task_weighting(self.hparams["weighting"], self.tasks(model.schema))
+        if weighting.needs_shared_parameters and not model.shared_parameters():
+            raise ValueError("weighting: gradnorm compares gradients at shared parameters, and this model shares none")
+
+    def _check_monitors(self, trainer: Any, schema: Schema) -> None:
+        """Raise ValueError when a callback waits for a figure of a task that there is not."""
+        names = figure_names(schema.tasks, schema.group is not None, self.hparams["ndcg_k"])
+        known = [f"val/{name}" for name in names]
+        figures = {name.split("/")[0] for name in names} | {"auc", "rmse"}
+        for callback in trainer.callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if monitor and monitor.count("/") == 2 and monitor not in known and monitor.split("/")[1] in figures:
+                raise unknown("figure to monitor", monitor, known)
+
+    def configure_model(self) -> None:
+        """Build the model once the schema is known; Lightning calls this."""
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None:
+            self._preparation = data.preparation
+        if self.model is None:
+            self.model = self.build()
+        self.check_model(self.model, data)
+        if self._preparation is not None:
+            self.model.preparation = self._preparation
+        if not hasattr(self, "weighting"):
+            self.weighting = task_weighting(self.hparams["weighting"], self.tasks(self.model.schema))
+        self.prepare_model(lambda: None)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let the data object first; without one build the model as the checkpoint's data says."""
+        super().on_load_checkpoint(checkpoint)
+        if self.model is None:
+            self._preparation = Preparation.read(checkpoint[RecommendationData.__qualname__]["preparation"])
+            self.configure_model()
+
+    def count(self, batch: TableBatch) -> int:
+        """Rows in a batch."""
+        return len(batch)
+
+    def training_step(self, batch: TableBatch, batch_idx: int) -> Tensor:
+        """The weighted loss of all tasks plus auxiliary losses."""
+        with zoo.moe.record(self.model) as step:
+            outputs = self.model(batch)
+        losses = self.model.task_losses(outputs, batch)
+        loss = self.weighting(losses, self.model)
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log("loss", loss.detach(), prog_bar=True, logger=False)
+            self.log("train/loss", loss.detach())
+            # A loss of exactly 0 is that of a task without a label in the batch.
+            self.log_dict({f"train/loss/{name}": value.detach() for name, value in losses.items() if value != 0})
+            if type(self.weighting) is not FixedWeighting:
+                self.log_dict({f"train/weight/{name}": value for name, value in self.weighting.factors().items()})
+        return self.with_auxiliary(loss, step)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start anew."""
+        super().on_validation_epoch_start()
+        self._metrics = TableMetrics(self.model.schema.tasks, self.hparams["ndcg_k"])
+        self._gates = TaskGates(self.model)
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def validation_step(self, batch: TableBatch, batch_idx: int) -> None:
+        """Keep what is predicted, and what the gates decide."""
+        with zoo.moe.record(self.model) as step:
+            outputs = self.model(batch)
+        assert self._gates is not None
+        real = batch.row >= 0
+        self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
+        self._gates.update(step, real)
+        self._balance.update(step)
+
+    test_step = validation_step
+
+    def _log_evaluation(self, stage: str) -> None:
+        """Log every figure of every task that is defined, and say which are not."""
+        assert self._gates is not None
+        figures = self._metrics.compute()
+        for name, value in {**figures, **self._gates.compute()}.items():
+            if not math.isnan(value):
+                # All processes have the same by now; sync_dist keeps Lightning from warning that they might not.
+                self.log(f"{stage}/{name}", value, prog_bar=name.startswith(("auc/", "rmse/")), sync_dist=True)
+        if not self.trainer.sanity_checking:
+            for task, why in self._metrics.undefined.items():
+                names = [n.split("/")[0] for n, v in figures.items() if n.split("/", 1)[1] == task and math.isnan(v)]
+                self.print(f"{stage}: {', '.join(names)} of task {task} undefined: {why}")
+        self._log_balance(stage, self._balance)
+
+    def first_row(self, paths: Sequence[Path]) -> int:
+        """Make or take up the folder of predictions for these files; the number of the first row that is left.
+
+        The data calls it once the weights are there. Raises ArgumentMistake for a folder of other predictions.
+        """
+        from tasks.lightning_cli import ArgumentMistake
+
+        found: int | str = 0
+        if self.trainer.is_global_zero:
+            try:
+                found = self._open_predictions(paths)
+            except ValueError as error:
+                found = str(error)
+        found = self.trainer.strategy.broadcast(found)
+        if isinstance(found, str):
+            raise ArgumentMistake(found)
+        return found
+
+    def _open_predictions(self, paths: Sequence[Path]) -> int:
+        h = self.hparams
+        about = {"model": fingerprint(self.model, self.model.preparation), "input": input_files(paths)}
+        names = [n for t in self.model.schema.tasks for n in (t.name, *([f"{t.name}_joint"] if t.given else []))]
+        self._parts = Parts(h["predictions"], names, about, h["rows_per_part"])
+        self._parts.start()
+        return self._parts.take_up()
+
+    def predict_step(self, batch: TableBatch, batch_idx: int) -> int:
+        """Write what is predicted for the batches of all processes; the number of rows written here."""
+        predictions = self.model.predictions(self.model(batch))
+        rows, values = batch.row, torch.stack([value.float() for value in predictions.values()], dim=1)
+        if self.trainer.world_size > 1:  # process by process the rows are in order
+            rows, values = (self.all_gather(part).flatten(0, 1) for part in (rows, values))  # type: ignore[union-attr]
+        if self._parts is None:
+            return 0
+        numbers, columns = rows.cpu().numpy(), values.cpu().numpy().T
+        wanted = (numbers >= 0) & self._parts.wanted(numbers)
+        self._parts.add(numbers[wanted], dict(zip(predictions, columns[:, wanted])))
+        return int(wanted.sum())
+
+    def on_predict_end(self) -> None:
+        """Write the last part, unless the run was to leave out some of the rows."""
+        if self._parts is not None and self.trainer.limit_predict_batches == 1.0:
+            self._parts.finish()
+            self._parts.close()
+
+    def show_predictions(self, predictions: list[Any]) -> None:
+        """Say where they are."""
+        if self._parts is not None:
+            left = "" if self.trainer.limit_predict_batches == 1.0 else "; run again without limit for the rest"
+            print(f"{sum(predictions)} rows scored in {self._parts.folder}{left}")
+
+
+def checkpoint_preparation(path: str) -> Preparation:
+    """How the rows of a checkpoint's model are encoded; raises ValueError for a checkpoint of something else."""
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    name = RecommendationData.__qualname__
+    if name not in content:
+        raise ValueError(f"{path} is no checkpoint of a recommendation model: it has no {name}")
+    return Preparation.read(content[name]["preparation"])
