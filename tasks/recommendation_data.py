@@ -136,7 +136,7 @@ class RecommendationData(LightningDataModule):
 
     def predict_dataloader(self) -> Stream:
         """Every row of the input that is left to predict, in order, read as it is needed."""
-        task = getattr(self.trainer, "lightning_module", None)
+        task: Any = getattr(self.trainer, "lightning_module", None)
         done = task.first_row(open_files(self.input or []).paths) if hasattr(task, "first_row") else 0
         return self._stream(done)
 

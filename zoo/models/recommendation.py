@@ -58,7 +58,9 @@ def build(name: str, schema: Schema | Mapping[str, Any] | None = None, **overrid
     for key in overrides:
         if key not in _COMMON and key not in known:
             raise unknown(f"argument of recommendation/{name}", key, sorted(known | set(_COMMON)))
-    return _assembled(read, maker, arguments, **common)
+    model: Any = _assembled(read, maker, arguments, **common)
+    model.made_with = {"network": f"recommendation/{name}", "overrides": overrides}  # for `zoo.save_pretrained`
+    return model
 
 
 def _assembled(

@@ -6,6 +6,7 @@ B rows, K tasks, G groups of experts: one a task, and behind them the shared one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -40,10 +41,9 @@ class Level(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        self.register_buffer("owner", owner, persistent=False)
-        self.experts = ExpertStack(len(owner), dim, hidden, **options)
-        tasks, owners = len(sizes) - 1, owner.tolist()
+        tasks, owners = len(sizes) - 1, [group for group, size in enumerate(sizes) for _ in range(size)]
+        self.register_buffer("owner", torch.tensor(owners), persistent=False)
+        self.experts = ExpertStack(len(owners), dim, hidden, **options)
         # Which experts each gate sees, by number.
         self.seen = [
             [e for e, o in enumerate(owners) if sees == "all" or group == tasks or o in (group, tasks)]
@@ -55,7 +55,7 @@ class Level(nn.Module):
         if self.residual and max(sizes) > 1:
             bounds = [sizes[group] ** -0.5 for group in range(wanted)]
             self.own = nn.ParameterList(torch.empty(size).uniform_(-b, b) for size, b in zip(sizes[:wanted], bounds))
-        starts = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+        starts = [0, *accumulate(sizes)]
         self._spans = [(starts[g], starts[g + 1]) for g in range(wanted)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ def inputs_of(schema: Schema) -> nn.Module:
     """What makes vectors of rows; torchrec is imported only where there are sparse features."""
     if all(isinstance(f, Dense) for f in schema.features):
         return DenseInputs(schema)
-    from .recommendation_inputs import FeatureEncoder
+    with torch.device("cpu"):  # torchrec computes while it is imported, which "meta" does not allow
+        from .recommendation_inputs import FeatureEncoder
 
     return FeatureEncoder(schema)

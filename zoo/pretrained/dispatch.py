@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import folder as language
-from . import hub
+from . import hub, recommendation
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
@@ -20,9 +20,10 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     """A published checkpoint as a model on our layers, in eval mode.
 
     source: a folder, or a hub repository id (then revision, cache_dir, local_files_only and token are the hub's), in
-    transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`) or timm's (as
-    `zoo.pretrained.vision.from_timm`); or the prefix of an original V-MoE checkpoint (`from_vmoe` there). All take
-    dtype, device, router, losses, capacity and backend. Raises what these do, naming file and tensor.
+    transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`), timm's (as
+    `zoo.pretrained.vision.from_timm`) or our own of a recommendation model (`zoo.pretrained.recommendation.load`); or
+    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation
+    router, losses, capacity and backend. Raises what these do, naming file and tensor.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
@@ -30,6 +31,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     path = hub.local_folder(source, **{key: options.pop(key) for key in HUB if key in options})
     if _is_timm(path):
         return _vision().from_timm(path, **options)
+    if recommendation.is_recommendation(path):
+        return recommendation.load(path, **options)
     return language.from_pretrained(path, **options)
 
 
@@ -40,12 +43,16 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write a model in its family's own published layout: transformers' or, one file always, timm's.
+    """Write a model in its family's own published layout: transformers', timm's (one file always), or ours of
+    recommendation models.
 
-    See `zoo.pretrained.folder.save_pretrained` and `zoo.pretrained.vision.save_timm`. Nothing half written is left
-    behind, and a folder that is not empty is only written to with `overwrite`.
+    See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.vision.save_timm` and
+    `zoo.pretrained.recommendation.save`. Nothing half written is left behind, and a folder that is not empty is only
+    written to with `overwrite`.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if hasattr(model, "made_with"):
+        return recommendation.save(model, folder, overwrite=overwrite)
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)
     return language.save_pretrained(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)

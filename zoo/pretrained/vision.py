@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -15,9 +14,10 @@ import torch
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args
 
-from ..moe import Capacity, MoE, Router, routers
+from ..moe import MoE
 from .language import resolve_dtype
 from .staging import staged
+from .storable import storable
 from .tensorfile import DTYPES, read_header, write_file
 from .upcycling import upcycle
 from .vision_fill import Unset, fill, some
@@ -162,26 +162,6 @@ def _check_rebuilds(model: Any, arguments: Mapping[str, Any]) -> None:
             f"save_pretrained: timm's {name} with this model's arguments has other tensors ({some(other)}); "
             "a model that was changed after it was made can be stored by its state_dict"
         )
-
-
-def storable(value: Any, name: str) -> Any:
-    """An argument of a model as JSON holds it: a gate's class by its name, a capacity as its arguments."""
-    if isinstance(value, Capacity):
-        return dataclasses.asdict(value)
-    if isinstance(value, Mapping):
-        return {key: storable(inner, f"{name}.{key}") for key, inner in value.items()}
-    if isinstance(value, (list, tuple, range)):
-        return [storable(inner, name) for inner in value]
-    if isinstance(value, type) and issubclass(value, Router):
-        ours = vars(routers).get(value.__name__) is value
-        return value.__name__ if ours else f"{value.__module__}.{value.__qualname__}"
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if value is None or isinstance(value, (str, int, float, bool)):
-        return value
-    raise ValueError(
-        f"save_pretrained: the argument {name}={value!r} cannot be stored; give it by name or as a mapping"
-    )
 
 
 def read_config(folder: Path) -> dict[str, Any]:
