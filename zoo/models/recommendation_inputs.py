@@ -90,6 +90,19 @@ class FeatureEncoder(nn.Module):
         assert batch.ids is not None
         return batch.ids[self.schema.domain].values()
 
+    def tables(self) -> dict[str, nn.Parameter]:
+        """The embedding table [rows, width] of each sparse feature; of tables that are neither fused nor sharded."""
+        found: dict[str, nn.Parameter] = {}
+        for place, tables in self._places.items():
+            collection = self._collection(place)
+            rows = collection.embeddings if place in self.sequences else collection.embedding_bags
+            found |= {f.name: rows[table.config["name"]].weight for table in tables for f in table.features}
+        return found
+
+    def unit(self, name: str) -> ActivationUnit:
+        """The activation unit of a feature with attention."""
+        return cast(ActivationUnit, self.attention[_module_name(name)])
+
     def _collection(self, place: str) -> Any:
         return self.sequences[place] if place in self.sequences else getattr(self, place)
 
@@ -117,8 +130,8 @@ class FeatureEncoder(nn.Module):
         rows = torch.repeat_interleave(lengths.long(), output_size=embedded.shape[0])
         total: Tensor = lengths
         if _attends(f):
-            unit = self.attention[_module_name(f.name)]
-            embedded = embedded * unit(embedded, query(cast(Sequence, f).target or "").index_select(0, rows))
+            queries = query(cast(Sequence, f).target or "").index_select(0, rows)
+            embedded = embedded * self.unit(f.name)(embedded, queries)
         elif _part(f) == "weighted":
             weights = batch.weighted[f.name].weights()  # type: ignore[index]
             embedded = embedded * weights[:, None]

@@ -64,8 +64,9 @@ class MultiGateMoE(nn.Module):
         """y [G, T, O] of tokens x [T, D]; gates see x, or inputs [T, D'] of their own; keywords go to the routers."""
         seen = [x] * len(self.gates) if gate_inputs is None else gate_inputs
         routings = [gate(tokens, **context) for gate, tokens in zip(self.gates, seen, strict=True)]
-        pairs = x.shape[0] * self.experts.num_experts
-        if sum(routing.token_index.shape[0] for routing in routings) < SPARSE * pairs:
+        asked, pairs = sum(routing.token_index.shape[0] for routing in routings), x.shape[0] * self.experts.num_experts
+        # A graph for serving computes all: how many tokens an expert gets is not known to one.
+        if not torch.compiler.is_exporting() and asked < SPARSE * pairs:
             return self._sparse(x, routings)
         return mix(torch.stack([combine_matrix(routing) for routing in routings]), self.experts(x))
 
@@ -93,9 +94,18 @@ def mix(weights: Tensor, outputs: Tensor) -> Tensor:
 def combine_matrix(routing: Routing) -> Tensor:
     """`routing.dense()`, [T, E], without a scatter where every token meets every expert."""
     tokens, experts = routing.num_tokens, routing.num_experts
-    if routing.weight.shape[0] == tokens * experts:
+    if _same(routing.weight.shape[0], tokens * experts):
         return routing.weight.view(experts, tokens).T
     return routing.dense()
+
+
+def _same(size: int, other: int) -> bool:
+    """Whether two sizes are equal; in a graph for serving, whether they always are."""
+    if not torch.compiler.is_exporting():
+        return size == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size == other)
 
 
 def everywhere(weight: Tensor, **extra: Any) -> Routing:
