@@ -23,7 +23,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_router: bool =
     exempt: set[Tensor] = set()
     named: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for module in model.modules():
-        if isinstance(module, nn.Embedding) or (isinstance(module, Router) and not decay_router):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (isinstance(module, Router) and not decay_router):
             exempt.update(module.parameters())
     decayed: list[Tensor] = []
     rest: list[Tensor] = []

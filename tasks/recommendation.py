@@ -83,7 +83,7 @@ class RecommendationTask(Task):
         super().__init__(network, weight_decay=weight_decay, betas=betas, **training)
         if pretrained and (overrides or router or losses):
             raise ValueError("pretrained: the model there has its own sizes and gates; leave out overrides and router")
-        self._preparation: Preparation | None = None
+        self.preparation: Preparation | None = None  # how rows are encoded, once the data or a checkpoint says
         self._tables: torch.optim.Optimizer | None = None
         self._metrics = TableMetrics((), ndcg_k)
         self._gates: TaskGates | None = None
@@ -96,7 +96,7 @@ class RecommendationTask(Task):
             return zoo.from_pretrained(h["pretrained"])
         assert isinstance(self.network, str)
         gate = {name: h[name] for name in ("router", "losses") if h[name] is not None}
-        schema = None if self._preparation is None else self._preparation.schema
+        schema = None if self.preparation is None else self.preparation.schema
         return zoo.create_model(self.network, schema=schema, **(h["overrides"] or {}), **gate)
 
     def tasks(self, schema: Schema) -> list[Target]:
@@ -125,8 +125,10 @@ class RecommendationTask(Task):
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         if self.hparams["activation_checkpointing"]:
             raise ValueError("activation_checkpointing: a recommendation model keeps too little to gain from it")
-        self._preparation = data.preparation
+        self.preparation = data.preparation
         super().check(data)
+        if self.model is not None:
+            self.check_model(self.model, data)
 
     def check_model(self, model: Any, data: Any) -> None:
         """Raise ValueError when a model does not fit the data, or the weighting does not fit either."""
@@ -150,12 +152,14 @@ class RecommendationTask(Task):
         """Build the model once the schema is known; Lightning calls this."""
         data = getattr(self._trainer, "datamodule", None)
         if data is not None:
-            self._preparation = data.preparation
+            self.preparation = data.preparation
+        if self._trainer is None and self.preparation is None:
+            return  # a checkpoint is being loaded, and will say
         if self.model is None:
             self.model = self.build()
         self.check_model(self.model, data)
-        if self._preparation is not None:
-            self.model.preparation = self._preparation
+        if self.preparation is not None:
+            self.model.preparation = self.preparation
         if not hasattr(self, "weighting"):
             self.weighting = task_weighting(self.hparams["weighting"], self.tasks(self.model.schema))
         self.prepare_model(lambda: None)
@@ -164,8 +168,13 @@ class RecommendationTask(Task):
         """Let the data object first; without one build the model as the checkpoint's data says."""
         super().on_load_checkpoint(checkpoint)
         if self.model is None:
-            self._preparation = Preparation.read(checkpoint[RecommendationData.__qualname__]["preparation"])
+            self.preparation = Preparation.read(checkpoint[RecommendationData.__qualname__]["preparation"])
             self.configure_model()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What decays and what does not, and what the weighting learns."""
+        own = list(self.weighting.parameters())
+        return super().parameter_groups() + ([{"params": own, "weight_decay": 0.0}] if own else [])
 
     def count(self, batch: TableBatch) -> int:
         """Rows in a batch."""
