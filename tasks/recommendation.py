@@ -184,7 +184,7 @@ class RecommendationTask(Task):
         """The weighted loss of all tasks plus auxiliary losses."""
         with zoo.moe.record(self.model) as step:
             outputs = self.model(batch)
-        losses = self.model.task_losses(outputs, batch)
+        losses = self._over_processes(self.model.task_losses(outputs, batch), batch)
         loss = self.weighting(losses, self.model)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("loss", loss.detach(), prog_bar=True, logger=False)
@@ -194,6 +194,16 @@ class RecommendationTask(Task):
             if type(self.weighting) is not FixedWeighting:
                 self.log_dict({f"train/weight/{name}": value for name, value in self.weighting.factors().items()})
         return self.with_auxiliary(loss, step)
+
+    def _over_processes(self, losses: dict[str, Tensor], batch: TableBatch) -> dict[str, Tensor]:
+        """Scaled so that the mean over processes, which the gradients become, is the mean over the rows of all."""
+        world = self.trainer.world_size
+        if world == 1:
+            return losses
+        own = self.model.task_counts(batch)
+        total = self.trainer.strategy.reduce(own.clone(), reduce_op="sum")
+        share = own * world / total.clamp(min=torch.finfo(own.dtype).tiny)
+        return {name: loss * share[i] for i, (name, loss) in enumerate(losses.items())}
 
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
@@ -270,14 +280,17 @@ class RecommendationTask(Task):
 
     def on_predict_end(self) -> None:
         """Write the last part, unless the run was to leave out some of the rows."""
-        if self._parts is not None and self.trainer.limit_predict_batches == 1.0:
+        if self._parts is not None and self._predicts_all():
             self._parts.finish()
             self._parts.close()
+
+    def _predicts_all(self) -> bool:
+        return math.isinf(self.trainer.predict_loop.max_batches[0])  # a stream does not know how many it has
 
     def show_predictions(self, predictions: list[Any]) -> None:
         """Say where they are."""
         if self._parts is not None:
-            left = "" if self.trainer.limit_predict_batches == 1.0 else "; run again without limit for the rest"
+            left = "" if self._predicts_all() else "; run again without limit for the rest"
             print(f"{sum(predictions)} rows scored in {self._parts.folder}{left}")
 
 

@@ -230,6 +230,31 @@ def test_a_run_that_stopped_goes_on_exactly(trained, tmp_path):
         assert torch.equal(resumed["state_dict"][name], tensor), name
 
 
+def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
+    """Although they have different numbers of labelled rows in every batch."""
+    write(tmp_path / "train.csv", rows(1500))
+    short = {"max_steps": 8, "val_check_interval": 8}
+    assert cli("fit", "--config", config(tmp_path, trainer=short)) == 0
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    assert cli("fit", "--config", config(tmp_path, trainer=short, data={"batch_size": 32}), *two) == 0
+    one, other = (torch.load(checkpoint(tmp_path, run), weights_only=True)["state_dict"] for run in (0, 1))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    figures, others = logged(tmp_path, 0), logged(tmp_path, 1)
+    for name in ("val/auc/buy", "val/rmse/seconds", "val/gate/stars/1", "val/entropy/sharing.moe.gates.0"):
+        assert others[name] == pytest.approx(figures[name], rel=1e-3)
+
+    where = ["--data.input", trained / "new.csv", "--model.predictions", tmp_path / "out", "--model.rows_per_part", 60]
+    common = ["--config", trained / "config.yaml", "--ckpt_path", checkpoint(trained), *where]
+    assert cli("predict", *common, *two, "--trainer.limit_predict_batches", 1) == 0
+    assert len(pq.read_table(tmp_path / "out")) == 120
+    assert cli("predict", *common, *two) == 0
+    found, wanted = scores(tmp_path / "out"), expected(trained)
+    assert found["row"] == list(range(250))
+    for name, values in wanted.items():
+        assert found[name] == pytest.approx(values, rel=1e-5)
+
+
 @pytest.mark.parametrize("weighting", ["uncertainty", "{name: gradnorm, alpha: 0.5}"])
 def test_learnt_weights_of_tasks_are_logged_and_kept(weighting, trained, tmp_path):
     write(tmp_path / "train.csv", rows(600))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..data.tables_schema import Dense, Schema
 from ..moe.expert_stack import ExpertStack
 from ..moe.layer import Recorded
-from .recommendation_towers import Towers, predictions, task_losses
+from .recommendation_towers import Towers, predictions, task_counts, task_losses
 
 if TYPE_CHECKING:
     from ..data.tables_batch import TableBatch
@@ -47,6 +47,10 @@ class RecommendationModel(nn.Module):
     def task_losses(self, outputs: Mapping[str, Tensor], batch: TableBatch) -> dict[str, Tensor]:
         """Losses by task: see `zoo.models.recommendation_towers.task_losses`."""
         return task_losses(self.schema.tasks, outputs, batch.labels, batch.weight, self.esmm)
+
+    def task_counts(self, batch: TableBatch) -> Tensor:
+        """How many rows each task's loss is the mean over, [K]: see `zoo.models.recommendation_towers.task_counts`."""
+        return task_counts(self.schema.tasks, batch.labels, batch.weight, self.esmm)
 
     def task_gates(self) -> dict[str, Recorded]:
         """The gate of each task that has one; it decides which experts the task's tower sees."""

@@ -117,35 +117,47 @@ def task_losses(
     happened; with `esmm` (1804.07931, eq. 4) it is instead the cross-entropy of both, over all rows that have both
     labels. A batch without labels of a task gives 0, with a gradient of 0.
     """
+    return {
+        task.name: _loss(task, tasks, outputs, label, weight, esmm)
+        for task, label in zip(tasks, _labels_that_count(tasks, labels, esmm))
+    }
+
+
+def task_counts(tasks: Sequence[Target], labels: Tensor, weight: Tensor | None = None, esmm: bool = False) -> Tensor:
+    """How many rows each task's loss is the mean over, [K] float32; with weights, their sum."""
+    real = ~torch.stack(_labels_that_count(tasks, labels, esmm), dim=1).isnan()
+    return (real.float() if weight is None else real * weight[:, None]).sum(0)
+
+
+def _labels_that_count(tasks: Sequence[Target], labels: Tensor, esmm: bool) -> list[Tensor]:
+    """Of each task, the labels [B] that its loss takes, nan where it takes none."""
     by_name = {task.name: labels[:, i] for i, task in enumerate(tasks)}
-    return {task.name: _loss(task, tasks, outputs, by_name, weight, esmm) for task in tasks}
+    found = []
+    for task in tasks:
+        label = by_name[task.name]
+        for other in (by_name[name] for name in _chain(tasks, task)):
+            # With esmm, of both: nan where either is, unless it is known that the first did not happen.
+            label = torch.where(other == 0, 0.0, label * other) if esmm else label.where(other > 0, torch.nan)
+        found.append(label)
+    return found
 
 
 def _loss(
     task: Target,
     tasks: Sequence[Target],
     outputs: Mapping[str, Tensor],
-    labels: Mapping[str, Tensor],
+    label: Tensor,
     weight: Tensor | None,
     esmm: bool,
 ) -> Tensor:
-    out, label = outputs[task.name], labels[task.name]
-    chain = _chain(tasks, task)
-    happened = [labels[name] for name in chain]
-    if esmm:
-        for other in happened:
-            label = torch.where(other == 0, 0.0, label * other)  # nan where any of them is
-    else:
-        for other in happened:
-            label = label.where(other > 0, torch.nan)
-    real = ~label.isnan()
+    out, real = outputs[task.name], ~label.isnan()
     label = label.where(real, 0).to(out.dtype)
     if task.kind == "regression":
         losses = (out - label).square()
     elif task.kind == "ordinal":
         above = label.unsqueeze(-1) > torch.arange(out.shape[-1], device=out.device)
         losses = F.binary_cross_entropy_with_logits(out, above.to(out.dtype), reduction="none").sum(-1)
-    elif esmm and chain:
+    elif esmm and task.given:
         both = log_joint(tasks, outputs, task)
         losses = -(label * both + (1 - label) * log1mexp(both))
     else:
