@@ -77,7 +77,7 @@ class MoA(Recorded):
         """Attend from tokens x [B, S, D]; other keywords go to the router.
 
         mask [B, S], False for padding, which is no key and has no expert; with a cache [B, K], of the tokens in it too.
-        rotary: cosines and sines [B or 1, S, R] of the positions of x (`zoo.moe.attention_experts.rotary`).
+        rotary: cosines and sines [B or 1, S, R] of the positions of x (`zoo.moe.rotary`).
         """
         x, context = checked("MoA", x, mask, context)
         routing = self.router(x, causal=self.causal, **context)
@@ -100,7 +100,7 @@ class MoA(Recorded):
         query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)
         dropout = self.dropout if self.training else 0.0
         heads = attend(query, key, value, causal=self.causal, mask=mask, dropout=dropout)
-        heads = heads.unflatten(1, (self.num_heads, most)).permute(0, 3, 2, 1, 4).reshape(len(tokens) * most, -1)
+        heads = heads.unflatten(1, (self.num_heads, most)).permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)
         out = grouped_linear(heads.index_select(0, place), self.o_proj, routing.offsets)
         out = out * routing.weight.unsqueeze(-1).to(out.dtype)
         y = out.new_zeros(tokens.shape).index_add(0, routing.token_index, out)

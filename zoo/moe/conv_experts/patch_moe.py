@@ -46,7 +46,7 @@ class PatchMoE(Recorded):
         batch, _, height, width = x.shape
         rows, columns = height // size, width // size
         patches = x.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        routing = self.router(patches.view(batch, rows * columns, -1), **context)
+        routing = self.router(patches.reshape(batch, rows * columns, self.router.dim), **context)
         if not isinstance(routing, Routing):
             raise ValueError(f"PatchMoE: expected a router that gives a Routing, got {type(routing).__name__}")
         self._keep(routing)

@@ -16,8 +16,8 @@ def capped_plan(scores: Tensor, places: int, cap: int, mask: Tensor | None = Non
 
     The logarithm of the A that maximises sum scores A + temperature H(A) where every expert takes `places` tokens of a
     group, sum_n A = places, no token meets more than its share, sum_e A <= cap, and 0 <= A <= 1 (2202.09368, capped
-    variant): A = min(1, exp((scores - u - v) / temperature)), with a price u an expert and v >= 0 a token that are found
-    in turn. The paper takes 100 rounds of Dykstra's projections at temperature 0.001; from cold these hardly move (of a
+    variant): A = min(1, exp((scores - u - v) / temperature)), a price u an expert and v >= 0 a token being found in
+    turn. The paper takes 100 rounds of Dykstra's projections at temperature 0.001; from cold these hardly move (of a
     64 x 8 problem's mass they find a sixteenth), so here it falls from 0.1 and each price is exact given the others.
     Masked tokens ([G, N], False) are wanted last.
     """
