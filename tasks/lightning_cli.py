@@ -45,10 +45,11 @@ def loggers(folder: str | Path, name: str) -> list[Logger]:
 
 
 def quiet() -> None:
-    """Leave out an advertisement, and warnings about matters inside Lightning."""
+    """Leave out an advertisement, and warnings about matters inside Lightning and torchrec."""
     messages = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     messages.addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec asks it whether it traces
 
 
 class ArgumentMistake(Exception):

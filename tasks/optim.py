@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.moe import Router
@@ -57,6 +59,58 @@ def layered(model: nn.Module, groups: list[dict[str, Any]], lr: float, decay: fl
             empty = {**group, "params": [], "lr": lr * decay ** (deepest - block)}
             split.setdefault((number, block), empty)["params"].append(parameter)
     return list(split.values())
+
+
+class Beside(torch.optim.Optimizer):
+    """An optimizer, and beside it one of embedding tables that has moved them in backward already.
+
+    To a schedule, a checkpoint and Lightning it is one, with the groups of both.
+    """
+
+    def __init__(self, main: torch.optim.Optimizer, tables: Any) -> None:
+        self.main, self.tables = main, tables
+        super().__init__([torch.zeros(0)], {})  # for its hooks; the groups and states are those of the two
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of both."""
+        return [*self.main.param_groups, *self.tables.param_groups]
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """What the base class makes is not used."""
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """Those of both."""
+        return defaultdict(dict, {**self.main.state, **self.tables.state})
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        """What the base class makes is not used."""
+
+    def step(self, closure: Any = None) -> Any:
+        """Run the closure, in whose backward the tables move, and move the rest."""
+        loss = self.main.step(closure)
+        self.tables.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Of both; the tables take over the learning rate for the backward that follows."""
+        self.main.zero_grad(set_to_none)
+        self.tables.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of both, and the tables' learning rates, which torchrec's optimizers leave out."""
+        rates = [group["lr"] for group in self.tables.param_groups]
+        return {"main": self.main.state_dict(), "tables": self.tables.state_dict(), "rates": rates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of both."""
+        self.main.load_state_dict(state_dict["main"])
+        self.tables.load_state_dict(state_dict["tables"])
+        for group, rate in zip(self.tables.param_groups, state_dict["rates"]):
+            group["lr"] = rate
 
 
 def learning_rate(

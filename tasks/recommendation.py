@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import zoo
-from tasks.recommendation_data import RecommendationData
+from tasks.optim import Beside
+from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
-from tasks.recommendation_gates import TaskGates
+from tasks.recommendation_gates import ExpertUse
 from tasks.recommendation_parts import Parts, fingerprint, input_files
 from tasks.training import Task
 from zoo.data.tables import Preparation
 from zoo.data.tables_batch import TableBatch
-from zoo.data.tables_schema import Schema, Target
+from zoo.data.tables_schema import Categorical, Schema, Target
 from zoo.models.task_weighting import FixedWeighting, task_weighting
 from zoo.nearest import unknown
 
@@ -70,7 +72,7 @@ class RecommendationTask(Task):
         losses: dict[str, Any] | None = None,
         weighting: dict[str, Any] | str = "fixed",
         task_weights: dict[str, float] | None = None,
-        embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] | None = "rowwise_adagrad",
+        embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] | None = None,
         embedding_lr: float = 0.01,
         sharding: str = "auto",
         ndcg_k: int = 10,
@@ -86,7 +88,7 @@ class RecommendationTask(Task):
         self.preparation: Preparation | None = None  # how rows are encoded, once the data or a checkpoint says
         self._tables: torch.optim.Optimizer | None = None
         self._metrics = TableMetrics((), ndcg_k)
-        self._gates: TaskGates | None = None
+        self._use: ExpertUse | None = None
         self._parts: Parts | None = None
 
     def build(self) -> nn.Module:
@@ -110,7 +112,7 @@ class RecommendationTask(Task):
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
         """Take how rows are encoded from the model that is to be used, then check everything that can be."""
         if checkpoint:
-            data.adopt(checkpoint_preparation(checkpoint), checkpoint)
+            data.adopt(of_checkpoint(checkpoint), checkpoint)
         elif self.hparams["pretrained"]:
             data.adopt(Preparation.load(self.hparams["pretrained"]), self.hparams["pretrained"])
         elif subcommand == "predict" and isinstance(self.network, str):
@@ -163,6 +165,7 @@ class RecommendationTask(Task):
         if not hasattr(self, "weighting"):
             self.weighting = task_weighting(self.hparams["weighting"], self.tasks(self.model.schema))
         self.prepare_model(lambda: None)
+        self._fuse_tables()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the data object first; without one build the model as the checkpoint's data says."""
@@ -170,6 +173,23 @@ class RecommendationTask(Task):
         if self.model is None:
             self.preparation = Preparation.read(checkpoint[RecommendationData.__qualname__]["preparation"])
             self.configure_model()
+
+    def _fuse_tables(self) -> None:
+        """For training let embedding tables be updated in backward, by an optimizer of their own."""
+        h, trainer = self.hparams, self._trainer
+        fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+        sparse = any(isinstance(f, Categorical) for f in self.model.schema.features)
+        if fitting and sparse and h["embedding_optimizer"] and self._tables is None:
+            from zoo.parallel.embeddings import fuse_embeddings
+
+            self._tables = fuse_embeddings(
+                self.model, h["embedding_optimizer"], lr=h["embedding_lr"], sharding=h["sharding"]
+            )
+
+    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW, and where tables have an optimizer of their own that beside it."""
+        main = super().optimizer(groups)
+        return main if self._tables is None else Beside(main, self._tables)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays and what does not, and what the weighting learns."""
@@ -209,27 +229,26 @@ class RecommendationTask(Task):
         """Start anew."""
         super().on_validation_epoch_start()
         self._metrics = TableMetrics(self.model.schema.tasks, self.hparams["ndcg_k"])
-        self._gates = TaskGates(self.model)
+        self._use = ExpertUse(self.model)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def validation_step(self, batch: TableBatch, batch_idx: int) -> None:
         """Keep what is predicted, and what the gates decide."""
-        with zoo.moe.record(self.model) as step:
-            outputs = self.model(batch)
-        assert self._gates is not None
+        assert self._use is not None
         real = batch.row >= 0
+        with self._use.watch(real) as step:
+            outputs = self.model(batch)
         self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
-        self._gates.update(step, real)
         self._balance.update(step)
 
     test_step = validation_step
 
     def _log_evaluation(self, stage: str) -> None:
         """Log every figure of every task that is defined, and say which are not."""
-        assert self._gates is not None
+        assert self._use is not None
         figures = self._metrics.compute()
-        for name, value in {**figures, **self._gates.compute()}.items():
+        for name, value in {**figures, **self._use.compute()}.items():
             if not math.isnan(value):
                 # All processes have the same by now; sync_dist keeps Lightning from warning that they might not.
                 self.log(f"{stage}/{name}", value, prog_bar=name.startswith(("auc/", "rmse/")), sync_dist=True)
@@ -292,12 +311,3 @@ class RecommendationTask(Task):
         if self._parts is not None:
             left = "" if self._predicts_all() else "; run again without limit for the rest"
             print(f"{sum(predictions)} rows scored in {self._parts.folder}{left}")
-
-
-def checkpoint_preparation(path: str) -> Preparation:
-    """How the rows of a checkpoint's model are encoded; raises ValueError for a checkpoint of something else."""
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    name = RecommendationData.__qualname__
-    if name not in content:
-        raise ValueError(f"{path} is no checkpoint of a recommendation model: it has no {name}")
-    return Preparation.read(content[name]["preparation"])

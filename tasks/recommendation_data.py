@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -170,3 +171,12 @@ class RecommendationData(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Encode rows as the checkpoint does; raises ValueError when the data was already prepared in another way."""
         self.adopt(Preparation.read(state_dict["preparation"]), "the checkpoint")
+
+
+def of_checkpoint(path: str) -> Preparation:
+    """How the rows of a checkpoint's model are encoded; raises ValueError for a checkpoint of something else."""
+    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    name = RecommendationData.__qualname__
+    if name not in content:
+        raise ValueError(f"{path} is no checkpoint of a recommendation model: it has no {name}")
+    return Preparation.read(content[name]["preparation"])

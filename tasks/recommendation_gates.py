@@ -1,50 +1,62 @@
-"""Which experts each task of a recommendation model uses: the mean weight that its gate gives to every expert."""
+"""What the experts of a recommendation model do for its tasks: how gates weigh them, and how much they give is zero."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from zoo.moe import Routing, Step
+from zoo.moe import Routing, Step, record
+from zoo.moe.zeros import ZeroActivations
 
 
-class TaskGates:
-    """Sums of the weights of every task's gate over the rows added so far.
+class ExpertUse:
+    """Sums over the rows of an evaluation, of the weights in every task's gate and of zeros in what experts give.
 
-    In `model.task_gates()` order of experts: those that the gate chooses from, so of PLE the task's own, then the
-    shared ones. Models without gates have none.
+    A gate weighs the experts it chooses from: in PLE the task's own, then the shared ones. Models without gates have
+    zeros alone.
     """
 
     def __init__(self, model: Any) -> None:
         names = {id(module): name for name, module in model.named_modules()}
+        self._model, self._zeros = model, ZeroActivations(model.sharing)
         self._gates = {task: names[id(gate)] for task, gate in model.task_gates().items()}
         self._sums: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def update(self, step: Step, real: Tensor) -> None:
-        """Add what the gates of `step` decided for the rows [B] that are real."""
+    @contextmanager
+    def watch(self, real: Tensor) -> Iterator[Step]:
+        """Add what the model does in the block for the rows [B] that are real; gives the recorded step."""
+        with record(self._model) as step, self._zeros.watch(real):
+            yield step
         routings = step.routings
-        for task, name in self._gates.items():
-            for routing in routings[name]:
-                assert isinstance(routing, Routing)
-                weight = routing.weight.double() * real[routing.token_index]
-                sums = weight.new_zeros(routing.num_experts + 1)
-                sums.index_add_(0, routing.expert_index, weight)
-                sums[-1] = real.sum()
-                self._sums[task] = self._sums[task] + sums if task in self._sums else sums
+        with torch.no_grad():
+            for task, name in self._gates.items():
+                for routing in routings[name]:
+                    assert isinstance(routing, Routing)
+                    sums = _weights(routing, real)
+                    self._sums[task] = self._sums[task] + sums if task in self._sums else sums
 
     def compute(self) -> dict[str, float]:
-        """Mean weights by "gate/<task>/<expert>", over all processes, which must call it together."""
-        if not self._sums:
-            return {}
-        flat = torch.cat(list(self._sums.values()))
+        """Mean weights by "gate/<task>/<expert>" and shares of zeros by "zeros/<experts>/<expert>".
+
+        Over all processes, which must call it together.
+        """
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
-        figures = {}
-        for task, sums in zip(self._sums, flat.cpu().split([len(s) for s in self._sums.values()])):
-            means = sums[:-1] / sums[-1].clamp(min=1)
-            figures.update({f"gate/{task}/{expert}": value for expert, value in enumerate(means.tolist())})
-        return figures
+            for sums in (*self._sums.values(), *self._zeros.sums.values()):
+                dist.all_reduce(sums)
+        found = {f"gate/{task}": sums[:-1] / sums[-1] for task, sums in self._sums.items()}
+        found |= {f"zeros/{name}": shares for name, shares in self._zeros.shares().items()}
+        return {f"{name}/{i}": value for name, values in found.items() for i, value in enumerate(values.tolist())}
+
+
+def _weights(routing: Routing, real: Tensor) -> Tensor:
+    """Summed weights of the experts, and rows, [E + 1]."""
+    weight = routing.weight.double() * real[routing.token_index]
+    sums = weight.new_zeros(routing.num_experts + 1)
+    sums.index_add_(0, routing.expert_index, weight)
+    sums[-1] = real.sum()
+    return sums

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import zoo
-from tasks.optim import learning_rate, parameter_groups
+from tasks.optim import Beside, learning_rate, parameter_groups
 
 
 def names_of(model, group):
@@ -79,3 +79,72 @@ def test_steps_of_the_optimizer_follow_the_schedule():
         optimizer.step()
         schedule.step()
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.0])
+
+
+class InBackward(torch.optim.SGD):
+    """Stands for a fused optimizer: what it has to do is done once the closure has run, at the rate set before."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.rate = lr
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        self.rate = self.param_groups[0]["lr"]
+
+    def after_backward(self):
+        with torch.no_grad():
+            for p in self.param_groups[0]["params"]:
+                p -= self.rate * p.grad
+
+    def step(self, closure=None):
+        assert closure is None  # a closure runs once, and not for this one
+
+    def state_dict(self):
+        return {}  # as torchrec's, without groups
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def beside(steps, start=None):
+    """Weights after training two tensors, one by AdamW and one in backward, under one schedule; and the states."""
+    dense, table = (torch.nn.Parameter(torch.full((2,), value)) for value in (1.0, 2.0))
+    fused = InBackward([table], lr=0.5)
+    optimizer = Beside(torch.optim.AdamW([dense], lr=0.1), fused)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 2))
+    if start:
+        with torch.no_grad():
+            dense.copy_(start[0])
+            table.copy_(start[1])
+        optimizer.load_state_dict(start[2])
+        schedule.load_state_dict(start[3])
+    calls = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = ((dense * table - 3) ** 2).sum()
+        loss.backward()
+        fused.after_backward()
+        calls.append(loss.item())
+        return loss
+
+    for _ in range(steps):
+        assert optimizer.step(closure).item() == calls[-1]
+        schedule.step()
+    assert len(calls) == steps
+    return dense.detach().clone(), table.detach().clone(), optimizer.state_dict(), schedule.state_dict()
+
+
+def test_an_optimizer_beside_another_follows_the_schedule_and_continues_exactly():
+    straight, first = beside(5), beside(2)
+    again = beside(3, start=first)
+    assert torch.equal(again[0], straight[0])
+    assert torch.equal(again[1], straight[1])
+    assert straight[2]["rates"] == [0.5 / 7]
+
+    dense, table = torch.ones(2), torch.full((2,), 2.0)  # one step by hand, at half of the rates
+    table = table - 0.25 * 2 * (dense * table - 3) * dense
+    found = beside(1)
+    torch.testing.assert_close(found[1], table)
+    torch.testing.assert_close(found[0], torch.full((2,), 1.0 * (1 - 0.05 * 0.01) + 0.05))  # Adam's first step
