@@ -25,13 +25,50 @@ def encoded(table):
 # --- Census-Income ---
 
 # The 42 columns as UCI's census-income.names lists them: class of worker, industry code, and so on.
-PERSON = (
-    "58, Self-employed-not incorporated, 4, 34, Some college but no degree, 0, Not in universe, Divorced, Construction, "
-    "Precision production craft & repair, White, All other, Male, Not in universe, Not in universe, "
-    "Children or Armed Forces, 0, 0, 0, Head of household, South, Arkansas, Householder, Householder, 1053.55, "
-    "MSA to MSA, Same county, Same county, No, Yes, 1, Not in universe, United-States, United-States, United-States, "
-    "Native- Born in the United States, 0, Not in universe, 2, 52, 94, - 50000."
-).split(", ")
+PERSON = [
+    "58",
+    "Self-employed-not incorporated",
+    "4",
+    "34",
+    "Some college but no degree",
+    "0",
+    "Not in universe",
+    "Divorced",
+    "Construction",
+    "Precision production craft & repair",
+    "White",
+    "All other",
+    "Male",
+    "Not in universe",
+    "Not in universe",
+    "Children or Armed Forces",
+    "0",
+    "0",
+    "0",
+    "Head of household",
+    "South",
+    "Arkansas",
+    "Householder",
+    "Householder",
+    "1053.55",
+    "MSA to MSA",
+    "Same county",
+    "Same county",
+    "No",
+    "Yes",
+    "1",
+    "Not in universe",
+    "United-States",
+    "United-States",
+    "United-States",
+    "Native- Born in the United States",
+    "0",
+    "Not in universe",
+    "2",
+    "52",
+    "94",
+    "- 50000.",
+]
 AT = {name: i for i, name in enumerate(tables_census.COLUMNS)}
 
 

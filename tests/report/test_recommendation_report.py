@@ -10,7 +10,7 @@ from zoo.report.run import Run
 
 @pytest.fixture
 def with_recommendation(run_folder):
-    """A finished run with this part: after 100 steps MMoE's error is 0.20, the shared bottom's 0.25, and 0.18 at 200."""
+    """A finished run with this part: MMoE's error at 100 steps is 0.20, the shared bottom's 0.25, and 0.18 at 200."""
     errors = {"moe": {50: 0.4, 100: 0.2}, "dense": {50: 0.5, 100: 0.25, 200: 0.18}}
     rates = {"moe": 10.0, "dense": 20.0}
     for name, points in errors.items():
