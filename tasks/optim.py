@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ from zoo.nearest import unknown
 SCHEDULES = ("cosine", "wsd", "constant")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_router: bool = True) -> list[dict[str, object]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, decay_router: bool = True, without: Collection[str] = ()
+) -> list[dict[str, object]]:
     """Two AdamW groups: matrices, which decay, and everything else: norms, biases, embeddings, and on request gates.
 
     A bias of stacked experts is a matrix [E, F] by shape and a bias by nature; it does not decay. Nor does what a model
-    names in `no_weight_decay()`, as timm's do with their position embeddings and class tokens.
+    names in `no_weight_decay()`, as timm's do with their position embeddings and class tokens. The parameters named in
+    `without` are in neither group.
     """
     exempt: set[Tensor] = set()
     named: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
@@ -30,7 +33,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_router: bool =
     decayed: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or name in without:
             continue
         is_bias = name.rsplit(".", 1)[-1].endswith("bias")
         group = rest if parameter.ndim < 2 or is_bias or parameter in exempt or name in named else decayed

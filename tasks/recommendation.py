@@ -14,14 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import zoo
-from tasks.optim import Beside
+from tasks.optim import Beside, parameter_groups
 from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
 from tasks.recommendation_gates import ExpertUse
@@ -51,7 +52,8 @@ class RecommendationTask(Task):
         embedding_optimizer: of the embedding tables, which updates in backward the rows used and no others:
             "rowwise_adagrad", "adagrad" or "sgd"; none leaves them to AdamW, which moves every row in every step.
         embedding_lr: its peak learning rate; the schedule is that of the rest.
-        sharding: how tables are split over several processes: "auto" asks torchrec's planner.
+        sharding: how tables with an optimizer of their own are split over several processes: "auto" asks torchrec's
+            planner, "table_wise", "row_wise" or "column_wise".
         ndcg_k: how many rows of a group count in NDCG.
         predictions: the folder that `predict` writes: Parquet parts with a row for each row of the input, in order.
         rows_per_part: rows of a part; a run that was cut short goes on after the last whole one.
@@ -72,9 +74,9 @@ class RecommendationTask(Task):
         losses: dict[str, Any] | None = None,
         weighting: dict[str, Any] | str = "fixed",
         task_weights: dict[str, float] | None = None,
-        embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] | None = None,
+        embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] | None = "rowwise_adagrad",
         embedding_lr: float = 0.01,
-        sharding: str = "auto",
+        sharding: Literal["auto", "table_wise", "row_wise", "column_wise"] = "auto",
         ndcg_k: int = 10,
         predictions: str = "predictions",
         rows_per_part: int = 100_000,
@@ -86,7 +88,8 @@ class RecommendationTask(Task):
         if pretrained and (overrides or router or losses):
             raise ValueError("pretrained: the model there has its own sizes and gates; leave out overrides and router")
         self.preparation: Preparation | None = None  # how rows are encoded, once the data or a checkpoint says
-        self._tables: torch.optim.Optimizer | None = None
+        self._tables: Any = None  # the optimizer of embedding tables, if it is their own
+        self._fused: list[str] = []  # their names
         self._metrics = TableMetrics((), ndcg_k)
         self._use: ExpertUse | None = None
         self._parts: Parts | None = None
@@ -120,6 +123,7 @@ class RecommendationTask(Task):
         super().check_run(trainer, data, subcommand, checkpoint)
         if subcommand == "fit":
             self._check_monitors(trainer, data.schema)
+            self._check_tables(trainer, data.schema)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
 
@@ -176,15 +180,36 @@ class RecommendationTask(Task):
 
     def _fuse_tables(self) -> None:
         """For training let embedding tables be updated in backward, by an optimizer of their own."""
-        h, trainer = self.hparams, self._trainer
+        h, trainer = self.hparams, cast(Any, self._trainer)
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         sparse = any(isinstance(f, Categorical) for f in self.model.schema.features)
         if fitting and sparse and h["embedding_optimizer"] and self._tables is None:
-            from zoo.parallel.embeddings import fuse_embeddings
+            from zoo.parallel.embeddings import fuse_embeddings, fused_names
 
             self._tables = fuse_embeddings(
-                self.model, h["embedding_optimizer"], lr=h["embedding_lr"], sharding=h["sharding"]
+                self.model,
+                h["embedding_optimizer"],
+                lr=h["embedding_lr"],
+                sharding=h["sharding"],
+                device=trainer.strategy.root_device,
             )
+            self._fused = [f"model.{name}" for name in fused_names(self.model)]
+            # DistributedDataParallel asks the module that it wraps what to leave alone.
+            self._ddp_params_and_buffers_to_ignore = self._fused
+
+    def _check_tables(self, trainer: Any, schema: Schema) -> None:
+        """Raise ValueError where tables cannot have an optimizer of their own."""
+        h = self.hparams
+        if not h["embedding_optimizer"] or not any(isinstance(f, Categorical) for f in schema.features):
+            return
+        if h["embedding_optimizer"] == "rowwise_adagrad" and h["sharding"] == "column_wise":
+            raise ValueError("sharding: column_wise splits rows, for which rowwise_adagrad has one step size")
+        without = "or set model.embedding_optimizer to null"
+        if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
+            raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+            name = type(trainer.strategy).__name__
+            raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW, and where tables have an optimizer of their own that beside it."""
@@ -193,8 +218,10 @@ class RecommendationTask(Task):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays and what does not, and what the weighting learns."""
-        own = list(self.weighting.parameters())
-        return super().parameter_groups() + ([{"params": own, "weight_decay": 0.0}] if own else [])
+        h, own = self.hparams, list(self.weighting.parameters())
+        fused = {name.removeprefix("model.") for name in self._fused}
+        groups = parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=fused)
+        return groups + ([{"params": own, "weight_decay": 0.0}] if own else [])
 
     def count(self, batch: TableBatch) -> int:
         """Rows in a batch."""
@@ -305,6 +332,15 @@ class RecommendationTask(Task):
 
     def _predicts_all(self) -> bool:
         return math.isinf(self.trainer.predict_loop.max_batches[0])  # a stream does not know how many it has
+
+    def on_fit_end(self) -> None:
+        """Make tables plain and whole again, on every process, and export, where asked for."""
+        if self._tables is not None:
+            from zoo.parallel.embeddings import unfuse_embeddings
+
+            unfuse_embeddings(self.model, self._tables)
+            self._tables, self._fused = None, []
+        super().on_fit_end()
 
     def show_predictions(self, predictions: list[Any]) -> None:
         """Say where they are."""

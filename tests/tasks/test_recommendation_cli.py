@@ -174,6 +174,14 @@ def expected(trained):
 
 
 def test_every_row_is_scored_once_in_order_also_by_runs_that_were_cut_short(trained, tmp_path, capsys):
+    # One process goes on with what two, whose tables lay in pieces, have left.
+    longer = config(tmp_path, trainer={"max_steps": 12, "val_check_interval": 12})
+    for run in (0, 1):
+        assert cli("fit", "--config", longer, "--ckpt_path", checkpoint(tmp_path, run)) == 0
+    straight, resumed = (torch.load(checkpoint(tmp_path, run), weights_only=True) for run in (2, 3))
+    for name, tensor in straight["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
     where = ["--data.input", trained / "new.csv", "--model.predictions", tmp_path / "out", "--model.rows_per_part", 60]
     common = ["--config", trained / "config.yaml", "--ckpt_path", checkpoint(trained), *where]
     assert cli("predict", *common, "--trainer.limit_predict_batches", 2) == 0
@@ -232,7 +240,7 @@ def test_a_run_that_stopped_goes_on_exactly(trained, tmp_path):
 
 
 def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
-    """Although they have different numbers of labelled rows in every batch."""
+    """With tables in pieces, and although they have different numbers of labelled rows in every batch."""
     write(tmp_path / "train.csv", rows(1500))
     short = {"max_steps": 8, "val_check_interval": 8}
     assert cli("fit", "--config", config(tmp_path, trainer=short)) == 0
@@ -244,6 +252,14 @@ def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
     figures, others = logged(tmp_path, 0), logged(tmp_path, 1)
     for name in ("val/auc/buy", "val/rmse/seconds", "val/gate/stars/1", "val/zeros/moe.experts/2"):
         assert others[name] == pytest.approx(figures[name], rel=1e-3)
+
+    # One process goes on with what two, whose tables lay in pieces, have left.
+    longer = config(tmp_path, trainer={"max_steps": 12, "val_check_interval": 12})
+    for run in (0, 1):
+        assert cli("fit", "--config", longer, "--ckpt_path", checkpoint(tmp_path, run)) == 0
+    straight, resumed = (torch.load(checkpoint(tmp_path, run), weights_only=True) for run in (2, 3))
+    for name, tensor in straight["state_dict"].items():
+        torch.testing.assert_close(resumed["state_dict"][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 
     where = ["--data.input", trained / "new.csv", "--model.predictions", tmp_path / "out", "--model.rows_per_part", 60]
     common = ["--config", trained / "config.yaml", "--ckpt_path", checkpoint(trained), *where]
@@ -352,6 +368,15 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
         (["--model.weighting", "gradnrm"], "did you mean gradnorm"),
         (["--model.task_weights", "{clik: 2}"], "unknown task of task_weights 'clik'; did you mean click"),
         (["--model.embedding_lrr", "1"], "did you mean model.embedding_lr"),
+        (["--model.sharding=column_wise"], "rowwise_adagrad has one step size"),
+        (["--trainer.precision=bf16-true"], "tables learn in float32; use bf16-mixed"),
+        (
+            [
+                "--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}",
+                "--trainer.devices=2",
+            ],
+            "use trainer.strategy ddp",
+        ),
         (
             ["--model.weighting=gradnorm", "--model.network=recommendation/single_task", "--model.overrides=null"],
             "shares none",

@@ -73,7 +73,7 @@ class FeatureEncoder(nn.Module):
         # All lookups start before the first is waited for: those of sharded tables travel.
         found = {place: self._collection(place)(ids[place]) for place in ids}
         bags = [place for place in found if place not in self.sequences]
-        pieces = [self._pooled(place, ids[place], found[place].values()) for place in bags]
+        pieces = [self._pooled(place, ids[place], found[place]) for place in bags]
         pooled = torch.cat(pieces, 1) if pieces else batch.dense[:, :0]
         items = [item for place in found if place in self.sequences for item in self._items(place, found[place])]
         single = {f.name: embedded for f, _, embedded in items if type(f) is Categorical}
@@ -106,15 +106,18 @@ class FeatureEncoder(nn.Module):
     def _collection(self, place: str) -> Any:
         return self.sequences[place] if place in self.sequences else getattr(self, place)
 
-    def _pooled(self, place: str, ids: KeyedJaggedTensor, sums: Tensor) -> Tensor:
+    def _pooled(self, place: str, ids: KeyedJaggedTensor, found: Any) -> Tensor:
         """The sums [B, width of all] of a place's bags, and means where asked for."""
         features = [f for table in self._places[place] for f in table.features]
+        names = [f.name for f in features]
+        in_order = list(found.keys()) == names  # sharded tables come in the order of their pieces
+        sums: Tensor = found.values() if in_order else torch.cat([found[name] for name in names], 1)
         if not any(_is_mean(f) for f in features):
             return sums
         # Sums of row-wise sharded tables are whole, their means would not be: so the tables sum, and we divide.
         total = _totals(ids).view(len(features), -1, 1)
-        pieces = sums.split([f.dim or self.schema.dim for f in features], 1)
-        return torch.cat([x / total[i] if _is_mean(f) else x for i, (f, x) in enumerate(zip(features, pieces))], 1)
+        each = sums.split([f.dim or self.schema.dim for f in features], 1)
+        return torch.cat([x / total[i] if _is_mean(f) else x for i, (f, x) in enumerate(zip(features, each))], 1)
 
     def _items(self, place: str, found: Any) -> list[tuple[Categorical, Tensor, Tensor]]:
         """Of each feature of a collection of sequences: lengths [B] and embeddings [ids of all rows, width]."""
