@@ -81,9 +81,10 @@ def predictions(tasks: Sequence[Target], outputs: Mapping[str, Tensor]) -> dict[
 
     A task that is `given` another has its probability where that one happened, and "<task>_joint", that of both.
     """
+    outputs = {name: out.float() if out.dtype == torch.bfloat16 else out for name, out in outputs.items()}
     found = {}
     for task in tasks:
-        out = outputs[task.name].float() if outputs[task.name].dtype == torch.bfloat16 else outputs[task.name]
+        out = outputs[task.name]
         if task.kind == "regression":
             found[task.name] = out
         elif task.kind == "ordinal":
