@@ -16,18 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.modules.fused_embedding_modules import FusedEmbeddingBagCollection
-from torchrec.optim import RowWiseAdagrad
 
 from ..nearest import unknown
-from .fused_sequences import FusedSequences
+from .fused_tables import FusedBags, FusedItems
 from .sharded_tables import shard, whole_sums, write_whole
 
 Fused = Literal["rowwise_adagrad", "adagrad", "sgd"]
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise"]
 
 _COLLECTIONS = EmbeddingBagCollection | EmbeddingCollection
-_CLASSES: dict[str, Any] = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
 
 
 def fuse_embeddings(
@@ -117,9 +114,7 @@ class TableOptimizer(torch.optim.Optimizer):
         self.plain = plain  # by path what fused collections were before, without memory
         self._layout, self._kind = layout, optimizer
         found: dict[str, Any] = {path: model.get_submodule(path) for path in layout}
-        # torchrec has it as a method of some modules and as a property of others.
-        own = {path: module.fused_optimizer for path, module in found.items()}
-        self._each = {path: o if isinstance(o, torch.optim.Optimizer) else o() for path, o in own.items()}
+        self._each = {path: module.fused_optimizer for path, module in found.items()}
 
     def step(self, closure: Any = None) -> Any:
         """Hand over the learning rate; the tables have moved already."""
@@ -139,7 +134,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if self._kind == "sgd":
             return
         for path, optimizer in self._each.items():
-            # Fused bags call a table "name.weight", the others "embeddings.name.weight".
+            # Keys are "name.weight" on one process and "embeddings.name.weight" on several.
             states = {key.split(".")[-2]: state for key, state in optimizer.state_dict()["state"].items()}
             for table, lies in self._layout[path].items():
                 yield path, table, lies, next(iter(states.get(table, {}).values()), None)
@@ -169,19 +164,16 @@ class TableOptimizer(torch.optim.Optimizer):
 
 def _fuse(model: nn.Module, optimizer: str, lr: float, eps: float, device: torch.device) -> dict[str, dict[str, Any]]:
     """Replace the collections of a model on one process: {path: {table: its weights}}."""
-    arguments = {"lr": lr} if optimizer == "sgd" else {"lr": lr, "eps": eps}
     layout = {}
     for path, collection in list(model.named_modules()):
         fused: Any
         if isinstance(collection, EmbeddingBagCollection):
-            configs = collection.embedding_bag_configs()
-            options = (_CLASSES[optimizer], arguments, collection.is_weighted(), device)
-            fused = FusedEmbeddingBagCollection(configs, *options)
+            tables = collection.embedding_bag_configs()
+            fused = FusedBags(tables, collection.is_weighted(), optimizer, lr, eps, device)
         elif isinstance(collection, EmbeddingCollection):
-            fused = FusedSequences(collection.embedding_configs(), optimizer, lr, eps, device)
+            fused = FusedItems(collection.embedding_configs(), optimizer, lr, eps, device)
         else:
             continue
-        fused.requires_grad_(False)  # so that no other optimizer takes its tables
         fused.load_state_dict(collection.state_dict())
         _set(model, path, fused)
         layout[path] = _weights(fused)

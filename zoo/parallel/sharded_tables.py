@@ -18,7 +18,7 @@ from torchrec.distributed.shard import shard_modules
 from torchrec.distributed.sharding_plan import column_wise, construct_module_sharding_plan, row_wise, table_wise
 from torchrec.distributed.types import ShardingPlan
 
-from .fused_sequences import KINDS
+from .fused_tables import KINDS
 
 _COLLECTIONS = EmbeddingBagCollection | EmbeddingCollection
 _FUSED = "fused"  # torchrec's compute kernel that updates in backward
