@@ -35,7 +35,8 @@ class FeatureEncoder(nn.Module):
     A sum or mean over no ids is 0; the mean of a weighted bag is sum_i w_i e_i / sum_i w_i. Tables start as DLRM's
     (1906.00091), uniform within 1 / sqrt(rows) of 0: the rows of a large table are seldom seen, and start small.
 
-    Raises ValueError for a table without a size, or that features want in two sizes or widths.
+    Raises ValueError for a table without a size, or that features want in two sizes or widths, and for names of tables,
+    or of features with attention, that are the same once dots are underscores.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -53,7 +54,12 @@ class FeatureEncoder(nn.Module):
             for f in (f for table in tables for f in table.features):
                 self._add_columns(f.name, f.dim or schema.dim)
                 if _attends(f):
-                    self.attention[_module_name(f.name)] = ActivationUnit(f.dim or schema.dim)
+                    name = _module_name(f.name)
+                    if name in self.attention:
+                        raise ValueError(
+                            f"feature {f.name!r}: another with attention has the same name once dots are underscores"
+                        )
+                    self.attention[name] = ActivationUnit(f.dim or schema.dim)
         for dense in schema.of(Dense):
             self._add_columns(dense.name, 1)
 
