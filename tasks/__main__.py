@@ -18,7 +18,7 @@ train and run models, a domain each (zoo DOMAIN --help):
   models [PATTERN]      list models; --routers lists gates
   demo                  train a small mixture of experts and its dense twin, and compare them
   report                write the report of a demo again
-  bench moe | vision    measure kernels or models against their limit and their rivals
+  bench NAME            measure moe, vision or recommendation against their limit and their rivals
 """
 
 
@@ -94,12 +94,16 @@ def _report(args: Sequence[str]) -> int:
     return main(args)
 
 
-BENCHMARKS = {"moe": "the expert kernels", "vision": "a V-MoE and its dense twin, whole"}
+BENCHMARKS = {
+    "moe": "the expert kernels",
+    "vision": "a V-MoE and its dense twin, whole",
+    "recommendation": "training steps of an MMoE with its tables",
+}
 
 
 def _bench(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
-        rows = [f"  {name:8}{what} (zoo bench {name} --help)" for name, what in BENCHMARKS.items()]
+        rows = [f"  {name:16}{what} (zoo bench {name} --help)" for name, what in BENCHMARKS.items()]
         print("\n".join(["usage: zoo bench NAME ...", "", *rows]))
         return 0
     if args[0] not in BENCHMARKS:

@@ -3,14 +3,20 @@
 A click-through model of 26 categorical features and 13 numbers, 8 experts of 128-64 units, two tasks with linear gates
 and towers of 32, batches of 1024 rows in memory. A step is forward, loss, backward and update. The rivals train all
 their parameters with Adam, as they do by default; ours trains tables with row-wise Adagrad in the backward pass, on the
-rows used alone, and the rest with Adam. "dense" is the matrix products of forward and backward and nothing else.
+rows used alone, and the rest with Adam; once more with products in bfloat16 and weights in float32 (autocast, as
+`--trainer.precision bf16-mixed` does). "dense" is the matrix products of forward and backward and nothing else.
+
+Two contestants train on rows of a table in memory, shuffled and put into batches: ours by `zoo.data.Loader`, and
+DeepCTR-Torch by its `fit`, which is how it is used.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,18 +66,23 @@ def contestants(args: argparse.Namespace, device: str) -> list[Contestant]:
     ids = torch.randint(args.rows, (args.batch, FIELDS), device=device)
     numbers = torch.rand(args.batch, NUMBERS, device=device)
     labels = torch.randint(2, (args.batch, TASKS), device=device).float()
+    step, from_rows = _ours(args, device, ids, numbers, labels)
     found = [
         Contestant("dense", "limit", _products(args, device), []),
-        Contestant(OURS, "zoo", _ours(args, device, ids, numbers, labels), []),
+        Contestant(OURS, "zoo", step, []),
+        Contestant(f"{OURS}, from rows", "zoo", from_rows, [], steps=STEPS),
+        Contestant(f"{OURS}, bfloat16", "zoo", _ours(args, device, ids, numbers, labels, bfloat16=True)[0], []),
         Contestant("plain torch, batched", "plain", _plain(args, device, ids, numbers, labels, batched=True), []),
         Contestant("plain torch, a loop", "plain", _plain(args, device, ids, numbers, labels, batched=False), []),
     ]
-    for name, package, make in (
-        ("DeepCTR-Torch", "deepctr_torch", _deepctr),
-        ("torch-rechub", "torch_rechub", _rechub),
-    ):
+    rivals: dict[str, tuple[str, Callable[..., Callable[[], Any]], int]] = {
+        "DeepCTR-Torch": ("deepctr_torch", _deepctr, 1),
+        "DeepCTR-Torch, its fit": ("deepctr_torch", _deepctr_fit, STEPS),
+        "torch-rechub": ("torch_rechub", _rechub, 1),
+    }
+    for name, (package, make, steps) in rivals.items():
         if find_spec(package):
-            found.append(Contestant(name, "rival", make(args, device, ids, numbers, labels), []))
+            found.append(Contestant(name, "rival", make(args, device, ids, numbers, labels), [], steps=steps))
         else:
             found.append(Contestant(name, "rival", _never, [], refuses=f"{package} is not installed"))
     return found
@@ -107,11 +118,15 @@ def _products(args: argparse.Namespace, device: str) -> Callable[[], Any]:
     return run
 
 
-def _ours(args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any) -> Callable[[], Any]:
+def _ours(
+    args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any, bfloat16: bool = False
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A step on the batch, and STEPS of them on the batches of an epoch of rows, as `zoo.data.Loader` makes them."""
     import torch
 
     import zoo
-    from zoo.data.tables_batch import TableBatch, keyed
+    from zoo.data import Loader
+    from zoo.data.tables_rows import Rows
     from zoo.data.tables_schema import Categorical, Dense, Schema, Target
     from zoo.parallel.embeddings import fuse_embeddings
 
@@ -121,21 +136,31 @@ def _ours(args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels:
     model: Any = zoo.create_model(
         "recommendation/mmoe", schema=schema, num_experts=args.experts, expert_dims=list(args.widths), tower_dims=[32]
     ).to(device)
-    tables = fuse_embeddings(model, "rowwise_adagrad", lr=0.01)
+    tables = fuse_embeddings(model, "rowwise_adagrad", lr=0.01, device=device)
     rest = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
-    ones = torch.ones(args.batch, dtype=torch.int64, device=device)
-    kjt = keyed([f.name for f in features], list(ids.T), [ones] * FIELDS)
-    batch = TableBatch(torch.arange(args.batch, device=device), numbers, kjt, None, None, labels)
+    many = (torch.cat([part.cpu()] * STEPS).numpy() for part in (numbers, ids.int(), labels))
+    numbers_, ids_, labels_ = many
+    rows = Rows(schema, torch.arange(len(ids_)).numpy(), numbers_, ids_, {}, labels_)
+    batch = rows.batch(range(args.batch)).to(device)
+    loader = Loader(rows, args.batch, shuffle=True)
 
-    def run() -> Any:
+    def step(batch: Any = batch) -> Any:
         rest.zero_grad()
-        loss = sum(model.task_losses(model(batch), batch).values())
+        tables.zero_grad()
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
+            outputs = model(batch)
+        loss = sum(model.task_losses(outputs, batch).values())
         loss.backward()
         rest.step()
         tables.step()
         return loss
 
-    return run
+    def epoch() -> Any:
+        for batch in loader:
+            loss = step(batch.to(device))
+        return loss
+
+    return step, epoch
 
 
 def _plain(
@@ -150,30 +175,24 @@ def _plain(
     offsets = torch.arange(FIELDS, device=device) * args.rows
     table = nn.Embedding(FIELDS * args.rows, args.dim)
     first = nn.Linear(width, count * wide)
-    second, bias = (
-        nn.Parameter(torch.randn(count, wide, narrow) / wide**0.5),
-        nn.Parameter(torch.zeros(count, 1, narrow)),
-    )
+    second = nn.ParameterList([torch.randn(count, wide, narrow) / wide**0.5, torch.zeros(count, 1, narrow)])
     loop = [nn.Sequential(nn.Linear(width, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU()) for _ in range(count)]
     gates = nn.ModuleList(nn.Linear(width, count, bias=False) for _ in range(TASKS))
     towers = nn.ModuleList(nn.Sequential(nn.Linear(narrow, 32), nn.ReLU(), nn.Linear(32, 1)) for _ in range(TASKS))
     experts = nn.ModuleList(loop)
-    everything = nn.ModuleList([table, gates, towers, *([first] if batched else [experts])]).to(device)
-    if batched:
-        everything.second, everything.bias = second.to(device), bias.to(device)
-        second, bias = everything.second, everything.bias
+    everything = nn.ModuleList([table, gates, towers, *([first, second] if batched else [experts])]).to(device)
     optimizer = torch.optim.Adam(everything.parameters(), lr=1e-3)
 
     def mixed(x: Any) -> Any:
         if batched:
             hidden = first(x).relu().view(len(x), count, wide).transpose(0, 1)
-            return torch.baddbmm(bias, hidden, second).relu().transpose(0, 1)
+            return torch.baddbmm(second[1], hidden, second[0]).relu().transpose(0, 1)
         return torch.stack([expert(x) for expert in experts], 1)
 
     def run() -> Any:
         optimizer.zero_grad()
         x = torch.cat([table(ids + offsets).flatten(1), numbers], 1)
-        outputs, loss = mixed(x), 0
+        outputs, loss = mixed(x), torch.zeros((), device=device)
         for task, (gate, tower) in enumerate(zip(gates, towers)):
             y = tower((gate(x).softmax(-1).unsqueeze(1) @ outputs).squeeze(1))[:, 0]
             loss = loss + F.binary_cross_entropy_with_logits(y, labels[:, task])
@@ -184,9 +203,7 @@ def _plain(
     return run
 
 
-def _deepctr(args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any) -> Callable[[], Any]:
-    """The step that its `fit` makes of a batch, without what `fit` does around it."""
-    import torch
+def _deepctr_model(args: argparse.Namespace, device: str) -> Any:
     from deepctr_torch.inputs import DenseFeat, SparseFeat
     from deepctr_torch.models.multitask import MMOE
 
@@ -202,13 +219,36 @@ def _deepctr(args: argparse.Namespace, device: str, ids: Any, numbers: Any, labe
         device=device,
     )
     model.compile("adam", "binary_crossentropy")
+    return model
+
+
+def _deepctr_fit(args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any) -> Callable[[], Any]:
+    """Its `fit`, for STEPS batches."""
+    import torch
+
+    model = _deepctr_model(args, device)
+    many = [torch.cat([part.cpu()] * STEPS).numpy() for part in (ids.float(), numbers, labels)]
+    x = {f"c{i}": many[0][:, i] for i in range(FIELDS)} | {f"i{i}": many[1][:, i] for i in range(NUMBERS)}
+
+    def run() -> Any:
+        with redirect_stdout(io.StringIO()):
+            history = model.fit(dict(x), many[2], batch_size=args.batch, verbose=0)
+        return torch.tensor(history.history["loss"][-1])
+
+    return run
+
+
+def _deepctr(args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any) -> Callable[[], Any]:
+    """The step that its `fit` makes of a batch, without what `fit` does around it."""
+    import torch
+
+    model = _deepctr_model(args, device).train()
     x = torch.cat([ids.float(), numbers], 1)
-    model.train()
 
     def run() -> Any:
         predicted = model(x).squeeze()
         model.optim.zero_grad()
-        loss = sum(model.loss_func(predicted[:, i], labels[:, i], reduction="sum") for i in range(TASKS))
+        loss: Any = sum(model.loss_func(predicted[:, i], labels[:, i], reduction="sum") for i in range(TASKS))
         (loss + model.get_regularization_loss() + model.aux_loss).backward()
         model.optim.step()
         return loss
@@ -232,7 +272,7 @@ def _rechub(args: argparse.Namespace, device: str, ids: Any, numbers: Any, label
 
     def run() -> Any:
         predicted = model(x)
-        loss = sum(F.binary_cross_entropy(predicted[:, i], labels[:, i]) for i in range(TASKS)) / TASKS
+        loss: Any = sum(F.binary_cross_entropy(predicted[:, i], labels[:, i]) for i in range(TASKS)) / TASKS
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

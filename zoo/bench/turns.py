@@ -23,13 +23,17 @@ WARM_UP = 2
 
 @dataclass
 class Contestant:
-    """`run` gives the output; `leaves` are the tensors whose gradients it makes; `group` says whose it is."""
+    """`run` gives the output; `leaves` are the tensors whose gradients it makes; `group` says whose it is.
+
+    Where what is measured is a step, `run` may make several, `steps` of them.
+    """
 
     name: str
     group: str
     run: Callable[[], Tensor]
     leaves: Sequence[Tensor]
     refuses: str | None = None
+    steps: int = 1
 
 
 def _turn(one: Contestant, grad: torch.Tensor | None, clock: Callable[[], float]) -> float:
@@ -70,14 +74,14 @@ def measure(field: list[Contestant], repeats: int, backward: bool, device: str) 
 
 
 def measure_steps(field: list[Contestant], repeats: int, steps: int, device: str) -> dict[str, list[float]]:
-    """Seconds of one `run` of every contestant, itself a whole step, as the mean of `steps` of them in every turn."""
+    """Seconds of a step of every contestant, as the mean of `steps` of them in every turn."""
     clock = _cuda_clock if device.startswith("cuda") else time.perf_counter
     able = [one for one in field if one.refuses is None]
     turns: dict[str, list[float]] = {one.name: [] for one in able}
     for i in range(1 + repeats):
         for one in able:
             start = clock()
-            for _ in range(steps):
+            for _ in range(steps // one.steps):
                 one.run()
             if i:  # the first turn warms up
                 turns[one.name].append((clock() - start) / steps)

@@ -25,48 +25,53 @@ ALIGNMENT = 8  # floats
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `relu_stack` can stand in for the composition of torch's operators.
 
-    Not where those are traced or transformed (torch.compile, export, vmap, autocast), nor for subclasses of Tensor.
+    Not where those are traced or transformed (torch.compile, export, vmap), nor for subclasses of Tensor. Under autocast
+    to bfloat16 products take and give bfloat16, as torch's do.
     """
+    cast = torch.is_autocast_enabled("cpu")
     return (
         x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and x.dtype == weight.dtype
+        and (x.dtype == weight.dtype or cast)
+        and x.dtype in (torch.float32, torch.float64, torch.bfloat16 if cast else torch.float32)
+        and (not cast or torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64)
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
     )
 
 
 def relu_stack(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     """h_l = relu(W_l h_(l-1) + b_l) of every expert, for x [T, D] or [T, E, D]: [T, E, O]; see `ExpertStack`."""
-    return _ReluStack.apply(x, len(weights), *weights, *biases)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        return _ReluStack.apply(x, dtype, *weights, *biases)
 
 
 class _ReluStack(torch.autograd.Function):
     """Saves the inputs of every layer and the outputs, which tell where ReLU was on. Differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, depth: int, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        depth = len(parameters) // 2
         weights, biases = list(parameters[:depth]), parameters[depth:]
         tokens, experts = x.shape[0], weights[0].shape[0]
         ctx.shared = x.dim() == 2
-        kept = [_with_column(x, 1)] if ctx.shared else [x.transpose(0, 1)]
-        if ctx.shared:
-            weights[0] = _with_column(weights[0].flatten(0, 1), biases[0].flatten())
+        kept = [_with_column(x, 1, dtype)] if ctx.shared else [x.to(dtype).transpose(0, 1)]
         for layer, (weight, bias) in enumerate(zip(weights, biases)):
-            hidden = memory.empty((experts, tokens, bias.shape[1]), x.dtype)
+            hidden = memory.empty((experts, tokens, bias.shape[1]), dtype)
             if layer == 0 and ctx.shared:
-                pre = memory.empty((tokens, bias.numel()), x.dtype)
-                torch.mm(kept[0], weight.T, out=pre)
+                weights[0] = _with_column(weight.flatten(0, 1), bias.flatten(), dtype)
+                pre = memory.empty((tokens, bias.numel()), dtype)
+                torch.mm(kept[0], weights[0].T, out=pre)
                 torch.clamp_min(_by_expert(pre, experts), 0, out=hidden)
             else:
-                torch.bmm(kept[-1], weight.mT, out=hidden)
-                hidden.add_(bias.unsqueeze(1)).relu_()
+                weights[layer] = weight.to(dtype)
+                torch.bmm(kept[-1], weights[layer].mT, out=hidden)
+                hidden.add_(bias.to(dtype).unsqueeze(1)).relu_()
             kept.append(hidden)
         ctx.save_for_backward(*kept, *weights)
-        ctx.depth, ctx.dim = depth, x.shape[-1]
+        ctx.depth, ctx.dim, ctx.given = depth, x.shape[-1], (x.dtype, parameters[0].dtype)
         return kept[-1].transpose(0, 1)
 
     @staticmethod
@@ -78,6 +83,7 @@ class _ReluStack(torch.autograd.Function):
         d_weights: list[Tensor | None] = [None] * ctx.depth
         d_biases: list[Tensor | None] = [None] * ctx.depth
         d_hidden, dx = grad.transpose(0, 1), None
+        x_dtype, dtype = ctx.given
         for layer in reversed(range(ctx.depth)):
             hidden, inputs, weight = kept[layer + 1], kept[layer], weights[layer]
             units = hidden.shape[2]
@@ -86,22 +92,22 @@ class _ReluStack(torch.autograd.Function):
                 d_pre = memory.empty((tokens, experts * units), grad.dtype)
                 _relu_backward(d_hidden, hidden, _by_expert(d_pre, experts))
                 if needs_parameters:
-                    d_joint = (d_pre.T @ inputs).unflatten(0, (experts, units))
+                    d_joint = (d_pre.T @ inputs).to(dtype).unflatten(0, (experts, units))
                     d_weights[0], d_biases[0] = d_joint[..., : ctx.dim], d_joint[..., ctx.dim]
                 if needs_x:
                     dx = torch.mm(d_pre, weight, out=memory.empty((tokens, weight.shape[1]), grad.dtype))
-                    dx = dx[:, : ctx.dim]
+                    dx = dx[:, : ctx.dim].to(x_dtype)
                 break
             d_pre = memory.empty(hidden.shape, grad.dtype)
             _relu_backward(d_hidden, hidden, d_pre)
             if needs_parameters:
-                d_weights[layer], d_biases[layer] = d_pre.mT @ inputs, d_pre.sum(1)
+                d_weights[layer], d_biases[layer] = (d_pre.mT @ inputs).to(dtype), d_pre.sum(1, dtype=dtype)
             if layer or needs_x:
                 d_hidden = torch.bmm(d_pre, weight, out=memory.empty(inputs.shape, grad.dtype))
             elif not any(needs[:layer]):
                 break
         if needs_x and not ctx.shared:
-            dx = d_hidden.transpose(0, 1)
+            dx = d_hidden.transpose(0, 1).to(x_dtype)
         return dx, None, *d_weights, *d_biases
 
 
@@ -110,10 +116,10 @@ def _by_expert(wide: Tensor, experts: int) -> Tensor:
     return wide.unflatten(1, (experts, -1)).transpose(0, 1)
 
 
-def _with_column(x: Tensor, column: Tensor | float) -> Tensor:
+def _with_column(x: Tensor, column: Tensor | float, dtype: torch.dtype) -> Tensor:
     """x [N, D], a column beside it and zeros up to a multiple of ALIGNMENT."""
     dim = x.shape[1]
-    out = memory.empty((x.shape[0], -(-(dim + 1) // ALIGNMENT) * ALIGNMENT), x.dtype)
+    out = memory.empty((x.shape[0], -(-(dim + 1) // ALIGNMENT) * ALIGNMENT), dtype)
     out[:, :dim], out[:, dim], out[:, dim + 1 :] = x, column, 0
     return out
 
