@@ -70,6 +70,11 @@ def _run(options: argparse.Namespace) -> int:
             from . import vision
 
             finished = vision.run(options.out / "vision", seconds=vision.SHARE * options.seconds)
+        if finished:
+            from . import recommendation
+
+            seconds = recommendation.SHARE * options.seconds
+            finished = recommendation.run(options.out / "recommendation", seconds=seconds)
     except KeyboardInterrupt:
         finished = False
     except ValueError as error:
