@@ -229,12 +229,14 @@ def test_options_reach_experts_and_towers(name):
     assert torch.equal(model(x)["like"], model(x)["like"])
 
 
-def test_outputs_are_float32_under_autocast():
-    model = build("mmoe").float()
-    x = batch(torch.randn(30, DIM))
-    exact = torch.stack(list(model(x).values()))
-    with torch.autocast("cpu", torch.bfloat16):
-        found = torch.stack(list(model(x).values()))
+@pytest.mark.parametrize("autocast", [True, False])
+def test_outputs_are_float32_where_bfloat16_computes(autocast):
+    model, x = build("mmoe").float(), torch.randn(30, DIM)
+    exact = torch.stack(list(model(batch(x)).values()))
+    if not autocast:
+        model, x = model.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = torch.stack(list(model(batch(x)).values()))
     assert found.dtype == torch.float32
     assert 0 < (found - exact).norm() <= 0.05 * exact.norm()
 
