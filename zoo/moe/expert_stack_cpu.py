@@ -25,15 +25,17 @@ ALIGNMENT = 8  # floats
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `relu_stack` can stand in for the composition of torch's operators.
 
-    Not where those are traced or transformed (torch.compile, export, vmap), nor for subclasses of Tensor. Under autocast
-    to bfloat16 products take and give bfloat16, as torch's do.
+    Not where those are traced or transformed (torch.compile, export, vmap), nor for subclasses of Tensor. Under
+    autocast to bfloat16 products take and give bfloat16, as torch's do.
     """
-    cast = torch.is_autocast_enabled("cpu")
+    if torch.is_autocast_enabled("cpu"):
+        types = torch.get_autocast_dtype("cpu") == torch.bfloat16
+        types = types and x.dtype in (torch.float32, torch.bfloat16) and weight.dtype in (torch.float32, torch.bfloat16)
+    else:
+        types = x.dtype in (torch.float32, torch.float64) and x.dtype == weight.dtype
     return (
         x.device.type == "cpu"
-        and (x.dtype == weight.dtype or cast)
-        and x.dtype in (torch.float32, torch.float64, torch.bfloat16 if cast else torch.float32)
-        and (not cast or torch.get_autocast_dtype("cpu") == torch.bfloat16 and x.dtype != torch.float64)
+        and types
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()

@@ -255,14 +255,16 @@ def test_the_capped_plan_is_feasible() -> None:
 @pytest.mark.parametrize("cap", [2, 3])
 def test_no_token_meets_more_experts_than_the_cap(cap: int) -> None:
     router = ExpertChoiceRouter(4, 8, capacity=Capacity(1.5), max_experts=cap)
-    logits = 2 * torch.randn(3, 50, 8) + 3 * torch.randn(3, 50, 1) * torch.randn(8)
+    # Every expert has fewer tokens that want it alone than places, so it also takes those that want all the same.
+    logits = torch.rand(3, 50, 8) + 6 * torch.eye(8)[torch.arange(50) % 8]
+    logits[:, ::25] = 0
     mask = torch.rand(3, 50) > 0.1
     for options in ({}, {"mask": mask}):
         routing = router.route(logits, **options)
         met = torch.bincount(routing.token_index, minlength=150)
         free = ExpertChoiceRouter(4, 8, capacity=Capacity(1.5)).route(logits, **options)
         assert met.max() <= cap < torch.bincount(free.token_index).max()
-        assert met.sum() > 0.85 * torch.bincount(free.token_index).sum()
+        assert met.sum() > 0.6 * torch.bincount(free.token_index).sum()
         dense, probs = routing.dense(), logits.view(-1, 8).softmax(-1)
         torch.testing.assert_close(dense, probs * (dense > 0))
         assert torch.equal(routing.offsets, torch.cat([torch.zeros(1), (dense > 0).sum(0).cumsum(0)]).int())
