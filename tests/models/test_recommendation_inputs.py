@@ -87,11 +87,11 @@ def by_loop(encoder, batch, closest):
     return x
 
 
-def close(found, expected):
-    """Within what float32 rounds, relative to the largest value."""
+def close(found, expected, scale=0.01):
+    """Within what float32 rounds, relative to the largest value, or to a larger scale."""
     assert found.shape == expected.shape
     if expected.numel():
-        assert (found - expected).abs().max() <= 1e-5 * max(expected.abs().max().item(), 1e-2)
+        assert (found - expected).abs().max() <= 1e-5 * max(expected.abs().max().item(), scale)
 
 
 @pytest.mark.parametrize(("rows", "most"), [(6, 4), (1, 3), (3, 0), (0, 2)])
@@ -112,8 +112,11 @@ def test_every_feature_is_what_its_ids_say(name, rows, most):
     if rows:
         upstream, inputs = torch.randn_like(x), list(encoder.parameters())
         mine = torch.autograd.grad(x, inputs, upstream, materialize_grads=True)
-        for one, other in zip(mine, torch.autograd.grad(expected, inputs, upstream.double(), materialize_grads=True)):
-            close(one, other)
+        theirs = torch.autograd.grad(expected, inputs, upstream.double(), materialize_grads=True)
+        # The gradient of a bias is a sum of what may cancel.
+        scale = max(0.01, *(slope.abs().max().item() for slope in theirs))
+        for one, other in zip(mine, theirs):
+            close(one, other, scale)
 
 
 def test_columns_part_the_vector_by_feature_with_dense_ones_last():

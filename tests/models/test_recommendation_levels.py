@@ -173,6 +173,8 @@ def test_snr_trans_adds_up_gated_transformations(levels, training):
     if not training:
         assert torch.equal(sharing(x), found)
     assert sharing(x[:0]).shape == (tasks, 0, 4)
+    assert sharing.last_experts() is sharing.subnetworks[-1]
+    assert sharing.task_gates() == list(sharing.connections[-1].gates)
 
 
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
