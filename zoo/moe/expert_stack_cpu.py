@@ -104,10 +104,9 @@ class _ReluStack(torch.autograd.Function):
             _relu_backward(d_hidden, hidden, d_pre)
             if needs_parameters:
                 d_weights[layer], d_biases[layer] = (d_pre.mT @ inputs).to(dtype), d_pre.sum(1, dtype=dtype)
-            if layer or needs_x:
-                d_hidden = torch.bmm(d_pre, weight, out=memory.empty(inputs.shape, grad.dtype))
-            elif not any(needs[:layer]):
+            if not (needs_x or any(needs[:layer]) or any(needs[ctx.depth : ctx.depth + layer])):
                 break
+            d_hidden = torch.bmm(d_pre, weight, out=memory.empty(inputs.shape, grad.dtype))
         if needs_x and not ctx.shared:
             dx = d_hidden.transpose(0, 1).to(x_dtype)
         return dx, None, *d_weights, *d_biases
