@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from zoo.data import Loader
 from zoo.data.tables import KNOWN, Preparation, Rows, Table, open_files, open_table
+from zoo.data.tables_batch import TableBatch
 from zoo.data.tables_schema import Schema
 from zoo.data.tables_stream import Stream
 
@@ -135,11 +138,11 @@ class RecommendationData(LightningDataModule):
         """Every row of the test split once."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> Stream:
+    def predict_dataloader(self) -> Iterable[TableBatch]:
         """Every row of the input that is left to predict, in order, read as it is needed."""
         task: Any = getattr(self.trainer, "lightning_module", None)
         done = task.first_row(open_files(self.input or []).paths) if hasattr(task, "first_row") else 0
-        return self._stream(done)
+        return _Told(self._stream(done))
 
     def _stream(self, skip: int) -> Stream:
         trainer = self.trainer
@@ -171,6 +174,21 @@ class RecommendationData(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Encode rows as the checkpoint does; raises ValueError when the data was already prepared in another way."""
         self.adopt(Preparation.read(state_dict["preparation"]), "the checkpoint")
+
+
+@dataclass(frozen=True)
+class _Told:
+    """A stream in which a value that cannot be encoded is the user's mistake, not ours."""
+
+    stream: Stream
+
+    def __iter__(self) -> Iterator[TableBatch]:
+        from tasks.lightning_cli import ArgumentMistake
+
+        try:
+            yield from self.stream
+        except ValueError as error:
+            raise ArgumentMistake(str(error)) from error
 
 
 def of_checkpoint(path: str) -> Preparation:
