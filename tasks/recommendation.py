@@ -283,7 +283,16 @@ class RecommendationTask(Task):
             for task, why in self._metrics.undefined.items():
                 names = [n.split("/")[0] for n, v in figures.items() if n.split("/", 1)[1] == task and math.isnan(v)]
                 self.print(f"{stage}: {', '.join(names)} of task {task} undefined: {why}")
+                self._check_awaited([f"{stage}/{name}/{task}" for name in names], why)
         self._log_balance(stage, self._balance)
+
+    def _check_awaited(self, undefined: list[str], why: str) -> None:
+        """Raise ArgumentMistake when training waits for a figure that is not defined."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if (monitor := getattr(callback, "monitor", None)) in undefined:
+                from tasks.lightning_cli import ArgumentMistake
+
+                raise ArgumentMistake(f"{type(callback).__name__} waits for {monitor}, which is undefined: {why}")
 
     def first_row(self, paths: Sequence[Path]) -> int:
         """Make or take up the folder of predictions for these files; the number of the first row that is left.

@@ -295,6 +295,10 @@ def test_what_is_undefined_is_said_and_not_logged(trained, tmp_path, capsys):
     figures = logged(tmp_path)
     assert "val/auc/click" not in figures
     assert figures["val/logloss/click"]
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/auc/click"]
+    assert cli("fit", "--config", config(tmp_path, trainer={"max_steps": 6, "val_check_interval": 6}), *stop) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert "error: EarlyStopping waits for val/auc/click, which is undefined: no row is positive" in told
 
 
 def changed(change):
