@@ -14,14 +14,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import zoo
+from tasks import recommendation_tables
 from tasks.optim import Beside, parameter_groups
 from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
@@ -30,7 +30,7 @@ from tasks.recommendation_parts import Parts, fingerprint, input_files
 from tasks.training import Task
 from zoo.data.tables import Preparation
 from zoo.data.tables_batch import TableBatch
-from zoo.data.tables_schema import Categorical, Schema, Target
+from zoo.data.tables_schema import Schema, Target
 from zoo.models.task_weighting import FixedWeighting, task_weighting
 from zoo.nearest import unknown
 
@@ -89,7 +89,7 @@ class RecommendationTask(Task):
             raise ValueError("pretrained: the model there has its own sizes and gates; leave out overrides and router")
         self.preparation: Preparation | None = None  # how rows are encoded, once the data or a checkpoint says
         self._tables: Any = None  # the optimizer of embedding tables, if it is their own
-        self._fused: list[str] = []  # their names
+        self._fused: set[str] = set()  # their names
         self._metrics = TableMetrics((), ndcg_k)
         self._use: ExpertUse | None = None
         self._parts: Parts | None = None
@@ -123,7 +123,7 @@ class RecommendationTask(Task):
         super().check_run(trainer, data, subcommand, checkpoint)
         if subcommand == "fit":
             self._check_monitors(trainer, data.schema)
-            self._check_tables(trainer, data.schema)
+            recommendation_tables.check(self.hparams, data.schema, trainer)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
 
@@ -180,36 +180,13 @@ class RecommendationTask(Task):
 
     def _fuse_tables(self) -> None:
         """For training let embedding tables be updated in backward, by an optimizer of their own."""
-        h, trainer = self.hparams, cast(Any, self._trainer)
+        trainer = self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-        sparse = any(isinstance(f, Categorical) for f in self.model.schema.features)
-        if fitting and sparse and h["embedding_optimizer"] and self._tables is None:
-            from zoo.parallel.embeddings import fuse_embeddings, fused_names
-
-            self._tables = fuse_embeddings(
-                self.model,
-                h["embedding_optimizer"],
-                lr=h["embedding_lr"],
-                sharding=h["sharding"],
-                device=trainer.strategy.root_device,
-            )
-            self._fused = [f"model.{name}" for name in fused_names(self.model)]
+        if fitting and self._tables is None and recommendation_tables.wanted(self.hparams, self.model.schema):
+            self._tables, fused = recommendation_tables.fuse(self.model, self.hparams, trainer)
             # DistributedDataParallel asks the module that it wraps what to leave alone.
-            self._ddp_params_and_buffers_to_ignore = self._fused
-
-    def _check_tables(self, trainer: Any, schema: Schema) -> None:
-        """Raise ValueError where tables cannot have an optimizer of their own."""
-        h = self.hparams
-        if not h["embedding_optimizer"] or not any(isinstance(f, Categorical) for f in schema.features):
-            return
-        if h["embedding_optimizer"] == "rowwise_adagrad" and h["sharding"] == "column_wise":
-            raise ValueError("sharding: column_wise splits rows, for which rowwise_adagrad has one step size")
-        without = "or set model.embedding_optimizer to null"
-        if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
-            raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
-            name = type(trainer.strategy).__name__
-            raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")
+            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in fused]
+            self._fused = fused
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW, and where tables have an optimizer of their own that beside it."""
@@ -219,8 +196,7 @@ class RecommendationTask(Task):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays and what does not, and what the weighting learns."""
         h, own = self.hparams, list(self.weighting.parameters())
-        fused = {name.removeprefix("model.") for name in self._fused}
-        groups = parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=fused)
+        groups = parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=self._fused)
         return groups + ([{"params": own, "weight_decay": 0.0}] if own else [])
 
     def count(self, batch: TableBatch) -> int:
@@ -348,7 +324,7 @@ class RecommendationTask(Task):
             from zoo.parallel.embeddings import unfuse_embeddings
 
             unfuse_embeddings(self.model, self._tables)
-            self._tables, self._fused = None, []
+            self._tables, self._fused = None, set()
         super().on_fit_end()
 
     def show_predictions(self, predictions: list[Any]) -> None:

@@ -1,0 +1,43 @@
+"""When embedding tables of a recommendation model have an optimizer of their own, and what stands in the way of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from zoo.data.tables_schema import Categorical, Schema
+
+
+def wanted(settings: Mapping[str, Any], schema: Schema) -> bool:
+    """Whether there are tables and an optimizer is named for them."""
+    return bool(settings["embedding_optimizer"]) and any(isinstance(f, Categorical) for f in schema.features)
+
+
+def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
+    """Raise ValueError where tables that want an optimizer of their own cannot have it."""
+    if not wanted(settings, schema):
+        return
+    if settings["embedding_optimizer"] == "rowwise_adagrad" and settings["sharding"] == "column_wise":
+        raise ValueError("sharding: column_wise splits rows, for which rowwise_adagrad has one step size")
+    without = "or set model.embedding_optimizer to null"
+    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
+        raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
+    if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        name = type(trainer.strategy).__name__
+        raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")
+
+
+def fuse(model: Any, settings: Mapping[str, Any], trainer: Any) -> tuple[Any, set[str]]:
+    """Let a model's tables learn in backward: their optimizer, and their names."""
+    from zoo.parallel.embeddings import fuse_embeddings, fused_names
+
+    tables = fuse_embeddings(
+        model,
+        settings["embedding_optimizer"],
+        lr=settings["embedding_lr"],
+        sharding=settings["sharding"],
+        device=trainer.strategy.root_device,
+    )
+    return tables, set(fused_names(model))
