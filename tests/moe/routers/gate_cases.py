@@ -155,6 +155,11 @@ GATES: dict[str, Gate] = {
         lambda d, e: HashRouter(d, e, table=range(8), feature="previous"),
         context=lambda x, cluster: {"token_ids": cluster},
     ),
+    "hash, several (MultiHash)": Gate(
+        lambda d, e: HashRouter(d, e, table=[[c // 2 for c in range(8)], [4 + c % 4 for c in range(8)]], hashes=2),
+        context=lambda x, cluster: {"token_ids": cluster},
+        active=2,
+    ),
     # The first segment's weights have no gradient, though they have an effect.
     "Lory": Gate(lambda d, e: LoryRouter(d, e, segment=4), whole_sequences=True, smooth=False),
     "MEO": Gate(lambda d, e: MEORouter(d, e), whole_sequences=True),

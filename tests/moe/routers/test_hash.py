@@ -206,3 +206,43 @@ def test_the_table_is_part_of_the_state_and_survives_copies_and_the_meta_device(
 def test_what_does_not_fit_is_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("feature", ["token", "previous", "bigram"])
+def test_several_hashes_give_a_token_an_expert_of_each_part(feature: Any) -> None:
+    """Each is the hash of its own seed over its own part of the experts."""
+    ids = torch.randint(VOCAB, (3, 7))
+    router = HashRouter(3, 6, VOCAB, hashes=3, feature=feature, seed=5)
+    routing = router(torch.randn(3, 7, 3), token_ids=ids)
+    parts = routing.dense().view(21, 3, 2)
+    for m in range(3):
+        alone = HashRouter(3, 2, VOCAB, feature=feature, seed=5 + m)
+        assert parts[:, m].argmax(1).tolist() == chosen(alone, ids)
+        assert parts[:, m].sum(1).eq(1).all()
+    mask = torch.rand(3, 7) > 0.5
+    assert torch.equal(router(torch.randn(3, 7, 3), token_ids=ids, mask=mask).dense().any(1), mask.flatten())
+
+
+def test_several_hashes_are_an_expert_cut_in_segments() -> None:
+    """As the paper defines it: a token's FFN has the units that each hash names, one behind the other."""
+    ids, x = torch.randint(VOCAB, (11,)), torch.randn(11, 3, dtype=torch.float64)
+    layer = MoE(HashRouter(3, 6, VOCAB, hashes=2), Experts(6, 3, 5, "relu")).double()
+    up, down = layer.experts.up_proj, layer.experts.down_proj
+    for token, found in zip(range(11), layer(x, token_ids=ids)):
+        segments = layer.router.table[:, ids[token]].tolist()  # type: ignore[index]
+        inner, outer = torch.cat([up[e] for e in segments]), torch.cat([down[e] for e in segments], dim=1)
+        torch.testing.assert_close(found, outer @ (inner @ x[token]).relu())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"hashes": 3}, "4 experts cannot be shared by 3 hashes"),
+        ({"hashes": 0}, "4 experts cannot be shared by 0 hashes"),
+        ({"hashes": 2, "table": [[0, 1], [1, 2]]}, "row m with experts 2 m and the next ones of its part"),
+        ({"hashes": 2, "table": [0, 1]}, r"table must be \[2, V\]"),
+    ],
+)
+def test_mistakes_in_several_hashes_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HashRouter(3, EXPERTS, VOCAB, **arguments)

@@ -57,10 +57,12 @@ def _check_range(router: str, name: str, value: Tensor, limit: int) -> None:
         raise ValueError(f"{router}: {name} must lie in 0..{limit - 1}, got {int(value.min())}..{int(value.max())}")
 
 
-def to_one_expert(expert: Tensor, num_experts: int, x: Tensor, mask: Tensor | None) -> Routing:
-    """The routing of tokens x that each go to one expert, [T], with weight one."""
-    weight = torch.ones(expert.numel(), 1, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+def to_experts(expert: Tensor, num_experts: int, x: Tensor, mask: Tensor | None) -> Routing:
+    """The routing of tokens x that each go to K experts, [K, T] or [T] for one, with weight one."""
+    chosen = (expert if expert.dim() == 2 else expert[None]).T
+    weight = torch.ones_like(chosen, dtype=torch.promote_types(x.dtype, torch.float32))
     if mask is None:
-        return Routing.from_choices(expert[:, None], weight, num_experts)
+        return Routing.from_choices(chosen, weight, num_experts)
     mask = mask.reshape(-1).bool()
-    return Routing.from_choices(expert[:, None], weight, num_experts, keep=mask[:, None], asked=mask.long())
+    keep = mask[:, None].expand_as(chosen)
+    return Routing.from_choices(chosen, weight, num_experts, keep=keep, asked=mask.long() * chosen.shape[1])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .base import Router
-from .context import per_token, to_one_expert
+from .context import per_token, to_experts
 
 
 class HashRouter(Router):
@@ -25,11 +25,15 @@ class HashRouter(Router):
     it in its row (padding does not count) counts as its own previous token; where a row goes on from an earlier call,
     as in cached decoding, previous_ids [B] are the tokens before. All layers of one seed have the same table.
 
+    With `hashes` = N > 1 it is the paper's MultiHash: an expert is cut in N segments of its units, and a token has
+    segment m of the expert that hash m names. So f_e(x) is a sum of N narrow experts, here experts of their own: hash m
+    has the m-th part of E / N of them, and its seed is seed + m; `table` is [N, V].
+
     Context: token_ids [T] or [B, S]; previous_ids; mask. Training and evaluation are the same.
-    Raises ValueError without token_ids, without table and vocab_size, and for a table that names no expert of E.
+    Raises ValueError without token_ids, without table and vocab_size, for a table that names no expert of E (or of the
+    part of a hash), and for E that is no multiple of `hashes`.
     """
 
-    k = 1
     table: Tensor | None
 
     def __init__(
@@ -40,45 +44,62 @@ class HashRouter(Router):
         *,
         table: Tensor | Sequence[int] | None = None,
         feature: Literal["token", "previous", "bigram"] = "token",
+        hashes: int = 1,
         seed: int = 42,
     ) -> None:
         super().__init__(dim, num_experts)
+        if hashes < 1 or num_experts % hashes:
+            raise ValueError(f"HashRouter: {num_experts} experts cannot be shared by {hashes} hashes")
         if feature not in ("token", "previous", "bigram"):
             raise ValueError(f"HashRouter: feature must be 'token', 'previous' or 'bigram', got {feature!r}")
         if feature == "bigram" and table is not None:
             raise ValueError("HashRouter: a bigram is not looked up in a table; leave it out")
         if feature != "bigram" and table is None and vocab_size is None:
             raise ValueError("HashRouter: give vocab_size, or a table with the expert of every token id")
-        self.feature, self.seed, self.vocab_size = feature, seed, vocab_size
+        self.feature, self.k, self.seed, self.vocab_size = feature, hashes, seed, vocab_size
         self._given = None if table is None else torch.as_tensor(table).long().cpu()
         if self._given is not None:
-            self.vocab_size = self._given.numel()
-            fits = bool(((self._given >= 0) & (self._given < num_experts)).all())
-            if self._given.dim() != 1 or not fits:
-                raise ValueError(f"HashRouter: table must be [V] with experts 0..{num_experts - 1}")
-        empty = None if feature == "bigram" else torch.empty(self.vocab_size or 0, dtype=torch.int64)
-        self.register_buffer("table", empty)
+            self.vocab_size = self._given.shape[-1]
+            own = self._given - self._first()
+            fits = bool(((own >= 0) & (own < num_experts // hashes)).all())
+            if list(self._given.shape[:-1]) != ([] if hashes == 1 else [hashes]) or not fits:
+                each = f"[V] with experts 0..{num_experts - 1}"
+                if hashes > 1:
+                    each = f"[{hashes}, V], row m with experts {num_experts // hashes} m and the next ones of its part"
+                raise ValueError(f"HashRouter: table must be {each}")
+        shape = (self.vocab_size or 0,) if hashes == 1 else (hashes, self.vocab_size or 0)
+        self.register_buffer("table", None if feature == "bigram" else torch.empty(shape, dtype=torch.int64))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill the table as it was made."""
         if self.table is not None and not self.table.is_meta:
-            made = random_table(self.table.numel(), self.num_experts, self.seed) if self._given is None else self._given
-            self.table.copy_(made)
+            self.table.copy_(self._random() if self._given is None else self._given)
+
+    def _random(self) -> Tensor:
+        """A table of random hashes, [V] or [N, V]."""
+        size, own = self.vocab_size or 0, self.num_experts // self.k
+        tables = torch.stack([random_table(size, own, self.seed + m) for m in range(self.k)])
+        return tables[0] if self.k == 1 else tables + self._first()
+
+    def _first(self, device: torch.device | None = None) -> Tensor | int:
+        """The first expert of each hash, [N, 1]; 0 for a single one."""
+        own = self.num_experts // self.k
+        return 0 if self.k == 1 else (torch.arange(self.k, device=device) * own).unsqueeze(1)
 
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D] by the context's token_ids alone."""
-        limit = None if self.table is None else self.table.numel()
+        limit = None if self.table is None else self.table.shape[-1]
         ids, mask = per_token("HashRouter", context, "token_ids", x, limit), context.get("mask")
-        if self.feature == "token":
-            assert self.table is not None
-            expert = self.table[ids]
-        else:
+        if self.feature != "token":
             before = self._previous(ids, x, mask, context.get("previous_ids"))
-            pair = hash_pairs(before, ids, self.seed) % self.num_experts if self.table is None else None
-            expert = pair if self.table is None else self.table[before]  # type: ignore[assignment]
-        return to_one_expert(expert, self.num_experts, x, mask)
+        if self.table is None:
+            own = self.num_experts // self.k
+            pairs = torch.stack([hash_pairs(before, ids, self.seed + m) % own for m in range(self.k)])
+            return to_experts(pairs + self._first(x.device), self.num_experts, x, mask)
+        chosen = self.table[..., ids if self.feature == "token" else before]
+        return to_experts(chosen, self.num_experts, x, mask)
 
     def _previous(self, ids: Tensor, x: Tensor, mask: Tensor | None, before_row: Tensor | None) -> Tensor:
         """The token before each, [T]."""
@@ -95,7 +116,9 @@ class HashRouter(Router):
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
-        return f"{self.dim}, num_experts={self.num_experts}, vocab_size={self.vocab_size}, feature={self.feature!r}"
+        return f"{self.dim}, num_experts={self.num_experts}, vocab_size={self.vocab_size}, feature={self.feature!r}" + (
+            f", hashes={self.k}" if self.k > 1 else ""
+        )
 
 
 def random_table(vocab_size: int, num_experts: int, seed: int = 42) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from ..routing import Routing
 from .base import Router
-from .context import per_token, to_one_expert
+from .context import per_token, to_experts
 from .topk import TopKRouter
 
 
@@ -31,7 +31,7 @@ class LabelRouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D] by their labels alone."""
         expert = per_token(type(self).__name__, context, self.label, x, self.num_experts)
-        return to_one_expert(expert, self.num_experts, x, context.get("mask"))
+        return to_experts(expert, self.num_experts, x, context.get("mask"))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
@@ -160,7 +160,7 @@ class PanGuRouter(Router):
         """Route tokens x [T, D] or [B, S, D] by the context's domain and token_ids."""
         domain = per_token("PanGuRouter", context, "domain", x, self.num_domains)
         ids = per_token("PanGuRouter", context, "token_ids", x, self.table.shape[1])
-        return to_one_expert(self.table[domain, ids], self.num_experts, x, context.get("mask"))
+        return to_experts(self.table[domain, ids], self.num_experts, x, context.get("mask"))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..routing import Routing
 from .base import Router
-from .context import to_one_expert
+from .context import to_experts
 
 Level = Literal["batch", "sentence", "token"]
 
@@ -47,7 +47,7 @@ class RandomRouter(Router):
         draws = {"batch": 1, "sentence": x.shape[0], "token": tokens}[level]
         drawn = torch.randint(self.num_experts, (draws, 1), device=x.device)
         expert = drawn.expand(-1, tokens // max(draws, 1)).reshape(-1)
-        return to_one_expert(expert, self.num_experts, x, context.get("mask"))
+        return to_experts(expert, self.num_experts, x, context.get("mask"))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
