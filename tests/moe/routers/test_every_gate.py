@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from gate_cases import GATES, Gate, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.moe import MLP, MoE, record, schedule
+from zoo.moe import MLP, MoE, Router, record, routers, schedule
 from zoo.moe.routers.remoe import update_l1
 
 every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
@@ -52,6 +53,19 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 1e
     for name, value in expected.items():
         scale = float(value.abs().max()) if value.numel() else 0.0
         torch.testing.assert_close(found[name], value, rtol=rtol, atol=rtol * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# Gates that no plain layer has, and the tests that they have instead.
+ELSEWHERE = {"PatchRouter": "test_conv_experts.py", "SwitchHeadRouter": "test_switch_head.py"}
+
+
+def test_no_gate_is_missing() -> None:
+    known = {c for c in vars(routers).values() if isinstance(c, type) and issubclass(c, Router) and c is not Router}
+    bases = {base for c in known for base in c.__bases__}  # what only others are made of
+    met = {type(m) for gate in GATES.values() for m in gate.make(DIM, EXPERTS).modules()}
+    assert {c.__name__ for c in known - met - bases} == set(ELSEWHERE)
+    for name, file in ELSEWHERE.items():
+        assert name in (Path(__file__).parents[1] / file).read_text()
 
 
 @every_gate
