@@ -21,6 +21,7 @@ from .side_by_side import side_by_side
 
 # Name in files, and for people; the first one prepares the data.
 MODELS = {"moe": "mixture of experts", "dense": "dense twin"}
+ANALYSED = 8  # batches, each in three passes
 CONFIG_SECONDS = 160.0  # the length of run that the configuration's val_check_interval is meant for
 
 
@@ -115,14 +116,33 @@ def _wrap_up(name: str, cli: Any, folder: Path, precision: str) -> None:
         return
     task.model.eval()
     print("looking at what each expert does, and writing text", flush=True)
-    found = specialisation(task, _evaluation_batches(cli), token_names(data.tokenizer))
-    write_json(folder / "specialisation.json", found)
+    batches = _evaluation_batches(cli)
+    write_json(folder / "specialisation.json", specialisation(task, batches, token_names(data.tokenizer)))
+    write_json(folder / "analysis.json", _analysis(task, batches[:ANALYSED], folder))
     write_json(folder / "samples.json", _samples(task, data))
     try:
         zoo.save_pretrained(task.model, folder / "model")
         data.tokenizer.save_pretrained(folder / "model")
     except ValueError as reason:  # gates that no published layout can express
         tell(f"the model is in {folder / 'last.ckpt'} alone: {reason}")
+
+
+def _analysis(task: Any, batches: list[Any], folder: Path) -> dict[str, Any]:
+    """What the experts do, and how early the gates chose as they do now."""
+    import torch
+
+    from zoo.analysis import analyse
+
+    from .recorder import layer_number
+
+    keys = {
+        "token id": lambda batch: batch["input_ids"],
+        "position": lambda batch: torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]),
+    }
+    found = analyse(task.model, batches, keys, batches[0]["input_ids"].shape[1], task.nats)
+    layers = {f"layer {layer_number(name)}": figures for name, figures in found["layers"].items()}
+    path = folder / "agreement.json"
+    return {"layers": layers, "agreement": json.loads(path.read_text()) if path.exists() else {}}
 
 
 def _gather(folder: Path) -> None:

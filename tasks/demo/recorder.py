@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from zoo.moe import MoE, Routing, telemetry
+from zoo.analysis import decisions, overlap
+from zoo.moe import Decision, MoE, Routing, telemetry
 
 from .entrants import Clocked
+from .output import write_json
 
 
 class Recorder(Clocked):
@@ -29,6 +31,8 @@ class Recorder(Clocked):
         self._layers: dict[int, _Layer] = {
             layer_number(name): _Layer(module) for name, module in pl_module.named_modules() if isinstance(module, MoE)
         }
+        self._sample: Any = None  # of unseen text, to watch where its tokens go
+        self._went: list[tuple[int, dict[str, Decision]]] = []
         super().on_train_start(trainer, pl_module)
 
     def after_step(self, trainer: Trainer, batch: Any) -> None:
@@ -42,6 +46,7 @@ class Recorder(Clocked):
 
     def after_evaluation(self, trainer: Trainer) -> str:
         """Write a row."""
+        self._look(trainer)
         figures = trainer.callback_metrics
         bits = float(figures["val/bits_per_byte"])
         self.write("val.csv", self.when(trainer), bits_per_byte=bits, perplexity=float(figures["val/perplexity"]))
@@ -54,7 +59,30 @@ class Recorder(Clocked):
             self._write_experts(trainer)
         for layer in self._layers.values():
             layer.handle.remove()
+        self._compare()
         trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def _look(self, trainer: Any) -> None:
+        """Note where the gates send the tokens of the first unseen batch by now."""
+        task = trainer.lightning_module
+        if self._sample is None:
+            self._sample = next(iter(trainer.datamodule.val_dataloader()))
+        [(_, layers)] = decisions(task.model, [self._sample], task.nats)
+        chosen: dict[str, Decision] = {
+            name: calls[0] for name, calls in layers.items() if isinstance(calls[0], Routing)
+        }
+        self._went.append((trainer.global_step, chosen))
+
+    def _compare(self) -> None:
+        """Write how many choices were already the last ones at each evaluation."""
+        if len(self._went) < 2 or not self._went[-1][1]:
+            return
+        last = self._went[-1][1]
+        agreement = {
+            f"layer {layer_number(name)}": [(step, round(overlap(went[name], final), 5)) for step, went in self._went]
+            for name, final in last.items()
+        }
+        write_json(self.folder / "agreement.json", agreement)
 
     def _write_experts(self, trainer: Trainer) -> None:
         for number, layer in self._layers.items():

@@ -6,10 +6,12 @@ A model here is any module with MoE layers, and run(batch) whatever computes it 
 
 from .agreement import overlap, routing_over_training, share_agreement
 from .conditional import chance_std, decision_std, drop_by_position, expert_counts, explained, shares, top_keys
+from .document import analyse
 from .experts import co_activation, expert_similarity
 from .walk import decisions
 
 __all__ = [
+    "analyse",
     "chance_std",
     "co_activation",
     "decision_std",

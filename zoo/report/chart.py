@@ -107,11 +107,17 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def heat_map(
-    rows: Sequence[Sequence[float]], labels: Sequence[str], columns: Sequence[str], even: float, share: str = "tokens"
+    rows: Sequence[Sequence[float]],
+    labels: Sequence[str],
+    columns: Sequence[str],
+    even: float,
+    share: str = "tokens",
+    column: str = "step",
 ) -> str:
     """Shares rows x columns as cells: one at `even` is half as strong in colour as one at twice of it or more.
 
-    `share` says of what: the tokens, for loads of experts.
+    `share` says of what: the tokens, for loads of experts. `column` says what a column is: a step of training, where
+    shares are watched over time. A share that is not a number leaves its cell blank.
     """
     if not rows or not rows[0]:
         return ""
@@ -123,17 +129,20 @@ def heat_map(
         top = TOP + i * cell
         parts.append(f'<text x="{LEFT - 7}" y="{top + 11}" text-anchor="end">{escape(label)}</text>')
         for j, value in enumerate(row):
-            strength = min(value / (2 * even), 1.0)
+            if math.isnan(value):
+                continue
+            strength = min(max(value, 0.0) / (2 * even), 1.0)
             parts.append(
                 f'<rect class="cell" x="{LEFT + j * wide:.2f}" y="{top}" width="{wide:.2f}" height="{cell - 1}" '
-                f'fill-opacity="{strength:.3f}"><title>expert {escape(label)}, step {escape(columns[j])}: '
+                f'fill-opacity="{strength:.3f}"><title>expert {escape(label)}, {column} {escape(columns[j])}: '
                 f"{100 * value:.1f}% of the {share}</title></rect>"
             )
     for j in sorted({0, len(columns) // 2, len(columns) - 1}):
         anchor = "start" if j == 0 else "end" if j == len(columns) - 1 else "middle"
         at = LEFT + (j + (0 if j == 0 else 1 if j == len(columns) - 1 else 0.5)) * wide
-        parts.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">step {escape(columns[j])}</text>')
-    return _svg(WIDTH, height, "".join(parts), f"share of the {share} that each expert has over time")
+        name = f"{column} {escape(columns[j])}"
+        parts.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">{name}</text>')
+    return _svg(WIDTH, height, "".join(parts), f"share of the {share} by expert and {column}")
 
 
 def _svg(width: int, height: int, body: str, title: str) -> str:

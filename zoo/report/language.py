@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from . import experts
+from . import analysis, experts
 from .chart import Series, line_chart
 from .comparison import Point, equal_steps, equal_time, speed
 from .page import columns, figure, section, table
@@ -29,6 +29,7 @@ def sections(run: Run) -> list[str]:
         section("Result", HOW, _table(curves, trains, about) if curves["moe"] else ""),
         _loss(curves, trains),
         *experts.sections(run),
+        *analysis.sections(run.document("language", "moe", "analysis.json")),
         _samples(run.document("language", "moe", "samples.json") or []),
         _foot(run, about),
     ]
