@@ -82,7 +82,7 @@ def test_saving_writes_the_same_tensors_that_were_read(checkpoints, family, size
     assert not sharded or all(path.stat().st_size < 320_000 for path in folder.glob("*.safetensors"))
     tokens, _ = batch()
     again, first = (AutoModelForCausalLM.from_pretrained(f)(tokens).logits for f in (folder, source))
-    assert torch.equal(again, first)
+    assert error(again, first) < 1e-5  # the same weights at other addresses may be added up in another order
     assert {path.name for path in tmp_path.iterdir()} == {"saved"}
 
 
