@@ -28,6 +28,16 @@ def test_the_core_needs_torch_alone() -> None:
     assert loaded.strip() == "[]"
 
 
+def test_asking_whether_timm_is_there_does_not_keep_our_models_from_it() -> None:
+    asking = (
+        "import zoo, importlib.util; assert importlib.util.find_spec('timm'); assert importlib.util.find_spec('timm')"
+    )
+    found = run_python(f"{asking}; import timm; print(timm.is_model('vmoe_tiny_test'), len(timm.list_models('vmoe*')))")
+    known, count = found.split()
+    assert known == "True"
+    assert int(count) > 3
+
+
 def test_an_unknown_attribute_is_an_attribute_error() -> None:
     import zoo
 

@@ -20,25 +20,34 @@ def when_imported(library: str, module: str, function: str) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds nothing itself: lets the others find `library`, and adds a call behind its execution."""
+    """Finds nothing itself: lets the others find `library`, and adds a call behind its execution.
+
+    It stays until then: whoever only asks whether the library is there, as transformers does, looks for it too.
+    """
 
     def __init__(self, library: str, module: str, function: str) -> None:
         self.library, self.module, self.function = library, module, function
+        self._asks = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.library:
+        if fullname != self.library or self._asks:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._asks = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._asks = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_call(module: ModuleType) -> None:
             execute(module)
-            getattr(importlib.import_module(self.module), self.function)()
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                getattr(importlib.import_module(self.module), self.function)()
 
         spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec
