@@ -237,13 +237,18 @@ def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
     short = {"max_steps": 8, "val_check_interval": 8}
     assert cli("fit", "--config", config(tmp_path, trainer=short)) == 0
     two = ["--trainer.devices=2", "--trainer.strategy=ddp_fork"]
-    assert cli("fit", "--config", config(tmp_path, trainer=short, data={"batch_size": 32}), *two) == 0
+    exports = ["--model.export", tmp_path / "model"]
+    assert cli("fit", "--config", config(tmp_path, trainer=short, data={"batch_size": 32}), *two, *exports) == 0
     one, other = (torch.load(checkpoint(tmp_path, run), weights_only=True)["state_dict"] for run in (0, 1))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     figures, others = logged(tmp_path, 0), logged(tmp_path, 1)
     for name in ("val/auc/buy", "val/rmse/seconds", "val/gate/stars/1", "val/zeros/moe.experts/2"):
         assert others[name] == pytest.approx(figures[name], rel=1e-3)
+
+    exported = zoo.from_pretrained(tmp_path / "model").state_dict()
+    assert {f"model.{name}" for name in exported} == {name for name in other if name.startswith("model.")}
+    assert all(torch.equal(tensor, other[f"model.{name}"]) for name, tensor in exported.items())
 
     # One process goes on with what two, whose tables lay in pieces, have left.
     longer = config(tmp_path, trainer={"max_steps": 12, "val_check_interval": 12})
