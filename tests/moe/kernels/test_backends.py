@@ -119,8 +119,9 @@ def test_strided_inputs_and_gradients_change_nothing(backend, dtype, view):
         y.backward(layout(case.dy.to(dtype)))
         return [y.detach(), *(v.grad for v in t.values())]
 
+    unit = torch.finfo(dtype).eps  # another layout may be added up in another order, and round the other way
     for got, expected in zip(run(view), run(lambda t: t)):
-        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, expected, rtol=4 * unit, atol=unit * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
