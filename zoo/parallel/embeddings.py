@@ -113,6 +113,7 @@ class TableOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": [torch.zeros(0)]}], {"lr": lr})
         self.plain = plain  # by path what fused collections were before, without memory
         self._layout, self._kind = layout, optimizer
+        self._handed: float | None = None  # the learning rate that the tables know
         found: dict[str, Any] = {path: model.get_submodule(path) for path in layout}
         self._each = {path: module.fused_optimizer for path, module in found.items()}
 
@@ -124,10 +125,14 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Hand over the learning rate for the backward that follows."""
+        rate = self.param_groups[0]["lr"]
+        if rate == self._handed:
+            return
         for optimizer in self._each.values():
             for group in optimizer.param_groups:
-                group["lr"] = self.param_groups[0]["lr"]
+                group["lr"] = rate
             optimizer.zero_grad()
+        self._handed = rate
 
     def _own(self) -> Iterator[tuple[str, str, Any, Any]]:
         """(path, table, how it lies, its sums or None) of all tables that have sums, in the same order everywhere."""
