@@ -21,7 +21,7 @@ from .side_by_side import side_by_side
 
 # Name in files, and for people; the first one prepares the data.
 MODELS = {"moe": "mixture of experts", "dense": "dense twin"}
-ANALYSED = 8  # batches, each in three passes
+ANALYSED = 8  # batches
 CONFIG_SECONDS = 160.0  # the length of run that the configuration's val_check_interval is meant for
 
 

@@ -43,29 +43,34 @@ def share_agreement(first: Tensor, second: Tensor, minimum: float = 20) -> float
 
 def routing_over_training(
     model: nn.Module,
-    states: Mapping[str, Mapping[str, Any]],
+    states: Mapping[str, Mapping[str, Any]] | Iterable[tuple[str, Mapping[str, Any]]],
     batches: Iterable[Any],
     run: Callable[[Any], object] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Overlap of the routing at each checkpoint with that at the last: {layer: {checkpoint: overlap}}.
 
-    states are state dicts by name, in the order of training; the model gets its own weights back. Batches are kept, as
-    all checkpoints see the same.
+    states are state dicts by name, in the order of training, or pairs of these, of which one at a time is then in
+    memory; `model.state_dict()` may be one of them, and the model gets its own weights back. Batches are kept, as all
+    checkpoints see the same. A layer whose gate sends every token to all experts is left out. Raises RuntimeError for a
+    state dict of another model.
     """
     batches = list(batches)
     own = {name: value.clone() for name, value in model.state_dict().items()}
+    # What state_dict gives are views of the weights, which the other checkpoints overwrite.
+    live = {name: value.data_ptr() for name, value in model.state_dict().items()}
     seen: dict[str, dict[str, list[Decision]]] = {}
+    last: dict[str, list[Decision]] = {}
     try:
-        for checkpoint, state in states.items():
-            model.load_state_dict(state)
-            found: dict[str, list[Decision]] = {}
+        for checkpoint, state in states.items() if isinstance(states, Mapping) else states:
+            model.load_state_dict(
+                {name: own[name] if live.get(name) == value.data_ptr() else value for name, value in state.items()}
+            )
+            last = seen[checkpoint] = {}
             for _, layers in decisions(model, batches, run):
                 for layer, calls in layers.items():
-                    found.setdefault(layer, []).extend(calls)
-            seen[checkpoint] = found
+                    last.setdefault(layer, []).extend(call for call in calls if isinstance(call, Routing))
     finally:
         model.load_state_dict(own)
-    last = seen[list(states)[-1]]
     return {
         layer: {
             checkpoint: sum(overlap(a, b) for a, b in zip(found[layer], calls)) / len(calls)

@@ -34,16 +34,21 @@ def expert_counts(
         values = {name: key(batch).reshape(-1).cpu() for name, key in keys.items()}
         for layer, calls in layers.items():
             for decision in calls:
-                token, expert, amount = _assignments(decision)
-                for name, value in values.items():
-                    if value.numel() != decision.num_tokens:
-                        raise ValueError(
-                            f"expert_counts: key {name!r} gives {value.numel()} values for the "
-                            f"{decision.num_tokens} tokens of layer {layer!r}"
-                        )
-                    table = tables.setdefault(layer, {}).get(name, torch.zeros(0, decision.num_experts).double())
-                    tables[layer][name] = _added(table, value[token], expert, amount)
+                add_counts(tables.setdefault(layer, {}), decision, values, layer)
     return tables
+
+
+def add_counts(tables: dict[str, Tensor], decision: Decision, values: Mapping[str, Tensor], layer: str) -> None:
+    """Add a decision to a layer's tables of `expert_counts`; values[name] is [T]."""
+    token, expert, amount = _assignments(decision)
+    for name, value in values.items():
+        if value.numel() != decision.num_tokens:
+            raise ValueError(
+                f"expert_counts: key {name!r} gives {value.numel()} values for the {decision.num_tokens} tokens of "
+                f"layer {layer!r}"
+            )
+        table = tables.get(name, torch.zeros(0, decision.num_experts, dtype=torch.float64))
+        tables[name] = _added(table, value[token], expert, amount)
 
 
 def shares(counts: Tensor) -> Tensor:
@@ -59,7 +64,8 @@ def decision_std(counts: Tensor, minimum: float = 128) -> Tensor:
     where this is even. OpenMoE finds token ids far above positions. The paper gives no formula; this is the reading of
     its figure, with its bound of 128 occurrences.
     """
-    return shares(counts[counts.sum(1) > minimum]).std(1, correction=0)
+    given = shares(counts[counts.sum(1) > minimum])
+    return (given - given.mean(1, keepdim=True)).square().mean(1).sqrt()
 
 
 def chance_std(counts: Tensor, minimum: float = 128) -> Tensor:
@@ -98,22 +104,22 @@ def drop_by_position(
 
     Raises ValueError when a batch is no whole number of sequences of that length.
     """
-    asked: dict[str, Tensor] = {}
-    kept: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for _, layers in decisions(model, batches, run):
         for layer, calls in layers.items():
             for decision in calls:
-                if decision.num_tokens % sequence_length:
-                    raise ValueError(
-                        f"drop_by_position: {decision.num_tokens} tokens are no whole number of sequences of "
-                        f"{sequence_length}"
-                    )
-                for sums, each in (
-                    (asked, telemetry.asked_per_token(decision)),
-                    (kept, telemetry.kept_per_token(decision)),
-                ):
-                    sums[layer] = sums.get(layer, 0) + each.view(-1, sequence_length).sum(0).double().cpu()
-    return {layer: (asked[layer] - kept[layer]) / asked[layer].clamp(min=1) for layer in asked}
+                sums[layer] = sums.get(layer, 0) + asked_and_dropped(decision, sequence_length)
+    return {layer: dropped / asked.clamp(min=1) for layer, (asked, dropped) in sums.items()}
+
+
+def asked_and_dropped(decision: Decision, sequence_length: int) -> Tensor:
+    """How many assignments were asked for at each position, and how many capacity dropped, [2, S] float64."""
+    if decision.num_tokens % sequence_length:
+        raise ValueError(
+            f"drop_by_position: {decision.num_tokens} tokens are no whole number of sequences of {sequence_length}"
+        )
+    asked, kept = telemetry.asked_per_token(decision), telemetry.kept_per_token(decision)
+    return torch.stack([asked, asked - kept]).view(2, -1, sequence_length).sum(1).double().cpu()
 
 
 def _assignments(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,4 +139,4 @@ def _added(table: Tensor, key: Tensor, expert: Tensor, amount: Tensor) -> Tensor
     missing = (int(key.max()) + 1 if key.numel() else 0) - table.shape[0]
     if missing > 0:
         table = torch.cat([table, table.new_zeros(missing, table.shape[1])])
-    return table.index_put((key, expert), amount, accumulate=True)
+    return table.index_put_((key, expert), amount, accumulate=True)

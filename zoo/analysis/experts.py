@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..moe import Routing
 from .walk import decisions
 
+PART = 1 << 18  # columns of an expert's weights that are multiplied at once
+
 
 @torch.no_grad()
 def expert_similarity(experts: nn.Module) -> Tensor:
@@ -21,13 +23,19 @@ def expert_similarity(experts: nn.Module) -> Tensor:
     are not stacked, [E, ...].
     """
     parameters = list(experts.named_parameters())
-    size = parameters[0][1].shape[:1] if parameters else torch.Size([0])
+    if not parameters:
+        raise ValueError(f"expert_similarity: {type(experts).__name__} has no parameters")
+    size = parameters[0][1].shape[:1]
     for name, value in parameters:
-        if value.shape[:1] != size or not value.dim():
+        if not value.dim() or value.shape[:1] != size:
             raise ValueError(f"expert_similarity: {name} has shape {list(value.shape)}, expected [{size[0]}, ...]")
-    vectors = torch.cat([value.double().flatten(1).cpu() for _, value in parameters], dim=1)
-    length = vectors.norm(dim=1).clamp(min=1e-300)
-    return (vectors @ vectors.T) / length / length[:, None]
+    products = torch.zeros(*size, *size, dtype=torch.float64)
+    for _, value in parameters:
+        for part in value.flatten(1).split(PART, dim=1):  # in float64 a large layer at once would not fit
+            wide = part.double().cpu()
+            products += wide @ wide.T
+    length = products.diag().clamp(min=1e-300).sqrt()
+    return products / length / length[:, None]
 
 
 def co_activation(
@@ -45,7 +53,17 @@ def co_activation(
                     raise ValueError(
                         f"co_activation: {type(decision).__name__} of layer {layer!r} sends every token to all experts"
                     )
-                met = torch.zeros(decision.num_tokens, decision.num_experts, dtype=torch.float64)
-                met[decision.token_index.cpu(), decision.expert_index.cpu()] = 1
-                together[layer] = together.get(layer, 0) + met.T @ met
-    return {layer: counts / counts.diag().clamp(min=1)[:, None] for layer, counts in together.items()}
+                together[layer] = together.get(layer, 0) + met_together(decision)
+    return {layer: shared(counts) for layer, counts in together.items()}
+
+
+def met_together(decision: Routing) -> Tensor:
+    """How many tokens met both of two experts, [E, E] float64; on the diagonal those that met one."""
+    met = torch.zeros(decision.num_tokens, decision.num_experts, dtype=torch.float64)
+    met[decision.token_index.cpu(), decision.expert_index.cpu()] = 1
+    return met.T @ met
+
+
+def shared(counts: Tensor) -> Tensor:
+    """Each row of `met_together` as shares of its expert's tokens, [E, E]; zero for one that met none."""
+    return counts / counts.diag().clamp(min=1)[:, None]
