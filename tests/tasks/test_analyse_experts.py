@@ -1,5 +1,6 @@
-"""The script that writes a page about a language model's experts."""
+"""A page about a language model's experts: the script that writes it, and what the demo leaves for its own."""
 
+import json
 import re
 import runpy
 import sys
@@ -126,3 +127,28 @@ def test_a_model_without_experts_is_an_error(tmp_path, texts, capsys):
     with pytest.raises(SystemExit):
         analyse(tmp_path / "dense", texts[0], "--out", tmp_path / "new.html")
     assert "no layer with experts" in capsys.readouterr().err
+
+
+def test_the_demo_watches_its_gates_and_leaves_a_document(make, tmp_path):
+    """Its first layer is a hash: decided by the token, at every step as at the last."""
+    from tasks.demo.language import _analysis
+    from tasks.demo.recorder import Recorder
+
+    router = [
+        {"class_path": "zoo.moe.routers.HashRouter", "init_args": {"vocab_size": 259}},
+        {"class_path": "zoo.moe.routers.TopKRouter", "init_args": {"k": 1}},
+    ]
+    task, data = make.task(router=router, lr=0.1), make.data()
+    recorder = Recorder("moe", tmp_path, lambda: None, lambda: False, seconds=600)
+    every = {"max_steps": 6, "val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    make.trainer(callbacks=[recorder], **{**every, "limit_val_batches": 1}).fit(task, data)
+    batches = list(data.val_dataloader())
+    document = json.loads(json.dumps(_analysis(task, batches, tmp_path)))
+    assert set(document["layers"]) == set(document["agreement"]) == {"layer 0", "layer 1"}
+    assert document["layers"]["layer 0"]["keys"]["token id"]["explained"] == pytest.approx(1)
+    assert document["layers"]["layer 0"]["keys"]["position"]["explained"] < 0.9
+    assert document["agreement"]["layer 0"] == [[2, 1.0], [4, 1.0], [6, 1.0]]
+    steps, overlaps = zip(*document["agreement"]["layer 1"])
+    assert steps == (2, 4, 6)
+    assert overlaps[0] < overlaps[-1] == 1
+    assert len(document["layers"]["layer 1"]["similarity"]) == make.tiny["num_local_experts"]
