@@ -93,7 +93,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def check(c: Case) -> None:
-    """Every result is within twice the error of a plain loop in the same dtype, both measured in float64."""
+    """Every result is within three times the error of a plain loop in its dtype, both measured in float64."""
     exact, loop, ours = run(reference, c.to(torch.float64)), run(reference, c), run(kernels, c)
     for name, want in exact.items():
         assert ours[name].shape == want.shape, name
@@ -103,7 +103,7 @@ def check(c: Case) -> None:
         else:
             # The errors of a few numbers are luck, those of many are not.
             luck = 4 * torch.finfo(c.x.dtype).eps / want.numel() ** 0.5
-            assert distance(ours[name], want) <= 2 * distance(loop[name], want) + luck, name
+            assert distance(ours[name], want) <= 3 * distance(loop[name], want) + luck, name
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
