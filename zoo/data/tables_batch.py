@@ -81,6 +81,14 @@ def keyed(
     )
 
 
+def in_order(ids: KeyedJaggedTensor, names: Several[str]) -> KeyedJaggedTensor:
+    """The features of `names`, in this order."""
+    if ids.keys() == names:
+        return ids
+    where = {key: i for i, key in enumerate(ids.keys())}
+    return ids.permute([where[name] for name in names])
+
+
 def random_batch(
     schema: Schema, size: int, generator: torch.Generator | None = None, most: int = 4, unlabelled: float = 0.0
 ) -> TableBatch:

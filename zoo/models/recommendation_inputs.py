@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 
+from ..data.tables_batch import in_order
 from ..data.tables_schema import Bag, Categorical, Dense, Schema, Sequence
 
 if TYPE_CHECKING:
@@ -241,11 +242,7 @@ def _ids(batch: TableBatch, tables: list[_Table], weighted: bool) -> KeyedJagged
             lengths=torch.cat([part.lengths() for part in parts]),
             stride=found.stride(),
         )
-    names = [f.name for f in features]
-    if found.keys() == names:
-        return found
-    where = {key: i for i, key in enumerate(found.keys())}
-    return found.permute([where[name] for name in names])
+    return in_order(found, [f.name for f in features])
 
 
 def _weights(ids: KeyedJaggedTensor) -> Tensor:

@@ -15,16 +15,14 @@ from typing import Any, Literal, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec import EmbeddingBagCollection
 
 from ..nearest import unknown
 from .fused_tables import FusedBags, FusedItems
-from .sharded_tables import shard, whole_sums, write_whole
+from .sharded_tables import COLLECTIONS, by_table, shard, whole_sums, write_whole
 
 Fused = Literal["rowwise_adagrad", "adagrad", "sgd"]
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise"]
-
-_COLLECTIONS = EmbeddingBagCollection | EmbeddingCollection
 
 
 def fuse_embeddings(
@@ -65,12 +63,14 @@ def fuse_embeddings(
             "sharding 'column_wise' splits a row, and rowwise_adagrad has one step size for it: expected adagrad, sgd, "
             "or another sharding"
         )
-    if not any(isinstance(module, _COLLECTIONS) for module in list(model.modules())[1:]):
+    plain = {path: module for path, module in model.named_modules() if path and isinstance(module, COLLECTIONS)}
+    if not plain:
         raise ValueError("fuse_embeddings: the model has no torchrec collection of embeddings below its top")
-    several = dist.is_initialized() and dist.get_world_size() > 1
     where = torch.device(device)
-    plain = {path: module for path, module in model.named_modules() if isinstance(module, _COLLECTIONS)}
-    layout = shard(model, optimizer, lr, eps, sharding, where) if several else _fuse(model, optimizer, lr, eps, where)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        layout = shard(model, plain, optimizer, lr, eps, sharding, where)
+    else:
+        layout = _fuse(model, plain, optimizer, lr, eps, where)
     for collection in plain.values():
         collection.to("meta")
     return TableOptimizer(model, plain, layout, optimizer, lr)
@@ -139,8 +139,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if self._kind == "sgd":
             return
         for path, optimizer in self._each.items():
-            # Keys are "name.weight" on one process and "embeddings.name.weight" on several.
-            states = {key.split(".")[-2]: state for key, state in optimizer.state_dict()["state"].items()}
+            states = by_table(optimizer.state_dict()["state"])
             for table, lies in self._layout[path].items():
                 yield path, table, lies, next(iter(states.get(table, {}).values()), None)
 
@@ -167,21 +166,21 @@ class TableOptimizer(torch.optim.Optimizer):
         self.param_groups[0]["lr"] = state_dict["lr"]
 
 
-def _fuse(model: nn.Module, optimizer: str, lr: float, eps: float, device: torch.device) -> dict[str, dict[str, Any]]:
+def _fuse(
+    model: nn.Module, plain: Mapping[str, Any], optimizer: str, lr: float, eps: float, device: torch.device
+) -> dict[str, dict[str, Any]]:
     """Replace the collections of a model on one process: {path: {table: its weights}}."""
     layout = {}
-    for path, collection in list(model.named_modules()):
+    for path, collection in plain.items():
         fused: Any
         if isinstance(collection, EmbeddingBagCollection):
             tables = collection.embedding_bag_configs()
             fused = FusedBags(tables, collection.is_weighted(), optimizer, lr, eps, device)
-        elif isinstance(collection, EmbeddingCollection):
-            fused = FusedItems(collection.embedding_configs(), optimizer, lr, eps, device)
         else:
-            continue
+            fused = FusedItems(collection.embedding_configs(), optimizer, lr, eps, device)
         fused.load_state_dict(collection.state_dict())
         _set(model, path, fused)
-        layout[path] = _weights(fused)
+        layout[path] = by_table(fused.state_dict())
     return layout
 
 
@@ -193,8 +192,3 @@ def _set(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module in the place of another."""
     parent, _, name = path.rpartition(".")
     model.get_submodule(parent)._modules[name] = module  # a ModuleDict has no attributes to set
-
-
-def _weights(collection: Any) -> dict[str, Tensor]:
-    """Whole tables by name."""
-    return {key.split(".")[-2]: value for key, value in collection.state_dict().items()}

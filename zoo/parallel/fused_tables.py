@@ -20,6 +20,8 @@ from torch import nn
 from torchrec import EmbeddingBagConfig, EmbeddingConfig, JaggedTensor, KeyedJaggedTensor, KeyedTensor, PoolingType
 from torchrec.modules.fused_embedding_modules import EmbeddingFusedOptimizer
 
+from ..data.tables_batch import in_order
+
 KINDS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
@@ -69,13 +71,6 @@ class FusedTables(nn.Module):
         """Of ids whose keys are `features`: [B, widths of all] pooled, or [ids of all, width]."""
         return self._lookup[0](ids.values(), ids.offsets(), per_sample_weights=weights)
 
-    def in_order(self, ids: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """The ids of the tables' features, in the order of the tables."""
-        if ids.keys() == self.features:
-            return ids
-        place = {key: i for i, key in enumerate(ids.keys())}
-        return ids.permute([place[name] for name in self.features])
-
 
 class FusedBags(FusedTables):
     """A torchrec EmbeddingBagCollection whose tables learn in backward. Raises ValueError for poolings that differ."""
@@ -92,7 +87,7 @@ class FusedBags(FusedTables):
 
     def forward(self, ids: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled embeddings by feature, [B, widths of all]."""
-        ids = self.in_order(ids)
+        ids = in_order(ids, self.features)
         pooled = self.look_up(ids, ids.weights() if self._is_weighted else None)
         return KeyedTensor(self.features, self._widths, pooled)
 
@@ -105,7 +100,7 @@ class FusedItems(FusedTables):
 
     def forward(self, ids: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Embeddings by feature, [ids of all rows, width]."""
-        ids = self.in_order(ids)
+        ids = in_order(ids, self.features)
         pieces = self.look_up(ids).split(ids.length_per_key())
         lengths = ids.lengths().view(len(self.features), -1)
         return {name: JaggedTensor(pieces[i], lengths=lengths[i]) for i, name in enumerate(self.features)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,25 +21,30 @@ from torchrec.distributed.types import ShardingPlan
 
 from .fused_tables import KINDS
 
-_COLLECTIONS = EmbeddingBagCollection | EmbeddingCollection
+COLLECTIONS = EmbeddingBagCollection | EmbeddingCollection
 _FUSED = "fused"  # torchrec's compute kernel that updates in backward
 _LANES = 4  # FBGEMM's tables have a multiple of so many columns
 
 
 def shard(
-    model: nn.Module, optimizer: str, lr: float, eps: float, sharding: str, device: torch.device
+    model: nn.Module,
+    plain: Mapping[str, Any],
+    optimizer: str,
+    lr: float,
+    eps: float,
+    sharding: str,
+    device: torch.device,
 ) -> dict[str, dict[str, Any]]:
     """Replace the collections of a model by sharded ones with the tables of process 0: {path: {table: its pieces}}."""
     fused = {"optimizer": KINDS[optimizer], "learning_rate": lr, "eps": eps}
     sharders: list[Any] = [EmbeddingBagCollectionSharder(fused), EmbeddingCollectionSharder(fused)]
-    found = {path: module for path, module in model.named_modules() if isinstance(module, _COLLECTIONS)}
     whole = {
-        path: {key: value.detach() for key, value in module.state_dict().items()} for path, module in found.items()
+        path: {key: value.detach() for key, value in module.state_dict().items()} for path, module in plain.items()
     }
     if sharding == "auto":
-        plan = _planned(model, sharders, optimizer, device)
+        plan = _planned(model, plain, sharders, optimizer, device)
     else:
-        plan = ShardingPlan({path: _plan(module, sharding, device) for path, module in found.items()})
+        plan = ShardingPlan({path: _plan(module, sharding, device) for path, module in plain.items()})
     shard_modules(model, ShardingEnv.from_process_group(dist.group.WORLD), device, plan, sharders)
     layout = {}
     for path, tables in whole.items():
@@ -49,19 +55,24 @@ def shard(
             dist.broadcast(sent, src=0)
             write_whole(pieces[key], sent)
         collection.register_state_dict_post_hook(_give_whole)
-        layout[path] = {key.split(".")[-2]: table for key, table in pieces.items()}
+        layout[path] = by_table(pieces)
     return layout
 
 
-def _planned(model: nn.Module, sharders: list[Any], optimizer: str, device: torch.device) -> ShardingPlan:
+def by_table(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What a state has, by table: torchrec's keys end in "name.weight", with or without a path before that."""
+    return {key.split(".")[-2]: value for key, value in found.items()}
+
+
+def _planned(
+    model: nn.Module, plain: Mapping[str, Any], sharders: list[Any], optimizer: str, device: torch.device
+) -> ShardingPlan:
     """What torchrec's planner says, of what keeps to the optimizer: not to split rows that have one step size."""
     kinds = [ShardingType.TABLE_WISE, ShardingType.ROW_WISE, ShardingType.TABLE_ROW_WISE]
     if optimizer != "rowwise_adagrad":
         kinds.append(ShardingType.COLUMN_WISE)
     limits = ParameterConstraints(sharding_types=[k.value for k in kinds], compute_kernels=[_FUSED])
-    names = {
-        config.name for module in model.modules() if isinstance(module, _COLLECTIONS) for config in _configs(module)
-    }
+    names = {config.name for module in plain.values() for config in _configs(module)}
     planner = EmbeddingShardingPlanner(
         topology=Topology(world_size=dist.get_world_size(), compute_device=device.type),
         constraints=dict.fromkeys(names, limits),
@@ -148,8 +159,8 @@ def write_whole(tensor: Any, whole: Tensor) -> None:
         if not isinstance(tensor, ShardedTensor):
             tensor.copy_(whole)
             return
+        kept = slice(0, whole.ndim)
         for own in tensor.local_shards():
-            kept = slice(0, whole.ndim)
             own.tensor.copy_(_cut(whole, own.metadata, kept).reshape(own.tensor.shape))
 
 
