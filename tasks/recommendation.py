@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import zoo
 from tasks import recommendation_tables
-from tasks.optim import Beside, parameter_groups
+from tasks.optim import Beside
 from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
 from tasks.recommendation_gates import ExpertUse
@@ -89,7 +89,6 @@ class RecommendationTask(Task):
             raise ValueError("pretrained: the model there has its own sizes and gates; leave out overrides and router")
         self.preparation: Preparation | None = None  # how rows are encoded, once the data or a checkpoint says
         self._tables: Any = None  # the optimizer of embedding tables, if it is their own
-        self._fused: set[str] = set()  # their names
         self._metrics = TableMetrics((), ndcg_k)
         self._use: ExpertUse | None = None
         self._parts: Parts | None = None
@@ -183,10 +182,9 @@ class RecommendationTask(Task):
         trainer = self._trainer
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if fitting and self._tables is None and recommendation_tables.wanted(self.hparams, self.model.schema):
-            self._tables, fused = recommendation_tables.fuse(self.model, self.hparams, trainer)
+            self._tables, self.left_alone = recommendation_tables.fuse(self.model, self.hparams, trainer)
             # DistributedDataParallel asks the module that it wraps what to leave alone.
-            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in fused]
-            self._fused = fused
+            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in self.left_alone]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW, and where tables have an optimizer of their own that beside it."""
@@ -195,9 +193,8 @@ class RecommendationTask(Task):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays and what does not, and what the weighting learns."""
-        h, own = self.hparams, list(self.weighting.parameters())
-        groups = parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=self._fused)
-        return groups + ([{"params": own, "weight_decay": 0.0}] if own else [])
+        own = list(self.weighting.parameters())
+        return super().parameter_groups() + ([{"params": own, "weight_decay": 0.0}] if own else [])
 
     def count(self, batch: TableBatch) -> int:
         """Rows in a batch."""
@@ -324,7 +321,7 @@ class RecommendationTask(Task):
             from zoo.parallel.embeddings import unfuse_embeddings
 
             unfuse_embeddings(self.model, self._tables)
-            self._tables, self._fused = None, set()
+            self._tables, self.left_alone = None, ()
         super().on_fit_end()
 
     def show_predictions(self, predictions: list[Any]) -> None:

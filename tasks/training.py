@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ class Task(LightningModule):
     """
 
     unit = "samples"  # what throughput counts
+    left_alone: Collection[str] = ()  # names of the model's parameters that another optimizer has
     model: Any
 
     def __init__(
@@ -110,7 +111,8 @@ class Task(LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays, and what does not."""
-        return parameter_groups(self.model, self.hparams["weight_decay"], self.hparams["decay_router"])
+        h = self.hparams
+        return parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=self.left_alone)
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW over groups of parameters."""

@@ -45,6 +45,21 @@ def entrant(domain: str, task: type, data: type, config: Path, options: Mapping[
         raise ValueError(f"{config}: {mistake}") from mistake
 
 
+def train(cli: Any, watch: Clocked) -> tuple[Any, Any, Any]:
+    """Train an entrant under a watch, whose folder is made; returns its task, data and trainer.
+
+    The watch comes before the configuration's own callbacks, and the data has been announced already.
+    """
+    import torch
+
+    watch.folder.mkdir(parents=True, exist_ok=True)
+    cli.trainer.callbacks.insert(0, watch)
+    cli.datamodule.prepare_data = lambda: None
+    torch.manual_seed(0)
+    cli.trainer.fit(cli.model, cli.datamodule)
+    return cli.model, cli.datamodule, cli.trainer
+
+
 class Clocked(Callback):
     """Starts with the other training, and ends after `seconds` of training or when it is to stop.
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .machine import cores, fast_precision
+from .machine import cores_each, fast_precision, in_words
 from .output import tell, write_json
 from .side_by_side import side_by_side
 
@@ -43,11 +43,8 @@ def _prepare(folder: Path, config: Path, seconds: float) -> str:
     data = _build("moe", folder, config, precision).datamodule
     print(f"text: {data.corpus.description}; tokenizer {data.tokenizer_name}", flush=True)
     data.prepare_data()
-    each = max(1, cores() // len(MODELS))
-    print(
-        f"training side by side for {seconds:.0f} s, {each} core{'s' * (each > 1)} each; Ctrl-C stops and reports",
-        flush=True,
-    )
+    each = in_words(cores_each(len(MODELS)))
+    print(f"training side by side for {seconds:.0f} s, {each}; Ctrl-C stops and reports", flush=True)
     return precision
 
 

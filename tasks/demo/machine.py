@@ -68,6 +68,16 @@ def fast_precision() -> str:
     return "bf16-mixed" if seconds(torch.bfloat16) < 0.7 * seconds(torch.float32) else "32-true"
 
 
+def cores_each(models: int) -> int:
+    """Cores of each of several trainings side by side."""
+    return max(1, cores() // models)
+
+
+def in_words(count: int) -> str:
+    """Cores in words, for people."""
+    return f"{count} core{'s' * (count > 1)} each"
+
+
 class Stopwatch:
     """Seconds of training: it stands still in evaluations."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .machine import cores
+from .machine import cores_each, in_words
 from .output import write_json
 from .side_by_side import side_by_side
 
@@ -26,10 +26,10 @@ def run(folder: Path, config: Path = CONFIG, seconds: float = 12.0) -> bool:
 
 
 def _prepare(folder: Path, config: Path, seconds: float) -> None:
-    data = _build("moe", config, [])[1]
+    data = _build("moe", config).datamodule
     print(f"\ntable: {data.table.description}", flush=True)
-    each = max(1, cores() // len(MODELS))
-    print(f"training MMoE and a shared bottom side by side for {seconds:.0f} s, {each} core{'s' * (each > 1)} each")
+    each = in_words(cores_each(len(MODELS)))
+    print(f"training MMoE and a shared bottom side by side for {seconds:.0f} s, {each}")
 
 
 def _train(
@@ -42,31 +42,22 @@ def _train(
     seconds: float,
 ) -> None:
     """Train one of the models, and leave what the report says about it."""
-    import torch
-
+    from .entrants import train
     from .watch import TableWatch
 
     own = folder / name
-    own.mkdir(parents=True, exist_ok=True)
-    watch = TableWatch(name, own, start, stopping, seconds)
-    task, data, trainer = _build(name, config, [watch])
-    data.prepare_data = lambda: None  # said once already
-    torch.manual_seed(0)
-    trainer.fit(task, data)
+    task, data, trainer = train(_build(name, config), TableWatch(name, own, start, stopping, seconds))
     total = sum(p.numel() for p in task.model.parameters())
     tasks = [t.name for t in data.schema.tasks]
     about = {"label": MODELS[name], "total": total, "table": data.table.description, "tasks": tasks}
     write_json(own / "about.json", {**about, "batch_size": data.batch_size, "steps": trainer.global_step})
 
 
-def _build(name: str, config: Path, callbacks: list[Any]) -> tuple[Any, Any, Any]:
-    """Task, data and trainer that `zoo recommendation fit` makes of the configuration; callbacks go before its own."""
+def _build(name: str, config: Path) -> Any:
+    """What `zoo recommendation fit` makes of the configuration: its model, datamodule and trainer, not yet run."""
     from tasks.recommendation import RecommendationData, RecommendationTask
 
     from .entrants import entrant
 
     options = {"trainer.logger": "false", "model.network": NETWORKS[name]}
-    cli = entrant("recommendation", RecommendationTask, RecommendationData, config, options)
-    trainer: Any = cli.trainer
-    trainer.callbacks[:0] = callbacks
-    return cli.model, cli.datamodule, trainer
+    return entrant("recommendation", RecommendationTask, RecommendationData, config, options)

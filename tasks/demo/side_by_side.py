@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.synchronize import Event
 from typing import Any
 
-from .machine import cores, keep_freed_memory
+from .machine import cores_each, keep_freed_memory
 
 # Imported once, in the process that the others are forked from.
 HEAVY = ["lightning.pytorch", "transformers", "tasks.language"]
@@ -36,7 +36,7 @@ def side_by_side(
     if sys.platform == "linux":
         context.set_forkserver_preload(HEAVY)
     stop = context.Event()
-    threads = max(1, cores() // len(names))
+    threads = cores_each(len(names))
     runners: dict[str, Any] = {}
     links: dict[str, Connection] = {}
     for name in names:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .machine import cores
+from .machine import cores_each, in_words
 from .output import write_json
 from .side_by_side import side_by_side
 
@@ -26,10 +26,10 @@ def run(folder: Path, config: Path = CONFIG, seconds: float = 20.0) -> bool:
 
 
 def _prepare(folder: Path, config: Path, seconds: float) -> None:
-    data = _build("moe", config, [])[1]
+    data = _build("moe", config).datamodule
     print(f"\nimages: {data.images.description}", flush=True)
-    each = max(1, cores() // len(MODELS))
-    print(f"training a V-MoE and its dense twin side by side for {seconds:.0f} s, {each} core{'s' * (each > 1)} each")
+    each = in_words(cores_each(len(MODELS)))
+    print(f"training a V-MoE and its dense twin side by side for {seconds:.0f} s, {each}")
 
 
 def _train(
@@ -42,20 +42,14 @@ def _train(
     seconds: float,
 ) -> None:
     """Train one of the models, and leave what the report says about it."""
-    import torch
-
     from zoo.models import count_parameters
 
+    from .entrants import train
     from .patches import routes
     from .watch import Watch
 
     own = folder / name
-    own.mkdir(parents=True, exist_ok=True)
-    watch = Watch(name, own, start, stopping, seconds)
-    task, data, trainer = _build(name, config, [watch])
-    data.prepare_data = lambda: None  # said once already
-    torch.manual_seed(0)
-    trainer.fit(task, data)
+    task, data, trainer = train(_build(name, config), Watch(name, own, start, stopping, seconds))
     total, active = count_parameters(task.model)
     about = {"label": MODELS[name], "total": total, "active": active, "images": data.images.description}
     write_json(own / "about.json", {**about, "batch_size": data.batch_size, "steps": trainer.global_step})
@@ -63,8 +57,8 @@ def _train(
         write_json(own / "routes.json", routes(task.model.eval(), data))
 
 
-def _build(name: str, config: Path, callbacks: list[Any]) -> tuple[Any, Any, Any]:
-    """Task, data and trainer that `zoo vision fit` makes of the configuration; callbacks go before its own."""
+def _build(name: str, config: Path) -> Any:
+    """What `zoo vision fit` makes of the configuration: its model, datamodule and trainer, not yet run."""
     import yaml
 
     from tasks.vision import VisionData, VisionTask
@@ -73,7 +67,4 @@ def _build(name: str, config: Path, callbacks: list[Any]) -> tuple[Any, Any, Any
 
     overrides = {**yaml.safe_load(config.read_text())["model"].get("overrides", {}), "dense": name == "dense"}
     options = {"trainer.logger": "false", "model.overrides": json.dumps(overrides)}
-    cli = entrant("vision", VisionTask, VisionData, config, options)
-    trainer: Any = cli.trainer
-    trainer.callbacks[:0] = callbacks
-    return cli.model, cli.datamodule, trainer
+    return entrant("vision", VisionTask, VisionData, config, options)

@@ -105,7 +105,7 @@ def test_outputs_and_gradients_are_those_of_the_experts_one_by_one(
     shape: Any, experts: int, hidden: Any, options: Any, own: bool, training: bool, dtype: torch.dtype
 ) -> None:
     if options.get("norm") == "batch" and training and shape[0] < 2:
-        pytest.skip("has a test of its own")
+        pytest.skip("batch norm of fewer than two rows in training has a test of its own")
     if options.get("norm") == "layer":
         hidden = tuple(h + 2 for h in hidden)  # of two units what is left is a sign
     if own:

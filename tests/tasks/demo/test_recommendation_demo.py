@@ -51,4 +51,4 @@ def test_training_stops_after_the_step_in_which_it_is_asked_to(config, tmp_path)
 def test_a_mistake_in_the_configuration_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"data": {"options": {"corelation": 0.5}}}))
     with pytest.raises(ValueError, match=r"bad\.yaml: .*did you mean correlation"):
-        recommendation._build("moe", tmp_path / "bad.yaml", [])
+        recommendation._build("moe", tmp_path / "bad.yaml")

@@ -50,12 +50,13 @@ def test_training_stops_after_the_step_in_which_it_is_asked_to(config, tmp_path)
 def test_a_mistake_in_the_configuration_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump({"model": {"network": "vision/vmoe_tiny_tset"}}))
     with pytest.raises(ValueError, match=r"bad\.yaml: .*did you mean vision/vmoe_tiny_test"):
-        vision._build("moe", tmp_path / "bad.yaml", [])
+        vision._build("moe", tmp_path / "bad.yaml")
 
 
 def test_a_router_that_looks_at_places_alone_is_found_out(config):
     """Positions and images are told apart: a router that reads the position embedding is decided by place."""
-    task, data, _ = vision._build("moe", config, [])
+    cli = vision._build("moe", config)
+    task, data = cli.model, cli.datamodule
     task.check(data)
     model = task.build().eval()
     with torch.no_grad():
