@@ -1,11 +1,12 @@
 """Train every gate on one tiny language model and one tiny vision model, and put them side by side.
 
-python scripts/compare_routers.py --out runs/routers --steps 300
+python scripts/compare_routers.py --out runs/routers --steps 300 --seeds 3
 python scripts/compare_routers.py --domains language --routers "Switch" "hash*"
 
 Writes OUT/routers.csv, OUT/routers.md and OUT/routers.svg: quality on unseen data, the busiest expert's load over the
 mean (1 is even), the share of choices that capacity dropped, and training speed. Each domain has one model, the same
-data in the same order, and the same learning rate for all gates: what the table shows is how they do untuned.
+data in the same order, and the same learning rate for all gates: what the table shows is how they do untuned. Figures
+are means over seeds of the weights and of the gates' noise, that of quality with its standard deviation.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from html import escape
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 import torch
@@ -194,9 +195,18 @@ def forever(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def compare(domain: Any, options: dict[str, Any], eval_batches: int) -> dict[str, float]:
+def compare(domain: Any, options: dict[str, Any], eval_batches: int, seeds: int) -> dict[str, float]:
+    """Train a model with each seed and measure them: means, and the deviation of quality."""
+    runs = [train(domain, options, eval_batches, seed) for seed in range(seeds)]
+    row = {column: mean(run[column] for run in runs) for column in runs[0]}
+    if seeds > 1:
+        row["deviation"] = stdev(run["quality"] for run in runs)
+    return row
+
+
+def train(domain: Any, options: dict[str, Any], eval_batches: int, seed: int) -> dict[str, float]:
     """Train one model and measure it."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     task = domain.task(**options)
     model, batches, seconds, seen = task.model.train(), forever(domain.data.train_dataloader()), [], 0
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=2e-3)
@@ -233,7 +243,7 @@ def compare(domain: Any, options: dict[str, Any], eval_batches: int) -> dict[str
     return row
 
 
-def rows(domain: Any, wanted: list[str], eval_batches: int) -> Iterator[dict[str, Any]]:
+def rows(domain: Any, wanted: list[str], eval_batches: int, seeds: int) -> Iterator[dict[str, Any]]:
     """A row for every gate, best first to the reader's eye is up to the table; those left out say why."""
     for name, made in {"dense twin": None, **GATES}.items():
         if not any(fnmatchcase(name, pattern) for pattern in wanted):
@@ -246,7 +256,7 @@ def rows(domain: Any, wanted: list[str], eval_batches: int) -> Iterator[dict[str
         options = {"dense": True} if made is None else {"router": made.spec(domain.settings)}
         if made is not None and made.losses is not None:
             options["losses"] = made.losses
-        yield {**row, **compare(domain, options, eval_batches)}
+        yield {**row, **compare(domain, options, eval_batches, seeds)}
 
 
 def shown(row: dict[str, Any], column: str) -> str:
@@ -254,7 +264,8 @@ def shown(row: dict[str, Any], column: str) -> str:
     if column not in row:
         return "-"
     digits = {"quality": 3, "load_max": 2, "drop_rate": 3, "per_second": 0}[column]
-    return f"{row[column]:.{digits}f}"
+    spread = f" ± {row['deviation']:.{digits}f}" if column == "quality" and "deviation" in row else ""
+    return f"{row[column]:.{digits}f}{spread}"
 
 
 def markdown(found: list[dict[str, Any]], domains: list[Any]) -> str:
@@ -306,7 +317,7 @@ def write(folder: Path, found: list[dict[str, Any]], domains: list[Any]) -> None
     folder.mkdir(parents=True, exist_ok=True)
     drafts = {name: folder / f"{name}.tmp" for name in ("routers.csv", "routers.md", "routers.svg")}
     with drafts["routers.csv"].open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["domain", "gate", *COLUMNS, "note"], restval="")
+        table = csv.DictWriter(file, ["domain", "gate", *COLUMNS, "deviation", "note"], restval="")
         table.writeheader()
         table.writerows(found)
     drafts["routers.md"].write_text(markdown(found, domains), encoding="utf-8")
@@ -319,17 +330,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/routers"), help="default %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps a gate, default %(default)s")
+    parser.add_argument("--seeds", type=int, default=1, help="models a gate, default %(default)s")
     parser.add_argument("--eval-batches", type=int, default=20, help="default %(default)s")
     parser.add_argument("--domains", nargs="+", choices=("language", "vision"), default=["language", "vision"])
     parser.add_argument("--routers", nargs="+", default=["*"], help="names or patterns of rows; default all")
     parser.add_argument("--text", default="stdlib", help="what the language model reads (see tasks.language)")
     args = parser.parse_args()
+    if args.seeds < 1 or args.steps < 1:
+        parser.error(f"--seeds and --steps must be at least 1, got {args.seeds} and {args.steps}")
     if not any(fnmatchcase(name, pattern) for name in ("dense twin", *GATES) for pattern in args.routers):
         parser.error(f"no gate is called {' or '.join(args.routers)}; there are: dense twin, {', '.join(GATES)}")
     made = {"language": lambda: Language(args.text, args.steps), "vision": lambda: Vision("digits", args.steps)}
     domains, found = [made[name]() for name in args.domains], []
     for domain in domains:
-        for row in rows(domain, args.routers, args.eval_batches):
+        for row in rows(domain, args.routers, args.eval_batches, args.seeds):
             found.append(row)
             print(row["domain"], row["gate"], row.get("note") or [shown(row, c) for c in COLUMNS], flush=True)
             write(args.out, found, domains)

@@ -82,7 +82,7 @@ def gshard(probs: Tensor, first: Tensor, mask: Tensor | None = None, global_batc
 
 
 def importance(gates: Tensor, mask: Tensor | None = None, correction: int = 0) -> Tensor:
-    """CV^2 of the summed combine weights of every expert (Shazeer 1701.06538, eq. 6).
+    """CV^2 of the summed combine weights of every expert (Shazeer 1701.06538, eq. 6-7).
 
     Population variance; correction=1 takes the unbiased one (MEO, Tutel).
     """
@@ -190,7 +190,7 @@ def consistency(logits: Tensor, other: Tensor, mask: Tensor | None = None) -> Te
 def mutual_information(probs: Tensor, mask: Tensor | None = None) -> Tensor:
     """-(H(mean_t p) - mean_t H(p_t)): minus the information that a token gives about its expert, in nats.
 
-    ModuleFormer (2306.04640, eq. 5) and DS-MoE. Between -log E (every token sure, all experts used alike) and 0.
+    ModuleFormer (2306.04640, section 3) and DS-MoE. Between -log E (every token sure, all experts used alike) and 0.
     """
     tokens = token_count(probs, mask).clamp(min=1)
     return (token_sum(surprise(probs), mask) / tokens - surprise(token_sum(probs, mask) / tokens)).sum(-1).mean()
@@ -215,13 +215,13 @@ def _selector_sum(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def relu_l1(gates: Tensor, selected: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
-    """E / (k T^2) sum_e mass_e count_e of ReLU gates: L1 that weighs busy experts more (ReMoE 2412.14711, eq. 11)."""
+    """E / (k T^2) sum_e mass_e count_e of ReLU gates: L1 that weighs busy experts more (ReMoE, 2412.14711)."""
     tokens = token_count(gates, mask).clamp(min=1)
     return (gates.shape[-1] / k * (token_sum(gates, mask) / tokens * token_sum(selected, mask) / tokens).sum(-1)).mean()
 
 
 def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | None = None) -> Tensor:
-    """E' sum_e f_e P_e over all E' experts of AdaMoE (2406.13233, eq. 7), the last num_null null ones with one f.
+    """E' sum_e f_e P_e over all E' experts of AdaMoE (2406.13233, section 3), the last num_null null ones with one f.
 
     f_e is the share of tokens that chose e, so that f sums to k, as in transformers; for null experts it is their mean.
     """

@@ -29,7 +29,7 @@ def top_any_cost(switches: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def diverse_and_simple(embeddings: Tensor) -> Tensor:
-    """|C - I|_F + mean_e |w_e| of expert embeddings [E, D], C their cosines (DYNMoE 2405.14297, eq. 8)."""
+    """|C - I|_F + mean_e |w_e| of expert embeddings [E, D], C their cosines (DYNMoE 2405.14297, section 3)."""
     unit = torch.nn.functional.normalize(embeddings, dim=-1)
     off = unit @ unit.T - torch.eye(unit.shape[0], dtype=unit.dtype, device=unit.device)
     return off.norm() + embeddings.norm(dim=-1).mean()
@@ -38,7 +38,7 @@ def diverse_and_simple(embeddings: Tensor) -> Tensor:
 def stable_balance(logits: Tensor, selected: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean over tokens of (n_e - n) / n sigmoid(logit_e), e the token's expert, n_e its tokens, n the mean of all n_e.
 
-    StableMoE (2204.08396, eq. 5): scores fall where there are too many tokens, and rise where there are too few.
+    StableMoE (2204.08396, section 3.1): scores fall with too many tokens, and rise with too few.
     """
     if mask is not None:
         selected = selected * mask.unsqueeze(-1)
@@ -49,7 +49,7 @@ def stable_balance(logits: Tensor, selected: Tensor, mask: Tensor | None = None)
 
 
 def stable_distill(distilled_logits: Tensor, logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of the distilled router with the largest logit as its target (StableMoE 2204.08396, eq. 6)."""
+    """Mean cross entropy of the distilled router with the largest logit as its target (StableMoE 2204.08396)."""
     loss = torch.nn.functional.cross_entropy(distilled_logits, logits.detach().argmax(-1), reduction="none")
     if mask is None:
         return loss.sum() / max(loss.numel(), 1)
@@ -73,7 +73,7 @@ def hierarchical_load(
     selected: Tensor,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """CV^2 of Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (Shazeer 1701.06538, appendix B, eq. 13).
+    """CV^2 of Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (Shazeer 1701.06538, appendix B).
 
     Tuples hold the level of the groups [T, G] and that inside them [T, G, M]; entered [T, G] is where a token went into
     a group, X^(i) those that went into group i. Without noise the loads are the counts `selected` [T, E].

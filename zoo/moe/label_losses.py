@@ -17,7 +17,7 @@ from .masked import cv_squared, surprise, token_count, token_sum
 
 
 def task_mutual_information(probs: Tensor, task: Tensor, num_tasks: int, mask: Tensor | None = None) -> Tensor:
-    """-I(E; task): minus the information that a token's task gives about its expert (Mod-Squad 2212.08066, eq. 4).
+    """-I(E; task): minus the information that a token's task gives about its expert (Mod-Squad 2212.08066, section 3).
 
     task [..., T] in 0..num_tasks-1. P(e | task) is the mean of its tokens' probabilities, and tasks count alike, as in
     the paper, those without a token here not at all.

@@ -12,7 +12,7 @@ from .routing import Routing
 
 
 class ZeroComputationExperts(nn.Module):
-    """E experts (MoE++, 2410.07348, eq. 3-6), in this order: MLPs, `constant` constant, `copy` copy, `zero` zero ones.
+    """E experts (MoE++ 2410.07348, section 3.1), in order: MLPs, `constant` constant, `copy` copy, `zero` zero ones.
 
     constant: a_1 x + a_2 v with a = softmax(W x), W [2, D] and v [D] learnt; copy: x; zero: 0. The MLPs are an
     `Experts`, so their tokens, which come first in a routing, run on the same kernels. As in the authors' code the

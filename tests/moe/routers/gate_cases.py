@@ -198,7 +198,8 @@ GATES: dict[str, Gate] = {
     "top-2": Gate(lambda d, e: TopKRouter(d, e, 2, normalize=True, losses=BALANCE), active=2),
     "top-2 with capacity": Gate(lambda d, e: TopKRouter(d, e, 2, capacity=Capacity(1.5), losses=BALANCE), active=2),
     "X-MoE": Gate(lambda d, e: XMoERouter(d, e, losses=BALANCE)),
-    "X-MoE, Tutel's form": Gate(lambda d, e: XMoERouter(d, e, log_scale=True, routing_dim=4, losses=BALANCE)),
+    "X-MoE, Tutel's form": Gate(lambda d, e: XMoERouter(d, e, form="tutel", routing_dim=4, losses=BALANCE)),
+    "X-MoE, torchscale's form": Gate(lambda d, e: XMoERouter(d, e, form="torchscale", routing_dim=4, losses=BALANCE)),
 }
 
 

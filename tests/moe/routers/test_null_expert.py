@@ -32,6 +32,15 @@ def test_weights_and_loss_are_those_of_the_paper(k: int, num_null: int) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_the_loss_of_the_authors_code_is_that_of_transformers_over_all_experts() -> None:
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    router = NullExpertRouter(4, 5, 3, num_null=4, losses={"transformers": 1.0})
+    x = torch.randn(30, 4)
+    expected = load_balancing_loss_func((x @ router.weight.T,), num_experts=9, top_k=3)
+    torch.testing.assert_close(router(x).losses["transformers"], expected)
+
+
 def test_a_token_that_chose_null_experts_only_gives_zero() -> None:
     moe = MoE(NullExpertRouter(4, 3, 2, num_null=2), Experts(3, 4, 5))
     moe.router.weight.data[:3] = -torch.ones(3, 4)  # type: ignore[index]

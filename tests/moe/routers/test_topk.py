@@ -89,6 +89,11 @@ def test_a_negative_bias_never_leads_outside_the_chosen_groups() -> None:
     router.selection_bias.fill_(-3.0)  # type: ignore[union-attr]
     sent = weights(router, torch.randn(200, 8)) > 0
     assert (sent.view(200, 4, 2).any(-1).sum(-1) == 2).all()
+    # As in transformers before 5.23: scores below zero lose to the zeros of the two groups that were left out.
+    router.group_fill, logits = 0.0, torch.randn(200, 8)
+    best = logits.view(200, 4, 2).amax(-1)
+    left_out = best <= best.median(-1, keepdim=True).values  # the lower of the two in the middle
+    assert torch.equal((weights(router, logits) > 0).view(200, 4, 2), left_out.unsqueeze(-1).expand(200, 4, 2))
 
 
 def test_selection_bias_moves_the_choice_and_not_the_weight() -> None:

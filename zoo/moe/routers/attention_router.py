@@ -13,7 +13,7 @@ from .topk import TopKRouter
 
 
 class AttentionRouter(TopKRouter):
-    """Yuan 2.0-M32 (2405.17976, section 3.1): logits_i = sum_j softmax_j(q_i k_j) v_j for each token by itself.
+    """Yuan 2.0-M32 (2405.17976, attention router): logits_i = sum_j softmax_j(q_i k_j) v_j for each token by itself.
 
     q, k, v [E] are the thirds of x W^T, W [3E, D]: attention between experts with heads of width 1, unscaled. Then, as
     the authors train it, the softmax over the k = 2 largest logits, and the loss of the choice `switch` on the softmax

@@ -13,7 +13,7 @@ from .topk import TopKRouter
 
 
 class AttributeRouter(TopKRouter):
-    """Attribute routing of Uni-Perceiver-MoE (2206.04674, eq. 6): token choice on an embedding of attribute bits.
+    """Attribute routing of Uni-Perceiver-MoE (2206.04674, section 3): token choice on an embedding of attribute bits.
 
     The input of W is LN(GELU(A b + c)), or LN(A b + c) with activation=False, as the code offers both; b [.., bits] are
     the token's attributes: its task, modality, causal mask and so on, 8 in the paper. Tokens of the same attributes go

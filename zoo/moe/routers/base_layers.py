@@ -13,7 +13,7 @@ from .topk import TopKRouter
 
 
 class BASERouter(TopKRouter):
-    """BASE (2103.16716, eq. 1-3): in training a balanced linear assignment of tokens to experts, in evaluation argmax.
+    """BASE (2103.16716, section 3): in training a balanced linear assignment of tokens to experts, else the argmax.
 
     Affinities are x W^T. In training the assignment maximises their sum while every expert gets T/E tokens (see
     `balanced_assignment`, which `tolerance` and `rounds` go to), in evaluation a token takes its largest affinity. The

@@ -22,7 +22,7 @@ LARGEST_SCALE = 100.0
 
 
 class DynamicRouter(Router):
-    """DYNMoE's top-any gate (2405.14297, eq. 3-6): meet every e with sigmoid(a cos(x, w_e)) > sigmoid(a G_e).
+    """DYNMoE's top-any gate (2405.14297, section 3.1): meet every e with sigmoid(a cos(x, w_e)) > sigmoid(a G_e).
 
     Each expert met has the same weight, 1 / (how many are met). The switch is 1 where s > threshold, its gradient that
     of relu(s - threshold), straight through; the number met has none. In training a token may meet none; in evaluation

@@ -19,7 +19,7 @@ from .linear import LinearRouter
 
 
 class ExpertChoiceRouter(LinearRouter):
-    """Expert choice (2202.09368, eq. 1-3): each expert takes the C tokens of a group that it scores highest.
+    """Expert choice (2202.09368, section 3.2): each expert takes the C tokens of a group that it scores highest.
 
     Scores are the softmax of x W^T over "experts" (the paper, V-MoE's code, flaxformer) or over the "tokens" of the
     group (mesh-tensorflow). The load is even by construction, so no loss is needed; a token meets any number of

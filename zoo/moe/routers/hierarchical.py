@@ -25,7 +25,7 @@ class HierarchicalRouter(Router):
     G is a noisy top-k gate over num_groups groups, G_i one over the E / num_groups experts of group i, each the softmax
     over the k largest of x W^T + N(0, 1) (softplus(x W_n^T) + 0.01); noise (unless noise=False) in training only, W and
     W_n zero at first. A token meets group_k groups and k experts in each. Losses, each with weight 0.1: importance of
-    the products G_i G_ij (eq. 12) and hierarchical_load (eq. 13). Experts of a group are neighbours. Context: mask.
+    the products G_i G_ij and hierarchical_load. Experts of a group are neighbours. Context: mask.
 
     Parameters: group_weight [G, D], weight [E, D], and group_noise_weight, noise_weight of the same shapes.
     Raises ValueError where experts do not split into groups, or there are too few to choose from.

@@ -15,12 +15,12 @@ LOSSES = {"mutual_information": 1e-3}
 
 
 class ModuleFormerRouter(TopKRouter):
-    """ModuleFormer (2306.04640, section 3.1): the k largest of softmax(W GELU(A x + b)), not divided by their sum.
+    """ModuleFormer (2306.04640, section 3): the k largest of softmax(W GELU(A x + b)), not divided by their sum.
 
     Dropout on the hidden layer in training. sample of the k are drawn in training instead of being the largest: after
     the k - sample best, from the other probabilities plus 1e-6, without putting back. The loss is
     mutual_information, -I(E; X); the code's other is {"switch": w, "z": 0.1 w}. The code's third gate, cosines in a
-    hidden space with a learnt temperature, is `XMoERouter(routing_dim=256, log_scale=True)` but for that one's limit.
+    hidden space with a learnt temperature, is `XMoERouter(routing_dim=256, form="tutel")` but for that one's limit.
     Other options as in `TopKRouter`.
 
     Raises ValueError unless 0 <= sample <= k.

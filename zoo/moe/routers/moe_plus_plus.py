@@ -38,7 +38,7 @@ class GatingResidual:
 
 
 class MoEPlusPlusRouter(TopKRouter):
-    """MoE++ (2410.07348, eq. 7-8): top-k of the softmax of W_2 tanh(W_1 x) + W_r z, z the logits of the layer below.
+    """MoE++ (2410.07348, section 3.2): top-k of softmax(W_2 tanh(W_1 x) + W_r z), z the logits of the layer below.
 
     W_1 [8E, D]; two_layers=False has logits x W^T instead. z comes by the context gating=GatingResidual(), one a
     forward pass; without it, and in the first layer, there is none. Of the k weights those of zero experts, the last

@@ -20,8 +20,9 @@ class NullExpertRouter(LinearRouter):
     p = softmax(x W^T), W [E + num_null, D]; of the k largest the true ones count, with weights p divided by the sum
     over the true ones chosen, so 0 to k experts a token. The layer's experts are the E true ones: null experts are no
     assignments. The loss null_load is Switch's with one load for all null experts, their mean, so that the router need
-    not tell them apart; it does what the paper says, since in the authors' code the averaging runs over the wrong axis
-    and does nothing. Evaluation is the same but for losses. Context: mask.
+    not tell them apart: what the paper says, and the default of the two. In the authors' code the averaging runs over
+    the wrong axis and does nothing, which is the loss "transformers" here. Evaluation is the same but for losses.
+    Context: mask.
 
     Raises ValueError unless num_null >= 1 and 1 <= k <= E + num_null.
     """

@@ -11,7 +11,7 @@ from .topk import TopKRouter
 
 
 class PrototypeRouter(TopKRouter):
-    """M6-T (2105.15082, section 3.2): experts in k groups, a softmax and a top-1 choice in each, outputs summed.
+    """M6-T (2105.15082, expert prototyping): experts in k groups, a softmax and a top-1 choice in each, outputs summed.
 
     Group j has the experts j E/k .. (j+1) E/k - 1; y = sum_j p_je f_je(x), e the best of the group and p the softmax
     over the group alone. For losses and telemetry the k distributions count 1/k each. Capacity knows no first and

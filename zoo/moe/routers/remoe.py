@@ -15,7 +15,7 @@ from .linear import LinearRouter
 
 
 class ReMoERouter(LinearRouter):
-    """ReMoE (2412.14711, eq. 5-11): weights are ReLU(x W^T), and a token meets the experts where that is positive.
+    """ReMoE (2412.14711, section 3): weights are ReLU(x W^T), and a token meets the experts where that is positive.
 
     How many those are differs between tokens and is kept at k in the mean by the loss "l1" = lambda E / (k T^2) sum_e
     mass_e count_e (`balance.relu_l1`). lambda, the buffer `l1_coefficient`, starts at 1e-8 and is multiplied by 1.2 in

@@ -9,7 +9,7 @@ from torch import Tensor
 def standardized(logits: Tensor, scale: float) -> Tensor:
     """scale * (z - mean z) / std z over the experts of each token [T, E]; 0 where all are equal.
 
-    Skywork-MoE (2406.06563, eq. 6), std unbiased as in the code of MoE++, which has the same option.
+    Skywork-MoE (2406.06563, section 4.1), std unbiased as in the code of MoE++, which has the same option.
     """
     if logits.shape[-1] == 1:
         return torch.zeros_like(logits)
@@ -20,8 +20,10 @@ def standardized(logits: Tensor, scale: float) -> Tensor:
     return scale * centred * variance.where(spread, 1).rsqrt() * spread
 
 
-def inside_best_groups(choice: Tensor, num_groups: int, group_topk: int, group_score: int | str) -> Tensor:
-    """Scores [T, E] with -inf outside each token's best groups; 0 would let a negative bias choose outside them."""
+def inside_best_groups(
+    choice: Tensor, num_groups: int, group_topk: int, group_score: int | str, outside: float
+) -> Tensor:
+    """Scores [T, E] with the value `outside` for the experts outside each token's best groups."""
     grouped = choice.unflatten(-1, (num_groups, -1))
     if group_score == "max":
         best_of_group = grouped.amax(-1)
@@ -30,4 +32,4 @@ def inside_best_groups(choice: Tensor, num_groups: int, group_topk: int, group_s
         best_of_group = grouped.topk(min(best, grouped.shape[-1]), dim=-1).values.sum(-1)
     chosen = best_of_group.topk(group_topk, dim=-1).indices
     allowed = torch.zeros_like(best_of_group, dtype=torch.bool).scatter_(-1, chosen, True)
-    return grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(-2)
+    return grouped.masked_fill(~allowed.unsqueeze(-1), outside).flatten(-2)

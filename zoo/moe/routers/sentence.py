@@ -12,7 +12,7 @@ from .gshard import GShardRouter
 
 
 class SentenceRouter(GShardRouter):
-    """Sentence-level MoE (2110.03742, section 3.2): GShard's top-2 gate on the mean token of each sentence.
+    """Sentence-level MoE (2110.03742, section 3): GShard's top-2 gate on the mean token of each sentence.
 
     As in lingvo, padding has no part in the mean, second="all", and capacity and loss are those of tokens. A sentence
     is a sequence [B, S, D], or, with the context segment_ids [B, S], the tokens of one id in a sequence; tokens given

@@ -24,7 +24,7 @@ class SkyworkRouter(Scheduled, TopKRouter):
     """Skywork-MoE (2406.06563, section 4): top-2 of softmax(lambda (z - mean z) / std z), and a loss that adapts.
 
     lambda is normalize_logits, 1 in the paper, None for plain logits. `adaptive` are the losses whose weight is
-    multiplied by the layer's own coefficient alpha, the buffer `coefficient`. After each optimizer step (eq. 7-9)
+    multiplied by the layer's own coefficient alpha, the buffer `coefficient`. After each optimizer step (section 4.2)
         alpha <- decay alpha + (1 - decay) min(sensitivity d, max_coefficient)
     where d is the share of the assignments asked for that capacity dropped in that step, over all micro-batches and
     processes: a layer that is balanced is left in peace. The paper's values are the defaults, decay 0.99, sensitivity

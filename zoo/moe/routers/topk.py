@@ -31,7 +31,7 @@ class TopKRouter(Router):
         V-MoE         noise="fixed", noise_std=1/E, capacity, losses importance_vmoe and load_vmoe
         Mixtral       score="softmax_topk" (equal to softmax with normalize=True)
         DeepSeekMoE, OLMoE, Qwen2-MoE   the defaults; Qwen3-MoE normalize=True
-        Skywork-MoE   normalize_logits=1.0 (2406.06563, eq. 6: lambda (z - mean z) / std z); see `SkyworkRouter`
+        Skywork-MoE   normalize_logits=1.0 (2406.06563, section 4.1: lambda (z - mean z) / std z); see `SkyworkRouter`
         DeepSeek-V2   num_groups, group_topk, group_score="max", scale
         DeepSeek-V3   score="sigmoid", normalize=True, selection_bias=True, group_score="top2_sum", scale=2.5
         Megatron      group_score=k // group_topk; for k=1 it leaves sigmoid scores as they are: normalize=False
@@ -40,9 +40,11 @@ class TopKRouter(Router):
     chosen weights by their sum plus normalize_eps, scale multiplies them. selection_bias adds a buffer [E] to the
     scores for the choice alone; `zoo.moe.balance.update_biases` moves it by bias_update_rate. With num_groups > 1 a
     token only chooses inside the group_topk groups of highest score: the maximum, the sum of the two best experts or of
-    that many best. jitter multiplies the router's input by U(1-jitter, 1+jitter), noise adds N(0, noise_std^2)
-    ("fixed") or N(0, (softplus(x W_n^T) + 0.01)^2) ("learned") to the logits; both, and the losses, only in training;
-    with eval_losses those that need no noise are reported in evaluation too, as V-MoE does.
+    that many best. Other groups' experts count as group_fill: -inf as in the authors' code; 0, as in transformers
+    before 5.23, lets a negative bias choose outside the groups. jitter multiplies the router's input by
+    U(1-jitter, 1+jitter), noise adds N(0, noise_std^2) ("fixed") or N(0, (softplus(x W_n^T) + 0.01)^2) ("learned") to
+    the logits; both, and the losses, only in training; with eval_losses those that need no noise are reported in
+    evaluation too, as V-MoE does.
     group_size is the scope of capacity: the whole batch, that many consecutive tokens, or "sequence", at most
     group_sequences consecutive sequences; the last group is filled up with tokens that ask for nothing. dtype is the
     arithmetic's, None for the input's; float64 stays.
@@ -69,6 +71,7 @@ class TopKRouter(Router):
         num_groups: int = 1,
         group_topk: int = 1,
         group_score: int | Literal["max", "top2_sum"] = "max",
+        group_fill: float = -math.inf,
         dtype: torch.dtype | None = torch.float32,
         jitter: float = 0.0,
         noise: Literal["fixed", "learned"] | None = None,
@@ -83,7 +86,8 @@ class TopKRouter(Router):
         self.k, self.score = k, score
         self.normalize, self.normalize_eps, self.scale = normalize, normalize_eps, scale
         self.normalize_logits = normalize_logits
-        self.num_groups, self.group_topk, self.group_score = num_groups, group_topk, group_score
+        self.num_groups, self.group_topk = num_groups, group_topk
+        self.group_score, self.group_fill = group_score, group_fill
         self.dtype, self.jitter, self.noise, self.noise_std = dtype, jitter, noise, noise_std
         self.capacity, self.group_size, self.group_sequences = capacity, group_size, group_sequences
         self.bias_update_rate = bias_update_rate
@@ -258,7 +262,8 @@ class TopKRouter(Router):
             if self.selection_bias is not None:
                 choice = choice + self.selection_bias
             if self.num_groups > 1:
-                choice = inside_best_groups(choice, self.num_groups, self.group_topk, self.group_score)
+                groups = (self.num_groups, self.group_topk, self.group_score, self.group_fill)
+                choice = inside_best_groups(choice, *groups)
             expert = choice.topk(self.k, dim=-1).indices
             weight = scores.gather(-1, expert)
         if self.score == "softmax_topk":
