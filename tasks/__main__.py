@@ -71,15 +71,19 @@ def _models() -> dict[str, str]:
     return dict.fromkeys(list_models(), "")
 
 
-def _routers() -> dict[str, str]:
-    """Each gate's name, with its paper and formula: the first sentences of its docstring."""
-    from zoo.moe import Router, routers
+# Layers that come with a gate of their own.
+LAYERS = ("DeepMoE", "MixtureOfDepths", "MoA", "MoH", "PEER", "PatchMoE", "SwitchHead")
 
-    classes = [c for c in vars(routers).values() if isinstance(c, type) and issubclass(c, Router) and c is not Router]
-    return {
-        c.__name__: " ".join((c.__doc__ or "").split("\n\n")[0].split())
-        for c in sorted(classes, key=lambda c: c.__name__)
-    }
+
+def _routers() -> dict[str, str]:
+    """Each gate's name, with the first sentences of its docstring, paper and formula; then LAYERS, as zoo.moe.NAME."""
+    from zoo import moe
+
+    found = vars(moe.routers).values()
+    classes = [c for c in found if isinstance(c, type) and issubclass(c, moe.Router) and c is not moe.Router]
+    named = {c.__name__: c for c in sorted(classes, key=lambda c: c.__name__)}
+    named.update({f"zoo.moe.{name}": getattr(moe, name) for name in LAYERS})
+    return {name: " ".join((c.__doc__ or "").split("\n\n")[0].split()) for name, c in named.items()}
 
 
 def _demo(args: Sequence[str]) -> int:

@@ -93,8 +93,11 @@ def test_routers_are_listed(capsys):
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
     assert "TopKRouter" in names
-    assert all(issubclass(getattr(zoo.moe.routers, name), zoo.moe.Router) for name in names)
+    gates = [name for name in names if not name.startswith("zoo.moe.")]
+    assert all(issubclass(getattr(zoo.moe.routers, name), zoo.moe.Router) for name in gates)
     assert "Router" not in names
+    layers = {"PEER", "MixtureOfDepths", "MoA", "MoH", "SwitchHead", "PatchMoE", "DeepMoE"}
+    assert {f"zoo.moe.{name}" for name in layers} <= set(names)
     assert all(len(line.split()) > 4 for line in lines)
     assert any(line.startswith("GShardRouter") and "2006.16668" in line for line in lines)
 
