@@ -99,7 +99,7 @@ def gradients(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[st
             loss = model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100), use_cache=False).loss
         total = total + loss + sum(step.losses().values())
     total.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
@@ -134,6 +134,35 @@ def test_a_compiled_model_without_a_mask_is_one_graph():
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(tokens, use_cache=False).logits, expected)
+
+
+def test_gates_of_moe_plus_plus_hear_the_layer_below() -> None:
+    gate = {"name": "MoEPlusPlusRouter", "zero": 0}
+    model = zoo.create_model("language/mixtral_tiny", router=gate, num_hidden_layers=3).train()
+    routers, inputs = [layer.mlp.router for layer in model.model.layers], []
+    hooks = [r.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())) for r in routers]
+    batch = padded()
+    plain = gradients(model, [batch])
+    with zoo.moe.record(model) as step:
+        inputs.clear()
+        model(batch[0])
+    for hook in hooks:
+        hook.remove()
+    below = None
+    for router, x, (routing,) in zip(routers, inputs, step.routings.values()):
+        logits = (x.reshape(-1, x.shape[-1]) @ router.hidden_weight.T).tanh() @ router.weight.T
+        if below is not None:
+            logits = logits + below @ router.residual_weight.T
+        torch.testing.assert_close(routing.probs, logits.softmax(-1))
+        below = logits
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again = gradients(model, [batch])
+    assert {name for name in plain if "residual_weight" in name} == {
+        "model.layers.1.mlp.router.residual_weight",
+        "model.layers.2.mlp.router.residual_weight",
+    }
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name], msg=name)
 
 
 def test_a_copy_has_hooks_of_its_own():

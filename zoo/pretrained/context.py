@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..moe import MoE
-from ..moe.routers import TopKRouter
+from ..moe.routers import MoEPlusPlusRouter, TopKRouter
+from ..moe.routers.moe_plus_plus import GatingResidual
 
 KEY = "moe_context"
 
@@ -29,7 +30,8 @@ class _Link:
 def pass_context(model: Any) -> None:
     """Make every `MoE` of a transformers causal language model receive mask and token_ids where a caller gave them.
 
-    Anything else that a gate may want, such as a domain, a caller gives as model(..., moe_context={"domain": ...}).
+    Gates that hear the layer below, MoE++'s, get a `GatingResidual` each forward pass. Anything else that a gate may
+    want, such as a domain, a caller gives as model(..., moe_context={"domain": ...}).
     """
     base = model.model
     base.register_forward_pre_hook(_put, with_kwargs=True)
@@ -49,6 +51,8 @@ def _put(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     if kwargs.get("output_router_logits") or getattr(base.config, "output_router_logits", False):
         _check_logits(base)
         context["record_logits"] = True
+    if any(isinstance(getattr(layer.mlp, "router", None), MoEPlusPlusRouter) for layer in base.layers):
+        context.setdefault("gating", GatingResidual())
     ids = kwargs.get("input_ids", args[0] if args else None)
     embeds = kwargs.get("inputs_embeds")
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)

@@ -41,10 +41,11 @@ class MoEPlusPlusRouter(TopKRouter):
     """MoE++ (2410.07348, section 3.2): top-k of softmax(W_2 tanh(W_1 x) + W_r z), z the logits of the layer below.
 
     W_1 [8E, D]; two_layers=False has logits x W^T instead. z comes by the context gating=GatingResidual(), one a
-    forward pass; without it, and in the first layer, there is none. Of the k weights those of zero experts, the last
-    `zero` ones, are set to 0 and the others divided by their sum; what is left of the code's form with
-    normalize_logits and Mixtral's weights is in `TopKRouter`. The experts are `zoo.moe.ZeroComputationExperts`. The
-    published code is for inference: the paper's heterogeneous balance loss and capacity are not in it, nor here.
+    forward pass (our language models give it); without it, and in the first layer, there is none. Of the k weights
+    those of zero experts, the last `zero` ones, are set to 0 and the others divided by their sum; what is left of the
+    code's form with normalize_logits and Mixtral's weights is in `TopKRouter`. The experts are
+    `zoo.moe.ZeroComputationExperts`. The published code is for inference: the paper's heterogeneous balance loss and
+    capacity are not in it, nor here.
 
     Other options as in `TopKRouter`. Raises ValueError unless 0 <= zero < E.
     """
