@@ -7,6 +7,7 @@ from .capacity import Capacity
 from .conv_experts import ChannelRouter, DeepMoE, GatedConv2d, PatchMoE, shallow_embedding
 from .decision import Decision
 from .depth import DepthRouter, MixtureOfDepths
+from .dispatch import ExpertParallel
 from .experts import MLP, Experts
 from .layer import MoE, Step, record
 from .peer import PEER, NeuronExperts
@@ -24,6 +25,7 @@ __all__ = [
     "Decision",
     "DeepMoE",
     "DepthRouter",
+    "ExpertParallel",
     "Experts",
     "GatedConv2d",
     "HeadExperts",

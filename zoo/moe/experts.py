@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .dispatch import ExpertParallel
 from .kernels import get_activation, moe_mlp
 from .routing import Routing
 
@@ -20,8 +21,12 @@ class Experts(nn.Module):
     `nn.Linear`'s do, each expert on its own. `backend` goes to `zoo.moe.kernels.moe_mlp`. `dropout` acts in training on
     hidden units and outputs (V-MoE, Switch's expert dropout); no kernel has it, so that such steps are slower.
 
+    With `parallel` set, to an `ExpertParallel`, the parameters hold that process's part of the experts (`keep_own`).
+
     Raises ValueError on an unknown activation, a size below one, or a dropout outside [0, 1).
     """
+
+    parallel: ExpertParallel | None = None
 
     def __init__(
         self,
@@ -60,6 +65,15 @@ class Experts(nn.Module):
             if bias is not None:
                 bias.zero_()
 
+    @torch.no_grad()
+    def keep_own(self, parallel: ExpertParallel) -> None:
+        """Keep this process's part of the experts, the same processes' `parallel` bringing tokens to it from now on."""
+        if self.parallel is not None or parallel.num_experts != self.num_experts:
+            raise ValueError(f"Experts: {self.num_experts} whole experts cannot be spread as {parallel.num_experts}")
+        for name, value in list(self.named_parameters()):
+            setattr(self, name, nn.Parameter(value[parallel.own].clone(), value.requires_grad))
+        self.parallel = parallel
+
     @property
     def w_in(self) -> Tensor:
         """Stacked input projection, [E, 2F, D] or [E, F, D]."""
@@ -72,6 +86,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
+        return self.compute(x, routing) if self.parallel is None else self.parallel(x, routing, self.compute)
+
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same of the experts that this process holds, to which `routing` refers."""
+        if not self.down_proj.shape[0]:
+            return x * routing.weight.sum().to(x.dtype)  # no tokens, but gradients go back all the same
         if self.dropout and self.training:
             return self._with_dropout(x, routing)
         return moe_mlp(

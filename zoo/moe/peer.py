@@ -23,8 +23,8 @@ class NeuronExperts(Experts):
     def __init__(self, num_experts: int, dim: int, activation: str = "gelu", bias: bool = False) -> None:
         super().__init__(num_experts, dim, 1, activation, bias)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum [T, D] of what each token's neurons make of tokens x [T, D]."""
+    def compute(self, x: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum [T, D] of what each token's neurons, of those held here, make of tokens x [T, D]."""
         expert, token = routing.expert_index, routing.token_index
         w_in, w_out = self.w_in.to(x.dtype), self.down_proj.squeeze(-1).to(x.dtype)
         inputs = x.index_select(0, token)

@@ -1,0 +1,163 @@
+"""How tokens travel to experts that other processes hold, and back.
+
+R processes of a group hold the E experts of a layer, neighbours together: ceil(E / R) each, the last ones what is left,
+which may be none. D is the width of a token, A how many assignments a process has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .routing import Routing
+
+
+@dataclass
+class Traffic:
+    """Bytes that a process has sent to others: tokens and results, and what says where they belong."""
+
+    rows: int = 0
+    routing: int = 0
+
+
+class ExpertParallel:
+    """Expert parallelism by all-to-all: every process brings its own tokens, and has its own part of the experts.
+
+    A token crosses once to each process that holds any of its experts, with the combine weights of those, and one row
+    comes back: the weighted sum of what they made of it. Forward and backward send the same number of rows,
+        2 * sum over tokens of (processes with experts of the token, but for one's own) * D * itemsize
+    bytes in each of the two, over all processes; `traffic` counts what this one sends. The host waits for the device
+    once a call, to learn how many rows come. Results are those of one process with all experts, up to the order of
+    additions; gradients of experts are sums over all processes' tokens. Gates that merge experts (`Blend`) need whole
+    ones.
+
+    Raises ValueError for fewer than one expert.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None) -> None:
+        if num_experts < 1:
+            raise ValueError(f"ExpertParallel: num_experts must be at least 1, got {num_experts}")
+        self.num_experts, self.group = num_experts, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        part = -(-num_experts // self.size)
+        self.bounds = [min(part * r, num_experts) for r in range(self.size + 1)]
+        self.traffic = Traffic()
+
+    @property
+    def own(self) -> slice:
+        """The experts that this process holds."""
+        return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together.
+
+        `experts` runs the tokens that arrive, with their routing over this process's own experts.
+        """
+        if routing.num_experts != self.num_experts:
+            raise ValueError(
+                f"ExpertParallel: {self.num_experts} experts are spread, but the router routes {routing.num_experts}"
+            )
+        trip = self._trip(routing)
+        rows = self._exchange(x.index_select(0, trip.sent), trip.rows)
+        weight = self._exchange(routing.weight, trip.assignments).index_select(0, trip.order)
+        arrived = Routing(trip.token_index, trip.offsets, weight, rows.shape[0])
+        back = self._exchange(experts(rows, arrived), trip.rows.reversed())
+        return back.new_zeros(x.shape).index_add(0, trip.sent, back)
+
+    @torch.no_grad()
+    def _trip(self, routing: Routing) -> _Trip:
+        """Work out who sends which rows to whom, and tell the others which of them their experts are to take."""
+        tokens, device = routing.num_tokens, routing.token_index.device
+        sizes = [end - start for start, end in pairwise(self.bounds)]
+        holder = torch.arange(self.size, device=device).repeat_interleave(torch.tensor(sizes, device=device))
+        counts = routing.counts.long()
+        to = holder.repeat_interleave(counts, output_size=routing.token_index.numel())
+        # A place for every pair of process and token, true where the token goes there.
+        place = to * tokens + routing.token_index
+        goes = torch.zeros(self.size * tokens, dtype=torch.bool, device=device)
+        goes[place] = True
+        sent_rows = goes.view(self.size, tokens).sum(1)
+        first = sent_rows.cumsum(0) - sent_rows
+        position = (goes.cumsum(0) - 1).index_select(0, place) - first.index_select(0, to)
+        # Each process learns how many rows come from where, and how many of them each of its experts takes.
+        told = torch.cat([torch.cat([n.view(1), c]) for n, c in zip(sent_rows, counts.split(sizes))])
+        mine = sizes[self.rank]
+        heard = told.new_empty(self.size * (mine + 1))
+        self._send(heard, told, _Splits([mine + 1] * self.size, [size + 1 for size in sizes]))
+        heard = heard.view(self.size, mine + 1)
+        taken = heard[:, 1:]
+        sent_assignments = torch.zeros_like(sent_rows).index_add(0, holder, counts)
+        numbers = torch.stack([sent_rows, sent_assignments, heard[:, 0], taken.sum(1)]).tolist()
+        rows, assignments = _Splits(numbers[2], numbers[0]), _Splits(numbers[3], numbers[1])
+        positions = position.new_empty(sum(assignments.received), dtype=torch.int32)
+        self._send(positions, position.to(torch.int32), assignments)
+        # They come by process, and by expert within one; experts want them by expert.
+        expert = torch.arange(mine, device=device).repeat(self.size)
+        expert = expert.repeat_interleave(taken.reshape(-1), output_size=positions.numel())
+        order = expert.sort(stable=True).indices
+        base = (heard[:, 0].cumsum(0) - heard[:, 0]).repeat_interleave(taken.sum(1), output_size=positions.numel())
+        offsets = torch.zeros(mine + 1, dtype=torch.int32, device=device)
+        offsets[1:] = taken.sum(0).cumsum(0)
+        sent = goes.view(self.size, tokens).nonzero()[:, 1]
+        return _Trip(sent, rows, assignments, order, (positions + base).index_select(0, order), offsets)
+
+    def _exchange(self, values: Tensor, splits: _Splits) -> Tensor:
+        return _AllToAll.apply(values, splits, self)
+
+    def _send(self, received: Tensor, sent: Tensor, splits: _Splits) -> None:
+        sent = sent.contiguous()
+        dist.all_to_all_single(received, sent, splits.received, splits.sent, group=self.group)
+        size = sum(n for r, n in enumerate(splits.sent) if r != self.rank) * sent[:1].numel() * sent.element_size()
+        if sent.dim() > 1:
+            self.traffic.rows += size
+        else:
+            self.traffic.routing += size
+
+
+@dataclass
+class _Splits:
+    """How many entries come from every process, and how many go to it."""
+
+    received: list[int]
+    sent: list[int]
+
+    def reversed(self) -> _Splits:
+        """The way back."""
+        return _Splits(self.sent, self.received)
+
+
+@dataclass
+class _Trip:
+    """One call's exchange: token of every row sent, splits, and the routing of what arrives but for its weights."""
+
+    sent: Tensor
+    rows: _Splits
+    assignments: _Splits
+    order: Tensor
+    token_index: Tensor
+    offsets: Tensor
+
+
+class _AllToAll(torch.autograd.Function):
+    """Entries to the processes they are for; their gradients go back the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, splits: _Splits, parallel: ExpertParallel) -> Tensor:
+        ctx.splits, ctx.parallel = splits, parallel
+        received = values.new_empty(sum(splits.received), *values.shape[1:])
+        parallel._send(received, values, splits)
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        received = gradient.new_empty(sum(ctx.splits.sent), *gradient.shape[1:])
+        ctx.parallel._send(received, gradient, ctx.splits.reversed())
+        return received, None, None
