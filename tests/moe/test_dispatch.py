@@ -13,26 +13,16 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parent / "routers"))
-from gate_cases import GATES, Gate, tokens
+from gate_cases import DIM, GATES, HIDDEN, Gate, layer, tokens
 
 from zoo.moe import Blend, ExpertParallel, Experts, MoE, Routing
 from zoo.moe.routers import TopKRouter
 
-DIM, HIDDEN = 6, 4
 # Processes, and how many sequences each has: uneven, and one without any token.
 WORLDS = {3: [3, 0, 5], 4: [2, 4, 1, 3]}
 # Parts of 3, 3 and 2 experts; of 2, 2, 1 and none.
 EXPERTS = {3: 8, 4: 5}
 FEW = ("dense", "top-1", "top-2 with capacity")
-
-
-def layer(gate: Gate, num_experts: int) -> MoE:
-    torch.manual_seed(0)
-    moe = MoE(gate.make(DIM, num_experts), gate.experts(num_experts, DIM, HIDDEN)).double()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in moe.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return moe
 
 
 def inputs(gate: Gate, sequences: int, rank: int) -> tuple[Tensor, dict[str, Any]]:
@@ -60,7 +50,7 @@ def spread(moe: MoE) -> ExpertParallel:
 
 def merges(gate: Gate) -> bool:
     x, context = inputs(gate, 1, 0)
-    return isinstance(layer(gate, 8).router(x, **context), Blend)
+    return isinstance(layer(gate, torch.float64).router(x, **context), Blend)
 
 
 NAMES = [name for name, gate in GATES.items() if not merges(gate)]
@@ -73,7 +63,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     saved: dict[str, Any] = {}
     for name in (name for size, name in CASES if size == world):
         gate = GATES[name]
-        moe = layer(gate, EXPERTS[world])
+        moe = layer(gate, torch.float64, num_experts=EXPERTS[world])
         spread(moe)
         x, context = inputs(gate, WORLDS[world][rank], rank)
         y, gradient = step(moe, x, context)
@@ -122,7 +112,7 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
 def test_every_gate_gives_what_it_gives_with_whole_experts(ranks: Any, world: int, name: str) -> None:
     gate, summed = GATES[name], {}
     for rank, sequences in enumerate(WORLDS[world]):
-        moe, (x, context) = layer(gate, EXPERTS[world]), inputs(gate, sequences, rank)
+        moe, (x, context) = layer(gate, torch.float64, num_experts=EXPERTS[world]), inputs(gate, sequences, rank)
         y, gradient = step(moe, x, context)
         found, found_gradient, parameters = ranks[world][rank][name]
         close(found, y, f"outputs of process {rank}")

@@ -34,6 +34,8 @@ def pass_context(model: Any) -> None:
     want, such as a domain, a caller gives as model(..., moe_context={"domain": ...}).
     """
     base = model.model
+    if any(isinstance(getattr(layer.mlp, "router", None), MoEPlusPlusRouter) for layer in base.layers):
+        base.register_forward_pre_hook(_hear_below, with_kwargs=True)
     base.register_forward_pre_hook(_put, with_kwargs=True)
     for layer in base.layers:
         if isinstance(layer.mlp, MoE):
@@ -46,13 +48,15 @@ def pass_context(model: Any) -> None:
             layer.self_attn.register_forward_pre_hook(_drop, with_kwargs=True)
 
 
+def _hear_below(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, KEY: {"gating": GatingResidual(), **(kwargs.get(KEY) or {})}}
+
+
 def _put(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     context: dict[str, Any] = {"causal": True, **(kwargs.get(KEY) or {})}
     if kwargs.get("output_router_logits") or getattr(base.config, "output_router_logits", False):
         _check_logits(base)
         context["record_logits"] = True
-    if any(isinstance(getattr(layer.mlp, "router", None), MoEPlusPlusRouter) for layer in base.layers):
-        context.setdefault("gating", GatingResidual())
     ids = kwargs.get("input_ids", args[0] if args else None)
     embeds = kwargs.get("inputs_embeds")
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)

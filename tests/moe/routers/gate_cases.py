@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.moe import Capacity, Experts, NeuronExperts, Router, ZeroComputationExperts
+from zoo.moe import Capacity, Experts, MoE, NeuronExperts, Router, ZeroComputationExperts
 from zoo.moe.routers import (
     AttentionRouter,
     AttributeRouter,
@@ -50,6 +50,7 @@ from zoo.moe.routers import (
 )
 
 BALANCE = {"switch": 0.01}
+DIM, EXPERTS, HIDDEN = 6, 8, 5
 
 
 def no_context(x: Tensor, cluster: Tensor) -> dict[str, Any]:
@@ -201,6 +202,16 @@ GATES: dict[str, Gate] = {
     "X-MoE, Tutel's form": Gate(lambda d, e: XMoERouter(d, e, form="tutel", routing_dim=4, losses=BALANCE)),
     "X-MoE, torchscale's form": Gate(lambda d, e: XMoERouter(d, e, form="torchscale", routing_dim=4, losses=BALANCE)),
 }
+
+
+def layer(gate: Gate, dtype: torch.dtype = torch.float32, seed: int = 0, num_experts: int = EXPERTS) -> MoE:
+    """A layer with this gate, its weights drawn anew so that none is zero."""
+    torch.manual_seed(seed)
+    moe = MoE(gate.make(DIM, num_experts), gate.experts(num_experts, DIM, HIDDEN)).to(dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in moe.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return moe
 
 
 def tokens(batch: int = 3, length: int = 5, dim: int = 6, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

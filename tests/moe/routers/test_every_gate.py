@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gate_cases import GATES, Gate, tokens
+from gate_cases import DIM, EXPERTS, GATES, Gate, layer, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +17,6 @@ from zoo.moe import MLP, MoE, Router, record, routers, schedule
 from zoo.moe.routers.remoe import update_l1
 
 every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
-DIM, EXPERTS, HIDDEN = 6, 8, 5
 
 
 @pytest.fixture(autouse=True)
@@ -27,16 +26,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def layer(gate: Gate, dtype: torch.dtype = torch.float32, seed: int = 0) -> MoE:
-    """A layer with this gate, its weights drawn anew so that none is zero."""
-    torch.manual_seed(seed)
-    moe = MoE(gate.make(DIM, EXPERTS), gate.experts(EXPERTS, DIM, HIDDEN)).to(dtype)  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in moe.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    return moe
 
 
 def run(moe: nn.Module, x: Tensor, seed: int = 1, **context: Any) -> Tensor:
