@@ -79,34 +79,43 @@ def parse_gate(spec: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         raise TypeError(
             "router: got one gate, but every layer needs its own; give its class, or a function that makes one"
         )
+    known = {n: c for n, c in vars(routers).items() if inspect.isclass(c) and issubclass(c, Router) and c is not Router}
+    return parse_spec(spec, "router", known, "zoo.moe.routers")
+
+
+def parse_spec(spec: Any, what: str, known: Mapping[str, Any], home: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """What makes the thing that `spec` describes, and the arguments it names.
+
+    spec: a name among `known`, which live in the module `home`; the full path of a class of one's own; either as
+    {"name": ..., arguments} or {"class_path": ..., "init_args": {...}}; a class or function itself. `what` it is goes
+    into messages. Raises ValueError naming the nearest for an unknown name, and TypeError for what is no description.
+    """
     if isinstance(spec, str):
-        return _named(spec), {}
+        return _named(spec, what, known, home), {}
     if isinstance(spec, Mapping):
         rest = dict(spec)
         if "class_path" in rest:
             path, arguments = rest.pop("class_path"), dict(rest.pop("init_args", None) or {})
             if rest:
                 raise unknown("key beside class_path", next(iter(rest)), ("class_path", "init_args"))
-            return _named(path), arguments
+            return _named(path, what, known, home), arguments
         if "name" in rest:
-            return _named(rest.pop("name")), rest
+            return _named(rest.pop("name"), what, known, home), rest
     if callable(spec):
         return spec, {}
     raise TypeError(
-        'router: expected a class, a function, a name, {"name": ..., arguments} or '
+        f'{what}: expected a class, a function, a name, {{"name": ..., arguments}} or '
         f'{{"class_path": ..., "init_args": ...}}; got {spec!r}'
     )
 
 
-def _named(name: str) -> Callable[..., Any]:
-    """A gate class by its name in zoo.moe.routers or its full path."""
-    known = {n: c for n, c in vars(routers).items() if inspect.isclass(c) and issubclass(c, Router) and c is not Router}
+def _named(name: str, what: str, known: Mapping[str, Any], home: str) -> Callable[..., Any]:
     module, _, short = name.rpartition(".")
-    if module in ("", "zoo.moe.routers"):
+    if module in ("", home):
         if short not in known:
-            raise unknown("router", short, known)
+            raise unknown(what, short, known)
         return known[short]
     try:
         return getattr(importlib.import_module(module), short)
     except (ImportError, AttributeError):
-        raise unknown("router", name, [*known, *(f"zoo.moe.routers.{n}" for n in known)]) from None
+        raise unknown(what, name, [*known, *(f"{home}.{n}" for n in known)]) from None

@@ -75,6 +75,26 @@ def test_a_padded_sequence_is_the_sequence_alone(make: Any, causal: bool) -> Non
 
 
 @choosing_by_itself
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["whole", "padded"])
+def test_an_attention_mask_says_what_a_query_sees(make: Any, mask: Tensor | None) -> None:
+    layer, x, length = made(make, causal=True).eval(), tokens(), 6
+    causal = torch.ones(length, length, dtype=torch.bool).tril().expand(3, 1, length, length)
+    seen = causal if mask is None else causal & mask[:, None, None]
+    real = slice(None) if mask is None else mask
+    torch.testing.assert_close(layer(x, mask=mask, attention_mask=seen)[real], layer(x, mask=mask)[real])
+    # Two documents in a row, which do not see each other, are each as it is alone.
+    document = torch.tensor([0, 0, 1, 1, 1, 1])
+    apart = layer(x, attention_mask=causal[:1] & (document[:, None] == document))
+    torch.testing.assert_close(apart, torch.cat([layer(x[:, :2]), layer(x[:, 2:])], dim=1))
+
+
+def test_an_attention_mask_of_another_length_is_an_error() -> None:
+    layer = made(LAYERS["MoA"])
+    with pytest.raises(ValueError, match=r"attention_mask \[B or 1, 1, S, 6\], got \[1, 1, 6, 5\]"):
+        layer(tokens(), attention_mask=torch.ones(1, 1, 6, 5, dtype=torch.bool))
+
+
+@choosing_by_itself
 def test_a_causal_layer_does_not_see_later_tokens(make: Any) -> None:
     layer, x = made(make, causal=True), tokens()
     changed = torch.cat([x[:, :4], tokens(length=2)], dim=1)

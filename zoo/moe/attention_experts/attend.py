@@ -61,21 +61,32 @@ def attend(
     causal: bool,
     mask: Tensor | None,
     position: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """softmax(query key^T / sqrt(d)) value: query [B, G*H, S, d] against key, value [B, H, K, d] gives [B, G*H, S, d].
 
     Query heads that share a key head are adjacent. mask [B, K] is False for keys that are padding. position [B, H, S]
-    is which of the keys a query itself is; without it queries are the last S keys. A query always sees itself, so that
-    one that is padding stays finite.
+    is which of the keys a query itself is; without it queries are the last S keys. attention_mask [B or 1, 1, N, K],
+    True where one of the last N keys, as a query, sees a key, takes the place of both causal and mask. A query always
+    sees something, so that one that is padding stays finite: itself, or with an attention_mask all keys.
     Raises ValueError for a mask of another length than the keys.
     """
     queries, keys = query.shape[2], key.shape[2]
-    if mask is not None and mask.shape[1] != keys:
+    if attention_mask is not None:
+        mask, whole = None, False
+        if attention_mask.dim() != 4 or attention_mask.shape[3] != keys:
+            raise ValueError(
+                f"attention: expected an attention_mask [B or 1, 1, S, {keys}], got {list(attention_mask.shape)}"
+            )
+    elif mask is not None and mask.shape[1] != keys:
         raise ValueError(f"attention: the mask is of {mask.shape[1]} tokens, but there are {keys} keys")
-    whole = causal and mask is None and position is None and queries == keys
+    else:
+        whole = causal and mask is None and position is None and queries == keys
     seen = None
-    if not whole and (mask is not None or (causal and (queries > 1 or position is not None))):
+    if attention_mask is not None:
+        seen = _rows(attention_mask, position, query)
+    elif not whole and (mask is not None or (causal and (queries > 1 or position is not None))):
         if position is None:
             position = torch.arange(keys - queries, keys, device=query.device)
         seen = _visible(position, keys, causal, mask)
@@ -89,3 +100,13 @@ def _visible(position: Tensor, keys: int, causal: bool, mask: Tensor | None) -> 
     key = torch.arange(keys, device=position.device)
     seen = key <= position if causal else torch.ones_like(key, dtype=torch.bool)
     return seen if mask is None else (seen & mask[:, None, None].bool()) | (key == position)
+
+
+def _rows(attention_mask: Tensor, position: Tensor | None, query: Tensor) -> Tensor:
+    """The rows of an attention mask that belong to queries [B, H, S, d]; one that sees nothing, padding, sees all."""
+    rows, keys = attention_mask.shape[2:]
+    seen = attention_mask | ~attention_mask.any(-1, keepdim=True)
+    if position is None:
+        return seen
+    place = (position - (keys - rows)).unsqueeze(-1).expand(*query.shape[:3], keys)
+    return seen.expand(*query.shape[:2], rows, keys).gather(2, place)

@@ -70,6 +70,7 @@ class MoA(Recorded):
         x: Tensor,
         *,
         mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         rotary: Rotary | None = None,
         **context: Any,
@@ -77,6 +78,8 @@ class MoA(Recorded):
         """Attend from tokens x [B, S, D]; other keywords go to the router.
 
         mask [B, S], False for padding, which is no key and has no expert; with a cache [B, K], of the tokens in it too.
+        attention_mask [B or 1, 1, S, K], True where a query sees a key, decides that alone where it is given: `causal`
+        and mask have no say in it then.
         rotary: cosines and sines [B or 1, S, R] of the positions of x (`zoo.moe.rotary`).
         """
         x, context = checked("MoA", x, mask, context)
@@ -99,7 +102,7 @@ class MoA(Recorded):
             key, value = cache.update(key, value)
         query = query.permute(0, 3, 2, 1, 4).flatten(1, 2)
         dropout = self.dropout if self.training else 0.0
-        heads = attend(query, key, value, causal=self.causal, mask=mask, dropout=dropout)
+        heads = attend(query, key, value, causal=self.causal, mask=mask, attention_mask=attention_mask, dropout=dropout)
         heads = heads.unflatten(1, (self.num_heads, most)).permute(0, 3, 2, 1, 4).flatten(3).flatten(0, 2)
         out = grouped_linear(heads.index_select(0, place), self.o_proj, routing.offsets)
         out = out * routing.weight.unsqueeze(-1).to(out.dtype)

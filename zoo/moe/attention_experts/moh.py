@@ -88,6 +88,7 @@ class MoH(Recorded):
         x: Tensor,
         *,
         mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         rotary: Rotary | None = None,
         **context: Any,
@@ -109,13 +110,21 @@ class MoH(Recorded):
         mix = None if self.mix is None else _softmax(self.mix(x)) * (2 if self.scaled else 1)
         if mix is not None:
             weight = weight * mix[..., 1].flatten().index_select(0, routing.token_index)
-        y = self._routed(x, routing, weight, q_routed, k_routed, v_routed, o_routed, mask, rotary)
+        y = self._routed(x, routing, weight, q_routed, k_routed, v_routed, o_routed, mask, attention_mask, rotary)
         if mix is None:
             return y
         query = F.linear(x, q_shared.flatten(0, 1).to(x.dtype)).unflatten(-1, (-1, self.head_dim))
         if rotary is not None:
             query = rotate(query, *(t.unsqueeze(2) for t in rotary))
-        heads = attend(query.transpose(1, 2), k_shared, v_shared, causal=self.causal, mask=mask, dropout=self._dropout)
+        heads = attend(
+            query.transpose(1, 2),
+            k_shared,
+            v_shared,
+            causal=self.causal,
+            mask=mask,
+            attention_mask=attention_mask,
+            dropout=self._dropout,
+        )
         gates = mix[..., :1]
         if self.shared_gate is not None:
             gates = gates * _softmax(self.shared_gate(x)) * (self.num_shared_heads if self.scaled else 1)
@@ -138,6 +147,7 @@ class MoH(Recorded):
         value: Tensor,
         o_proj: Tensor,
         mask: Tensor | None,
+        attention_mask: Tensor | None,
         rotary: Rotary | None,
     ) -> Tensor:
         """Sum [B, S, D] of what the routed heads make of the tokens that chose them."""
@@ -164,6 +174,7 @@ class MoH(Recorded):
             causal=self.causal,
             mask=mask,
             position=position,
+            attention_mask=attention_mask,
             dropout=self._dropout,
         )
         out = grouped_linear(heads.flatten(0, 2).index_select(0, place), o_proj, routing.offsets)

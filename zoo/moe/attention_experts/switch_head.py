@@ -105,6 +105,7 @@ class SwitchHead(nn.Module):
         x: Tensor,
         *,
         mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         rotary: Rotary | None = None,
         **context: Any,
@@ -119,7 +120,7 @@ class SwitchHead(nn.Module):
         key, value = key.transpose(1, 2), self.value(x, **context).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value)
-        heads = attend(query.transpose(1, 2), key, value, causal=self.causal, mask=mask)
+        heads = attend(query.transpose(1, 2), key, value, causal=self.causal, mask=mask, attention_mask=attention_mask)
         return self.output(x, heads.transpose(1, 2), **context)
 
     def extra_repr(self) -> str:
