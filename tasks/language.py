@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader
 
 import zoo
 from tasks.generation import generate, prompt_ids
-from tasks.training import Task
+from tasks.training import Overrides, Task
 from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
+from zoo.pretrained.sparse_relatives import published_config
 
 
 class LanguageData(LightningDataModule):
@@ -143,7 +144,8 @@ class LanguageTask(Task):
     Args:
         network: the name of a model of ours ("language/mixtral_tiny", see `zoo models`), or a module.
         pretrained: a folder or hub repository to start from instead.
-        overrides: fields of the model's configuration to change, or keywords of `zoo.from_pretrained`.
+        overrides: fields of the model's configuration to change, the kinds of experts, attention and depth
+            (`zoo.models.language.build`), or keywords of `zoo.from_pretrained`.
         router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}, or a list of such for the first
             layers, its last for all the rest; the family's own by default.
         losses: auxiliary losses by name with their weights, such as {"switch": 0.01, "z": 0.001}.
@@ -160,7 +162,7 @@ class LanguageTask(Task):
         self,
         network: str | nn.Module = "language/mixtral_tiny",
         pretrained: str | None = None,
-        overrides: dict[str, Any] | None = None,
+        overrides: Overrides | None = None,
         router: dict[str, Any] | list[dict[str, Any]] | None = None,
         losses: dict[str, Any] | None = None,
         vocab_size: int | None = None,
@@ -170,7 +172,7 @@ class LanguageTask(Task):
         **training: Any,
     ) -> None:
         super().__init__(network, **training)
-        self.overrides = dict(overrides or {})
+        self.overrides: dict[str, Any] = dict(overrides or {})
 
     def build(self) -> nn.Module:
         """The model that the arguments describe, fresh or pretrained."""
@@ -196,6 +198,11 @@ class LanguageTask(Task):
         if tokenizer is not None and tokenizer.vocab_size > size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only {size}")
         self.prepare_model(self._recompute_layers)
+
+    def check_model(self, model: Any, data: Any) -> None:
+        """Raise what would keep the trained model from being exported, where that is asked for."""
+        if self.hparams["export"]:
+            published_config(model)
 
     def _recompute_layers(self) -> None:
         with warnings.catch_warnings():

@@ -27,7 +27,7 @@ from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
 from tasks.recommendation_gates import ExpertUse
 from tasks.recommendation_parts import Parts, fingerprint, input_files
-from tasks.training import Task
+from tasks.training import Overrides, Task
 from zoo.data.tables import Preparation
 from zoo.data.tables_batch import TableBatch
 from zoo.data.tables_schema import Schema, Target
@@ -69,7 +69,7 @@ class RecommendationTask(Task):
         self,
         network: str | nn.Module = "recommendation/mmoe",
         pretrained: str | None = None,
-        overrides: dict[str, Any] | None = None,
+        overrides: Overrides | None = None,
         router: dict[str, Any] | str | None = None,
         losses: dict[str, Any] | None = None,
         weighting: dict[str, Any] | str = "fixed",

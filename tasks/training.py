@@ -16,6 +16,10 @@ from tasks.callbacks import ExactResume, Throughput
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import Step
 
+# Among values of any type the command line takes a {"class_path": ...} for a class that it is to fill with defaults;
+# but here the model makes it, which knows the sizes.
+Overrides = dict[str, bool | int | float | str | list | dict | None]
+
 
 class Task(LightningModule):
     """A model with MoE layers and how it is trained; a domain adds what its batches and its loss are.

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 import zoo
 from tasks.optim import layered
-from tasks.training import Task
+from tasks.training import Overrides, Task
 from tasks.vision_data import VisionData
 from zoo.data.images_rows import IGNORE
 
@@ -36,7 +36,8 @@ class VisionTask(Task):
         pretrained: a folder, hub repository or the prefix of an original V-MoE checkpoint to start from instead.
         upcycle: a dense timm model to start from instead, with its MLPs copied into experts: {"model": name, arguments
             of `timm.create_model`} and, beside "model", the arguments of `zoo.upcycle`.
-        overrides: keywords of the model to change.
+        overrides: keywords of the model to change, among them the kinds of experts, attention, depth and convolutions
+            (`zoo.models.vision.build`).
         router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}; the model's own by default.
         losses: auxiliary losses by name with their weights, such as {"importance_vmoe": 0.005, "load_vmoe": 0.005}.
         capacity: places an expert, a factor or the arguments of `zoo.moe.Capacity`.
@@ -60,7 +61,7 @@ class VisionTask(Task):
         network: str | nn.Module = "vision/vmoe_tiny_test",
         pretrained: str | None = None,
         upcycle: dict[str, Any] | None = None,
-        overrides: dict[str, Any] | None = None,
+        overrides: Overrides | None = None,
         router: dict[str, Any] | str | None = None,
         losses: dict[str, Any] | None = None,
         capacity: float | dict[str, Any] | None = None,
@@ -77,7 +78,7 @@ class VisionTask(Task):
         **training: Any,
     ) -> None:
         super().__init__(network, **training)
-        self.overrides = dict(overrides or {})
+        self.overrides: dict[str, Any] = dict(overrides or {})
         if pretrained and upcycle:
             raise ValueError("pretrained and upcycle exclude each other: both say where the weights come from")
         self._mix = self._mixing() if mixup or cutmix else None
@@ -187,6 +188,10 @@ class VisionTask(Task):
         with zoo.moe.record(self.model) as step:
             logits = self.model(images)
         loss = self.loss(logits, targets).mean()
+        if hasattr(self.model, "embedding_loss"):
+            of_embedding = self.model.embedding_loss(targets)
+            self.log("train/loss_embedding", of_embedding.detach())
+            loss = loss + of_embedding
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log("train/loss", loss.detach())
         self.log("train/skipped_images", batch["skipped"].sum().float(), reduce_fx="sum", on_step=False, on_epoch=True)

@@ -107,6 +107,32 @@ def test_a_gate_of_ones_own_is_named_by_class_path(text, tmp_path, monkeypatch):
     assert (type(gate).__name__, gate.k, gate.scale) == ("Halving", 2, 0.25)
 
 
+OTHER_LAYERS = {
+    "experts": {"name": "ZeroComputationExperts", "constant": 1},
+    "attention": {"class_path": "zoo.moe.MoH", "init_args": {"num_shared_heads": 1, "k": 2}},
+    "mixture_of_depths": {"capacity": 0.5, "sampling": "predictor"},
+}
+
+
+def test_layers_of_other_kinds_are_named_in_a_config(text, tmp_path, capsys):
+    overrides = {"num_hidden_layers": 2, "hidden_size": 32, **OTHER_LAYERS}
+    model = {"overrides": overrides, "router": {"class_path": "zoo.moe.routers.TopKRouter", "init_args": {"k": 3}}}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"model": model}))
+    assert cli("fit", tmp_path / "other.yaml", *small(text, tmp_path), "--trainer.log_every_n_steps=1") == 0
+    checkpoint = tmp_path / "language" / "version_0" / "checkpoints" / "last.ckpt"
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert "model.model.layers.0.self_attn.attention.mix.weight" in state
+    assert "model.model.layers.1.depth.block.layer.mlp.experts.constant" in state
+    with (checkpoint.parents[1] / "metrics.csv").open() as file:
+        assert {"train/loss_depth", "train/loss_transformers"} <= set(next(csv.reader(file)))
+    capsys.readouterr()
+    # What it trains has no layout to be exported in: said before the training, not after.
+    other = ["--model.export", tmp_path / "exported", *small(text, tmp_path / "again")]
+    assert cli("fit", tmp_path / "other.yaml", *other) == 2
+    assert "no published layout has a place" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "again").exists()
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [

@@ -8,6 +8,7 @@ import torch
 import yaml
 from PIL import Image
 
+import zoo
 from tasks.__main__ import main
 from tasks.vision import VisionTask
 from zoo.data.images import open_images
@@ -79,6 +80,37 @@ def test_every_digits_config_trains(config, tmp_path):
     assert all(0 <= float(row["val/top1"]) <= float(row["val/top5"]) <= 1 for row in figures)
     assert (folder / "config.yaml").is_file()
     assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+OTHER_LAYERS = {
+    "blocks": (
+        {"name": "vision/vmoe_tiny_test", "embed_dim": 16},
+        {
+            "experts": {"class_path": "zoo.moe.ZeroComputationExperts", "init_args": {"zero": 2}},
+            "num_experts": 6,
+            "router": {"name": "MoEPlusPlusRouter", "zero": 2},
+            "attention": {"name": "SwitchHead", "num_experts": 2},
+            "mixture_of_depths": {"capacity": 0.5, "sampling": "loss"},
+        },
+        "train/loss_depth",
+    ),
+    "channels": ({"name": "vision/resnet10t"}, {"convolutions": {"name": "DeepMoE"}}, "train/loss_embedding"),
+}
+
+
+@pytest.mark.parametrize(("network", "layers", "loss"), OTHER_LAYERS.values(), ids=OTHER_LAYERS.keys())
+def test_layers_of_other_kinds_are_named_in_a_config(network, layers, loss, tmp_path):
+    overrides = {name: value for name, value in network.items() if name != "name"} | layers
+    model = {"network": network["name"], "overrides": overrides, "export": str(tmp_path / "exported")}
+    data = {"source": "digits", "image_size": 32 if layers.get("convolutions") is None else None}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
+    assert cli("fit", tmp_path / "other.yaml", *quick(tmp_path, 10)) == 0
+    with (tmp_path / "vision" / "version_0" / "metrics.csv").open() as file:
+        assert loss in next(csv.reader(file))
+    state = torch.load(tmp_path / "vision/version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    again = zoo.from_pretrained(tmp_path / "exported").state_dict()
+    for name, value in again.items():
+        assert torch.equal(value, state[f"model.{name}"])
 
 
 def test_fit_validate_test_and_predict(tmp_path, capsys):

@@ -124,6 +124,9 @@ def build(
     router: Any = None,
     losses: Mapping[str, Any] | None = None,
     capacity: Any = None,
+    experts: Any = None,
+    attention: Any = None,
+    mixture_of_depths: Any = None,
     backend: str = "auto",
     dense: bool = False,
     dtype: torch.dtype | str | None = None,
@@ -136,16 +139,24 @@ def build(
     with arguments, {"name": "TopKRouter", "k": 1} or {"class_path": "my.Router", "init_args": {...}}; dim and
     num_experts are filled in, and k too where the gate has one and none is given; or a list of these for the first
     layers, its last for all the rest. losses and capacity (a `Capacity`, its arguments, or the factor alone) go to
-    that gate, or to the family's own. backend is that of `moe_mlp`. dense makes the dense twin instead (see
-    `dense_twin`). All other keywords are fields of the family's configuration.
+    that gate, or to the family's own. In the same form, each starting as its class says:
+        experts    other experts than gated MLPs: {"name": "ZeroComputationExperts", "constant": 1}, "NeuronExperts"
+        attention  heads as experts: {"name": "MoH", "num_shared_heads": 1, "k": 2}, "SwitchHead", "MoA" with its gate
+                   {"name": "MoA", "num_experts": 8, "router": {"name": "TopKRouter", "k": 2}}; "layers" says where
+        mixture_of_depths  {"capacity": 0.125, "sampling": "predictor", "layers": "every-2"}
+    (see `zoo.layers`). Such a model has no published layout. backend is that of `moe_mlp`. dense makes the dense twin
+    instead (see `dense_twin`). All other keywords are fields of the family's configuration.
     Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..gates import gate_factory, layer_gates
+    from ..layers import attention_factory, depth_factory, experts_factory
     from ..pretrained import adopt
+    from ..pretrained.language import activation_of
 
     if dense:
         return dense_twin(name, dtype=dtype, attn_implementation=attn_implementation, **fields)
     config = configuration(name, **fields)
+    layers = config.num_hidden_layers
     family = adopt.family_of(config.model_type)
     given = adopt.gate_arguments(losses, capacity)
     make = None
@@ -154,8 +165,26 @@ def build(
         several = isinstance(router, (list, tuple))
         factory = layer_gates if several else gate_factory
         make = factory(router, *sizes, k=config.num_experts_per_tok, **given)
+    parts: dict[str, Any] = {}
+    if experts is not None:
+        number, hidden = getattr(config, family.num_experts), getattr(config, family.hidden)
+        act = activation_of(config)
+        parts["experts"] = experts_factory(experts, number, config.hidden_size, hidden, act, backend=backend)
+    if attention is not None:
+        heads = config.num_attention_heads
+        # DeepSeek's head_dim is that of its rotary part alone.
+        head_dim = max(getattr(config, "head_dim", None) or 0, config.hidden_size // heads)
+        parts["attention"] = attention_factory(attention, layers, config.hidden_size, heads, head_dim, causal=True)
+    if mixture_of_depths is not None:
+        parts["depth"] = depth_factory(mixture_of_depths, layers, config.hidden_size)
     return adopt.build(
-        config, router=make, router_args=given, backend=backend, dtype=dtype, attn_implementation=attn_implementation
+        config,
+        router=make,
+        router_args=given,
+        backend=backend,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        **parts,
     )
 
 
@@ -179,7 +208,18 @@ def _check_fields(config_class: Any, fields: Mapping[str, Any]) -> None:
 
     # head_dim is read by every family, but is a field of some only.
     known = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map) | {"head_dim"}
-    shortcuts = {"router", "losses", "capacity", "backend", "dense", "dtype", "attn_implementation"}
+    shortcuts = {
+        "router",
+        "losses",
+        "capacity",
+        "experts",
+        "attention",
+        "depth",
+        "backend",
+        "dense",
+        "dtype",
+        "attn_implementation",
+    }
     for field in fields:
         if field not in known:
             raise unknown(f"override of {config_class.model_type}", field, known | shortcuts)
@@ -198,7 +238,7 @@ def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
 
     dtype = overrides.pop("dtype", None)
     attention = overrides.pop("attn_implementation", None)
-    for name in ("router", "losses", "capacity", "backend"):
+    for name in ("router", "losses", "capacity", "experts", "attention", "mixture_of_depths", "backend"):
         overrides.pop(name, None)
     config: Any
     if isinstance(model, str):

@@ -8,26 +8,47 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..moe import Router
+    from ..moe.layer import Recorded
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters in all, and active for one token (all but those of the experts it does not meet).
 
     Where experts choose, a token meets as many as the capacity factor says on average; in Soft MoE it meets them all.
-    Works on the meta device. Raises ValueError for a gate that does not say, as attribute k, how many experts that is.
+    Attention experts count likewise; with a mixture of depths it is a token that goes through every layer.
+    Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
+    not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
-    from ..moe import MoE
+    from ..moe import Experts, MoE
+    from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
     active = float(total)
     for name, layer in model.named_modules():
-        if isinstance(layer, MoE):
+        if not isinstance(layer, Recorded):
+            continue
+        if isinstance(layer, MoE) and not isinstance(layer.experts, Experts):
+            raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
+        stacked = _stacked(layer)
+        if stacked:
             met = _experts_met(layer.router)
             if met is None:
                 raise ValueError(f"{name}: {type(layer.router).__name__} has no fixed number of experts k a token")
-            size = sum(p.numel() for p in layer.experts.parameters()) // layer.experts.num_experts
-            active -= size * (layer.experts.num_experts - met)
+            active -= stacked // layer.router.num_experts * (layer.router.num_experts - met)
     return total, round(active)
+
+
+def _stacked(layer: Recorded) -> int:
+    """How many parameters the experts of a layer have together."""
+    from ..moe import HeadExperts, MoA, MoE, MoH
+
+    if isinstance(layer, MoE):
+        return sum(p.numel() for p in layer.experts.parameters())
+    if isinstance(layer, MoA):
+        return layer.q_proj.numel() + layer.o_proj.numel()
+    if isinstance(layer, MoH):
+        return sum(heads[layer.num_shared_heads :].numel() for heads in (layer.q_proj, layer.o_proj))
+    return layer.weight.numel() if isinstance(layer, HeadExperts) else 0
 
 
 def _experts_met(router: Router) -> float | None:

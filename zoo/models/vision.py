@@ -108,20 +108,26 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, **overrides: Any) -> nn.Module:
+def build(
+    name: str, *, attention: Any = None, mixture_of_depths: Any = None, convolutions: Any = None, **overrides: Any
+) -> nn.Module:
     """The model called `name`, ours or any of timm's; overrides are timm's arguments, and `VisionTransformerMoE`'s.
 
     For timm's own models moe_layers puts experts in place of the MLPs of these blocks, copies of them (`zoo.upcycle`):
     with pretrained=True of the trained ones. Without moe_layers the model is timm's own, the dense twin.
+
+    attention (MoA, MoH, SwitchHead), mixture_of_depths and convolutions (DeepMoE, PatchMoE) put layers of these kinds
+    into the model: see `zoo.pretrained.vision_layers.put_layers`.
     """
     import timm
 
+    from ..pretrained.vision_layers import put_layers
     from . import vision_timm
 
     vision_timm.register()
-    if name in MODELS:
-        return timm.create_model(name, **overrides)
-    return vision_timm.build_from_timm(name, **overrides)
+    make = timm.create_model if name in MODELS else vision_timm.build_from_timm
+    layers = {"attention": attention, "mixture_of_depths": mixture_of_depths, "convolutions": convolutions}
+    return put_layers(make(name, **overrides), **layers)
 
 
 def other_models() -> list[str]:

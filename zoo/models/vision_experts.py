@@ -9,7 +9,8 @@ import torch
 from timm.layers import Mlp, trunc_normal_tf_
 from torch import Tensor, nn
 
-from ..moe import Experts, MoE, Router
+from ..layers import experts_factory
+from ..moe import Experts, MoE, Router, ZeroComputationExperts
 from ..moe.routers import ExpertChoiceRouter
 from ..pretrained.dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
 from ..pretrained.placement import moe_layers as placed
@@ -26,6 +27,7 @@ def put_experts(
     capacity: Any = None,
     losses: Mapping[str, Any] | None = None,
     group_images: int | None = None,
+    experts: Any = "Experts",
     expert_dropout: float | None = None,
     shared_init: bool = True,
     dense: bool = False,
@@ -35,10 +37,11 @@ def put_experts(
     """Replace the MLPs of some of the model's blocks by mixtures of experts, in place; returns which blocks.
 
     moe_layers are those of `zoo.pretrained.placement.moe_layers`, over the blocks of all stages, "none" for none;
-    router and what follows it those of `vision_gate`, tokens how many an image has (for slots by capacity). Experts
-    start as copies of the MLP, or with shared_init=False each drawn with the spread of its weights. expert_dropout is
-    by default that of the MLP. dense=True makes the dense twin instead: an MLP as wide as the experts that a token
-    meets together (one for Soft MoE, where slots are fewer than tokens).
+    router and what follows it those of `vision_gate`, tokens how many an image has (for slots by capacity). experts may
+    be of another kind (`zoo.layers.experts_factory`): "NeuronExperts", {"name": "ZeroComputationExperts", "zero": 2}.
+    Those that are MLPs start as copies of the MLP, or with shared_init=False each drawn with the spread of its weights;
+    others as their class says. expert_dropout is by default that of the MLP. dense=True makes the dense twin instead:
+    an MLP as wide as the experts that a token meets together (one for Soft MoE, where slots are fewer than tokens).
 
     Raises ValueError for blocks that do not exist, and where an MLP is one that experts cannot be: with convolutions
     or norms inside, or an activation that they do not have.
@@ -71,12 +74,21 @@ def put_experts(
                 getattr(getattr(mlp.module, "drop1", None), "p", 0.0) if expert_dropout is None else expert_dropout
             )
             with torch.device(weight.device):
-                experts = Experts(num_experts, *mlp.sizes, mlp.activation, mlp.has_bias, backend, dropout)
-                layer = MoE(gate(), experts).to(weight.dtype)
-            _draw(experts, mlp, shared_init)
+                options: dict[str, Any] = {"bias": mlp.has_bias, "backend": backend, "dropout": dropout}
+                made = experts_factory(experts, num_experts, *mlp.sizes, mlp.activation, **options)()
+                layer = MoE(gate(), made).to(weight.dtype)
+            if (mlps := stacked_mlps(made)) is not None and mlps.hidden_dim == mlp.sizes[1]:
+                _draw(mlps, mlp, shared_init)
         parent, _, name = mlp.name.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
     return chosen
+
+
+def stacked_mlps(experts: nn.Module) -> Experts | None:
+    """The stacked MLPs among experts, if any: all, or those beside the ones that compute nothing."""
+    if isinstance(experts, ZeroComputationExperts):
+        return experts.mlp
+    return experts if type(experts) is Experts else None
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import torch
 from timm.layers import AttentionPoolLatent, lecun_normal_, trunc_normal_tf_
 from torch import Tensor, nn
 
-from ..moe import Experts, MoE, Router
+from ..moe import Experts, MoE, Router, ZeroComputationExperts
 from ..moe.routers import ExpertChoiceRouter, SoftRouter, TopKRouter
+from .vision_experts import stacked_mlps
 
 # What a normal distribution cut off at two standard deviations keeps of its standard deviation.
 TRUNCATED_STD = 0.87962566103423978
@@ -24,7 +25,8 @@ def init_module(module: nn.Module, name: str, shared_init: bool) -> None:
     if ".router." in name:
         return  # part of a gate that has more than one matrix, and starts in its own way
     if isinstance(module, MoE):
-        init_experts(module.experts, shared_init)
+        if (mlps := stacked_mlps(module.experts)) is not None:
+            init_experts(mlps, shared_init)
         router: Any = module.router
         if hasattr(router, "reset_parameters"):
             router.reset_parameters()
@@ -49,7 +51,7 @@ def init_module(module: nn.Module, name: str, shared_init: bool) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, AttentionPoolLatent):
         nn.init.xavier_uniform_(module.latent[0].T)
-    elif hasattr(module, "reset_parameters") and not isinstance(module, (Experts, Router)):
+    elif hasattr(module, "reset_parameters") and not isinstance(module, (Experts, ZeroComputationExperts, Router)):
         module.reset_parameters()  # type: ignore[operator]
 
 

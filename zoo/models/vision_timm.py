@@ -107,6 +107,11 @@ def build_from_timm(
     from ..pretrained.upcycling import upcycle
     from .vision_gates import vision_spec
 
+    if "experts" in overrides:
+        raise ValueError(
+            f"experts: those of {name} are copies of its MLPs; other kinds are for models made with experts, such as "
+            "vision/vmoe_small_patch32_224"
+        )
     model = timm.create_model(name, pretrained=pretrained, **overrides)
     if moe_layers is None:
         return model

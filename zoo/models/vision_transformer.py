@@ -42,9 +42,10 @@ class VisionTransformerMoE(VisionTransformer):
     """A timm VisionTransformer whose blocks `moe_layers` have experts (V-MoE 2106.05974, Soft MoE 2308.00951).
 
     Beside timm's arguments: moe_layers ("last-2": the last two of the odd blocks, "every-2", a list, or "none"),
-    num_experts, router, k, capacity, losses and group_images (see `vision_gate`), representation_size (the width of
-    `pre_logits`, or None), pos_embed="sincos2d" with pos_temperature, shared_init (all experts start alike),
-    expert_dropout (by default proj_drop_rate, as in other MLPs), backend (of the experts).
+    num_experts, router, k, capacity, losses and group_images (see `vision_gate`), experts of another kind (see
+    `put_experts`), representation_size (the width of `pre_logits`, or None), pos_embed="sincos2d" with pos_temperature,
+    shared_init (all experts start alike), expert_dropout (by default proj_drop_rate, as in other MLPs), backend (of the
+    experts).
     dense=True makes the dense twin: an MLP as wide as a token's experts together in place of each mixture.
 
     Raises ValueError for blocks that do not exist, an unknown router, an image smaller than a patch, and for a norm
@@ -64,6 +65,7 @@ class VisionTransformerMoE(VisionTransformer):
         capacity: Any = None,
         losses: Mapping[str, Any] | None = None,
         group_images: int | None = None,
+        experts: Any = "Experts",
         expert_dropout: float | None = None,
         representation_size: int | None = None,
         pos_embed: str = "learn",
@@ -104,6 +106,7 @@ class VisionTransformerMoE(VisionTransformer):
             capacity=capacity,
             losses=losses,
             group_images=group_images,
+            experts=experts,
             expert_dropout=expert_dropout,
             shared_init=shared_init,
             dense=dense,

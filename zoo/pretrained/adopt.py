@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..moe import MLP, Capacity, Experts, MoE, Router
+from ..moe import MLP, Capacity, DepthRouter, Experts, MoE, Router
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from .context import pass_context
+from .decoders import put_attention, put_depth
 from .language import FAMILIES, Family, activation_of, resolve_dtype
 
 RouterFactory = Callable[[], Router]
@@ -42,6 +43,9 @@ def build(
     *,
     router: RouterFactory | None = None,
     router_args: dict[str, Any] | None = None,
+    experts: Callable[[], Any] | None = None,
+    attention: tuple[Iterable[int], Callable[[], nn.Module]] | None = None,
+    depth: tuple[Iterable[int], Callable[[], DepthRouter]] | None = None,
     dense: bool = False,
     backend: str = "auto",
     dtype: torch.dtype | str | None = None,
@@ -51,10 +55,11 @@ def build(
 ) -> Any:
     """The model that a transformers configuration describes, on our layers.
 
-    `router` makes the gate of one layer (the family's own by default, with `router_args` on top); `dense` puts one
-    dense MLP of the same active width in place of router and experts. Without `initialize` weights are left unset,
-    for a loader to fill. On the meta device nothing is allocated. Raises ValueError for an unknown family or
-    activation.
+    `router` makes the gate of one layer (the family's own by default, with `router_args` on top), `experts` its experts
+    (gated MLPs by default); attention and depth say which layers have attention experts or a mixture of depths, and
+    what makes one. `dense` puts one dense MLP of the same active width in place of router and experts. Without
+    `initialize` weights are left unset, for a loader to fill. On the meta device nothing is allocated. Raises
+    ValueError for an unknown family or activation.
     """
     family = family_of(config.model_type)
     config = copy.deepcopy(config)
@@ -74,8 +79,12 @@ def build(
         make = router or (lambda: TopKRouter(config.hidden_size, getattr(config, family.num_experts), **own))
         for layer in model.model.layers:
             if isinstance(layer.mlp, _Shared):
-                layer.mlp = _moe(config, family, make, layer.mlp.shared, backend, dtype, device, initialize)
+                layer.mlp = _moe(config, family, make, layer.mlp.shared, backend, dtype, device, initialize, experts)
+        if attention is not None:
+            put_attention(model, *attention)
         pass_context(model)
+        if depth is not None:
+            put_depth(model, *depth)
         model.save_pretrained = Save(model)
     return model.eval() if not initialize else model
 
@@ -130,11 +139,16 @@ def _moe(
     dtype: torch.dtype,
     device: torch.device,
     initialize: bool,
+    make_experts: Callable[[], Any] | None,
 ) -> MoE:
     num_experts, dim = getattr(config, family.num_experts), config.hidden_size
-    with torch.device("meta"):
-        experts = Experts(num_experts, dim, getattr(config, family.hidden), activation_of(config), backend=backend)
-        experts.to(dtype)
+    if make_experts is not None:
+        with device:
+            experts = make_experts().to(dtype)
+    else:
+        with torch.device("meta"):
+            experts = Experts(num_experts, dim, getattr(config, family.hidden), activation_of(config), backend=backend)
+            experts.to(dtype)
     with device:
         router = make()
         moe = MoE(router, experts, shared=shared, shared_gate=family.shared_gate is not None)
@@ -143,10 +157,11 @@ def _moe(
         parameter.data = parameter.data.to(dtype)
     if device.type == "meta":
         return moe
-    experts.to_empty(device=device)
+    if make_experts is None:
+        experts.to_empty(device=device)
     if initialize:
         std = config.initializer_range
-        weights: list[torch.Tensor] = list(experts.parameters())
+        weights: list[torch.Tensor] = list(experts.parameters()) if make_experts is None else []
         own_start = getattr(type(router), "reset_parameters", None) is not TopKRouter.reset_parameters
         if isinstance(router, TopKRouter) and not own_start and router.noise != "learned":
             weights.append(router.weight)

@@ -72,14 +72,15 @@ def _put(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
 
 
 def _take(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    attention._moe_link.value = kwargs.pop(KEY, None)
-    return args, kwargs
+    attention._moe_link.value = kwargs.get(KEY)
+    return _drop(attention, args, kwargs)
 
 
 def _drop(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    kwargs.pop(KEY, None)
+    if not getattr(attention, "hears_context", False):
+        kwargs.pop(KEY, None)
     return args, kwargs
 
 
@@ -102,9 +103,9 @@ def _mask_is_idle(moe: MoE) -> bool:
 
 
 def _check_logits(base: Any) -> None:
-    for layer in base.layers:
-        router = getattr(layer.mlp, "router", None)
-        if router is not None and not isinstance(router, TopKRouter):
+    for moe in (module for module in base.modules() if isinstance(module, MoE)):
+        router = moe.router
+        if not isinstance(router, TopKRouter):
             raise ValueError(
                 f"output_router_logits: {type(router).__name__} has no logits for transformers' auxiliary loss; "
                 "set config.output_router_logits=False and take losses from zoo.moe.record(model)"

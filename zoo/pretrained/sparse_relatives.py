@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..moe import MoE
+from ..moe import Experts, MoE
 from . import adopt
+from .decoders import DecoderAttention, DecoderDepth
 from .language import FAMILIES, check_router
 
 RELATIVES = {"mistral": "mixtral", "llama": "mixtral", "qwen3": "qwen3_moe"}
@@ -25,6 +26,12 @@ def published_config(model: Any) -> Any:
     Raises TypeError for a model without such a layout, and ValueError for one that it cannot express, naming why.
     """
     config: Any = getattr(model, "config", None)
+    for name, module in model.named_modules():
+        other = isinstance(module, (DecoderAttention, DecoderDepth))
+        part: Any = module.experts if isinstance(module, MoE) and type(module.experts) is not Experts else None
+        if other or part is not None:
+            what = type(part if part is not None else next(iter(module.children()))).__name__
+            raise TypeError(f"save_pretrained: no published layout has a place for {name}, {what}; keep its state_dict")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     model_type = getattr(config, "model_type", None)
     if not layers or model_type not in FAMILIES.keys() | RELATIVES.keys():

@@ -21,13 +21,14 @@ from .storable import storable
 from .tensorfile import DTYPES, read_header, write_file
 from .upcycling import upcycle
 from .vision_fill import Unset, fill, some
+from .vision_layers import put_layers
 from .vmoe import DTYPES as VMOE_DTYPES
 from .vmoe import Checkpoint
 from .vmoe_arguments import choose_router, described, infer
 from .vmoe_names import as_theirs, our_name
 
 CURRENT = ("img_size", "in_chans", "num_classes", "global_pool")
-CONFIG, WEIGHTS, UPCYCLED = "config.json", "model.safetensors", "upcycled"
+CONFIG, WEIGHTS, UPCYCLED, CHANGED = "config.json", "model.safetensors", "upcycled", "changed"
 VMOE_SIZES = {512: "small", 768: "base", 1024: "large", 1280: "huge"}
 SOFT_SIZES = {**VMOE_SIZES, 384: "small"}
 
@@ -118,6 +119,7 @@ def from_timm(
     model = _build(config["architecture"], merged, cfg, dtype, device, draw=bool(config.get(UPCYCLED)))
     for how in config.get(UPCYCLED, []):
         model = upcycle(model, **how)
+    model = put_layers(model, **config.get(CHANGED, {}))
     if not next(model.parameters()).is_meta:
         size = cfg.get("input_size", (3, 0, 0))
         patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
@@ -133,29 +135,30 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
     """Write a vision model in timm's layout: config.json with architecture and arguments, and model.safetensors.
 
     `zoo.from_pretrained(folder)` reads it, and `timm.create_model("local-dir:" + folder, pretrained=True)`, or
-    "hf-hub:" once it is there; an upcycled model is read by zoo alone. The same model gives the same bytes. Raises
-    ValueError for an argument that JSON cannot hold, such as a router given as a function, and for a model that was
-    changed since it was made; FileExistsError as `staged`.
+    "hf-hub:" once it is there; one that was upcycled, or has layers put in, is read by zoo alone. The same model gives
+    the same bytes. Raises ValueError for an argument that JSON cannot hold, such as a router given as a function, and
+    for a model that was changed since it was made; FileExistsError as `staged`.
     """
     # timm looks at the model itself for what may have changed since it was made.
     fixed = {name: value for name, value in model._model_args.items() if name not in CURRENT}
     arguments = {name: storable(value, name) for name, value in fixed.items()}
     upcycled = storable(getattr(model, "upcycled", []), "upcycled")
+    changed = storable(getattr(model, "changed", {}), "changed")
     if not upcycled:
-        _check_rebuilds(model, arguments)
+        _check_rebuilds(model, arguments, changed)
     with staged(folder, overwrite) as staging:
-        extra = {UPCYCLED: upcycled} if upcycled else {}
+        extra = {name: value for name, value in ((UPCYCLED, upcycled), (CHANGED, changed)) if value}
         save_config_for_hf(model, str(staging / CONFIG), model_config=extra, model_args=arguments)
         config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_file(staging / WEIGHTS, model.state_dict().items())
 
 
-def _check_rebuilds(model: Any, arguments: Mapping[str, Any]) -> None:
+def _check_rebuilds(model: Any, arguments: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
     """Raise ValueError unless timm would build the same model from what is stored."""
     name = model.pretrained_cfg["architecture"]
     with torch.device("meta"):
-        twin = timm.create_model(name, **get_model_args(model, dict(arguments)))
+        twin = put_layers(timm.create_model(name, **get_model_args(model, dict(arguments))), **changed)
     shapes, expected = ({n: t.shape for n, t in m.state_dict().items()} for m in (model, twin))
     if other := sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n)):
         raise ValueError(

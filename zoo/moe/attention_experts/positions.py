@@ -20,7 +20,12 @@ def rotary(position_ids: Tensor, dim: int, base: float = 10000.0) -> Rotary:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the first R dimensions of x [.., d] by cos and sin [.., R]; the others stay (SwitchHead turns half)."""
+    """Turn the first R dimensions of x [.., d] by cos and sin [.., R]; the others stay (SwitchHead turns half).
+
+    Raises ValueError where heads are narrower than R.
+    """
+    if cos.shape[-1] > x.shape[-1]:
+        raise ValueError(f"rotary positions turn {cos.shape[-1]} dimensions, but heads have head_dim={x.shape[-1]}")
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
