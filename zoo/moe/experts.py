@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from .dispatch import ExpertParallel
 from .kernels import get_activation, moe_mlp
 from .routing import Routing
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """What is given, its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 class Experts(nn.Module):
@@ -21,12 +38,14 @@ class Experts(nn.Module):
     `nn.Linear`'s do, each expert on its own. `backend` goes to `zoo.moe.kernels.moe_mlp`. `dropout` acts in training on
     hidden units and outputs (V-MoE, Switch's expert dropout); no kernel has it, so that such steps are slower.
 
-    With `parallel` set, to an `ExpertParallel`, the parameters hold that process's part of the experts (`keep_own`).
+    With `parallel` set, to an `ExpertParallel`, the parameters hold that process's part of the experts (`keep_own`);
+    gradient_scale multiplies the gradients of parameters.
 
     Raises ValueError on an unknown activation, a size below one, or a dropout outside [0, 1).
     """
 
-    parallel: ExpertParallel | None = None
+    parallel: Callable[..., Tensor] | None = None
+    gradient_scale = 1.0
 
     def __init__(
         self,
@@ -59,30 +78,57 @@ class Experts(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw every weight uniformly within 1/sqrt(fan in), and zero the biases."""
-        for weight, fan_in in ((self.w_in, self.dim), (self.down_proj, self.hidden_dim)):
+        for weight, fan_in in ((self.w_in, self.dim), (self.w_out, self.hidden_dim)):
             weight.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         for bias in (self.b_in, self.down_proj_bias):
             if bias is not None:
                 bias.zero_()
 
     @torch.no_grad()
-    def keep_own(self, parallel: ExpertParallel) -> None:
-        """Keep this process's part of the experts, the same processes' `parallel` bringing tokens to it from now on."""
-        if self.parallel is not None or parallel.num_experts != self.num_experts:
+    def keep_own(self, parallel: ExpertParallel, mesh: DeviceMesh | None = None) -> None:
+        """Keep this process's part of the experts, the same processes' `parallel` bringing tokens to it from now on.
+
+        With `mesh`, which has these processes and no others, parameters are DTensors of all experts, of which this
+        process holds its part. Raises ValueError for experts that are spread already, or of another number.
+        """
+        if self.parallel is not None:
+            raise ValueError("Experts: these are spread over processes already")
+        if parallel.num_experts != self.num_experts:
             raise ValueError(f"Experts: {self.num_experts} whole experts cannot be spread as {parallel.num_experts}")
         for name, value in list(self.named_parameters()):
-            setattr(self, name, nn.Parameter(value[parallel.own].clone(), value.requires_grad))
+            own: Tensor = value[parallel.own].clone()
+            if mesh is not None:
+                shape, stride = value.shape, value.stride()
+                own = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+            setattr(self, name, nn.Parameter(own, value.requires_grad))
         self.parallel = parallel
 
     @property
     def w_in(self) -> Tensor:
-        """Stacked input projection, [E, 2F, D] or [E, F, D]."""
-        return getattr(self, self._in)
+        """Stacked input projection, [E, 2F, D] or [E, F, D], of the experts held here."""
+        return self._held(getattr(self, self._in))
+
+    @property
+    def w_out(self) -> Tensor:
+        """Stacked output projection, [E, D, F], of the experts held here."""
+        return self._held(self.down_proj)
 
     @property
     def b_in(self) -> Tensor | None:
         """Bias of the input projection, [E, 2F] or [E, F], or None."""
-        return getattr(self, f"{self._in}_bias")
+        bias = getattr(self, f"{self._in}_bias")
+        return None if bias is None else self._held(bias)
+
+    @property
+    def b_out(self) -> Tensor | None:
+        """Bias of the output projection, [E, D], or None."""
+        return None if self.down_proj_bias is None else self._held(self.down_proj_bias)
+
+    def _held(self, parameter: Tensor) -> Tensor:
+        """A parameter's part on this process, whose gradient is scaled where processes average it in the end."""
+        if isinstance(parameter, DTensor):
+            parameter = parameter.to_local()
+        return parameter if self.gradient_scale == 1 else _ScaleGradient.apply(parameter, self.gradient_scale)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
@@ -90,28 +136,20 @@ class Experts(nn.Module):
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The same of the experts that this process holds, to which `routing` refers."""
-        if not self.down_proj.shape[0]:
+        w_in, w_out = self.w_in, self.w_out
+        if not w_out.shape[0]:
             return x * routing.weight.sum().to(x.dtype)  # no tokens, but gradients go back all the same
         if self.dropout and self.training:
             return self._with_dropout(x, routing)
-        return moe_mlp(
-            x,
-            self.w_in,
-            self.down_proj,
-            routing,
-            self.activation,
-            self.backend,
-            b_in=self.b_in,
-            b_out=self.down_proj_bias,
-        )
+        return moe_mlp(x, w_in, w_out, routing, self.activation, self.backend, b_in=self.b_in, b_out=self.b_out)
 
     def _with_dropout(self, x: Tensor, routing: Routing) -> Tensor:
         """The same with units dropped, one expert at a time, through autograd."""
         forward, bounds = get_activation(self.activation).forward, routing.offsets.tolist()
         rows, outputs = x.index_select(0, routing.token_index), []
-        b_in, b_out = self.b_in, self.down_proj_bias
+        b_in, b_out = self.b_in, self.b_out
         # unbind: the gradient of w[e] would be as large as w for every expert.
-        for e, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.down_proj.unbind())):
+        for e, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind())):
             hidden = F.linear(rows[bounds[e] : bounds[e + 1]], w_in, None if b_in is None else b_in[e])
             hidden = F.dropout(forward(hidden), self.dropout)
             outputs.append(F.dropout(F.linear(hidden, w_out, None if b_out is None else b_out[e]), self.dropout))

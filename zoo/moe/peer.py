@@ -26,14 +26,14 @@ class NeuronExperts(Experts):
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's neurons, of those held here, make of tokens x [T, D]."""
         expert, token = routing.expert_index, routing.token_index
-        w_in, w_out = self.w_in.to(x.dtype), self.down_proj.squeeze(-1).to(x.dtype)
+        w_in, w_out = self.w_in.to(x.dtype), self.w_out.squeeze(-1).to(x.dtype)
         inputs = x.index_select(0, token)
         hidden = (w_in.index_select(0, expert) * inputs.unsqueeze(1)).sum(-1)
-        if self.b_in is not None:
-            hidden = hidden + self.b_in.to(x.dtype).index_select(0, expert)
+        if (b_in := self.b_in) is not None:
+            hidden = hidden + b_in.to(x.dtype).index_select(0, expert)
         out = get_activation(self.activation).forward(hidden) * w_out.index_select(0, expert)
-        if self.down_proj_bias is not None:
-            out = out + self.down_proj_bias.to(x.dtype).index_select(0, expert)
+        if (b_out := self.b_out) is not None:
+            out = out + b_out.to(x.dtype).index_select(0, expert)
         return x.new_zeros(x.shape).index_add(0, token, out * routing.weight.unsqueeze(-1).to(out.dtype))
 
 

@@ -25,7 +25,11 @@ class Router(nn.Module, ABC):
     Context keywords a caller may pass, each optional: mask (True for real tokens; the others are not routed and
     do not count in any loss), token_ids, causal (True where a token must not depend on later ones), and what single
     routers name, such as domain or task. A router ignores what it does not use.
+
+    merges says that a decision averages experts into one (`Blend`), so that processes cannot share them out.
     """
+
+    merges = False
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()

@@ -32,6 +32,8 @@ class MEORouter(TopKRouter):
     Context: mask. Other options as in `TopKRouter`. Raises ValueError where tokens come as one list.
     """
 
+    merges = True
+
     def __init__(self, dim: int, num_experts: int, k: int = 2, *, token_attention: bool = True, **options: Any) -> None:
         loss = {"weight": LOSS_WEIGHT, "correction": 1}
         defaults = {"score": "softmax_topk", "noise": "learned", "losses": {"importance": loss, "load": loss}}

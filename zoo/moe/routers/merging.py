@@ -26,6 +26,8 @@ class SMEARRouter(Router):
     Context: mask. Raises ValueError where tokens come as one list, and for a dropout outside [0, 1).
     """
 
+    merges = True
+
     def __init__(
         self, dim: int, num_experts: int, *, dropout: float = 0.0, dtype: torch.dtype | None = torch.float32
     ) -> None:
@@ -78,6 +80,8 @@ class LoryRouter(Router):
     its first n tokens (padding among them left out), and weights=blend.weight takes the weights [B, E] of that call for
     tokens that follow. Context: mask. Raises ValueError where tokens come as one list.
     """
+
+    merges = True
 
     def __init__(
         self, dim: int, num_experts: int, segment: int = 256, *, dtype: torch.dtype | None = torch.float32

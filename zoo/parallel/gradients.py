@@ -1,0 +1,62 @@
+"""Gradients of a model whose parameters lie on several meshes: their norm, clipping, and what is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Replicate
+
+
+def local(value: Tensor) -> Tensor:
+    """This process's part of a tensor, or all of a plain one."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def holders(value: Tensor) -> int:
+    """How many processes have each element of a tensor: one or, of what is replicated, several."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(value, DTensor):
+        return world
+    split = [size for size, kind in zip(value.device_mesh.shape, value.placements) if not isinstance(kind, Replicate)]
+    return world // math.prod(split)
+
+
+@torch.no_grad()
+def total_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
+    """The norm of all gradients together, the same on every process, as one process with all of them has it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    device = local(gradients[0]).device
+    if math.isinf(norm_type):
+        largest = [local(g).abs().max().float() for g in gradients if local(g).numel()]
+        total = torch.stack(largest).max() if largest else torch.zeros((), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(total, dist.ReduceOp.MAX)
+        return total
+    total = torch.zeros((), device=device, dtype=torch.float32)
+    for gradient in gradients:
+        part = local(gradient)
+        norm = torch.linalg.vector_norm(part, norm_type, dtype=torch.promote_types(part.dtype, torch.float32))
+        total = total + norm**norm_type / holders(gradient)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total ** (1 / norm_type)
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, over all meshes at once; returns the norm before."""
+    parameters = list(parameters)
+    total = total_norm(parameters, norm_type)
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            part = local(parameter.grad)
+            part.mul_(factor.to(part.dtype))
+    return total

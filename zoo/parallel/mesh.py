@@ -1,0 +1,95 @@
+"""Which process does what: the sizes of a mesh, and the meshes of dense parameters and of experts over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many processes share each kind of work; the world is their product.
+
+    replicate  copies of everything, each with its own data (data parallelism)
+    shard      parts of every parameter, each with its own data (FSDP)
+    expert     parts of the experts, each with its own data; dense parameters are in shard * expert parts
+    tensor     parts of attention and dense MLPs, which see the same data; each sends its own part of the tokens to
+               experts, whose parameters are in shard * tensor parts beside
+
+    So data = replicate * shard * expert processes have data of their own. Raises ValueError for a size below one.
+    """
+
+    replicate: int = 1
+    shard: int = 1
+    expert: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise ValueError(f"{name}: expected a number of processes of at least 1, got {size!r}")
+
+    @property
+    def data(self) -> int:
+        """Processes that have data of their own."""
+        return self.replicate * self.shard * self.expert
+
+    @property
+    def world(self) -> int:
+        """Processes in all."""
+        return self.data * self.tensor
+
+    @classmethod
+    def of_world(
+        cls, world: int, *, replicate: int | None = None, shard: int | None = None, expert: int = 1, tensor: int = 1
+    ) -> Sizes:
+        """Sizes for so many processes; of replicate and shard, what is not given is what remains.
+
+        With neither given, shard is what remains and replicate 1. Raises ValueError where sizes do not make `world`.
+        """
+        fixed = cls(replicate or 1, shard or 1, expert, tensor)
+        left = world // fixed.world
+        if shard is None:
+            found = cls(fixed.replicate, left or 1, expert, tensor)
+        elif replicate is None:
+            found = cls(left or 1, fixed.shard, expert, tensor)
+        else:
+            found = fixed
+        if found.world != world:
+            given = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
+            shown = " * ".join(f"{name} {size}" for name, size in given.items() if size is not None)
+            raise ValueError(f"{world} processes cannot be split as {shown}: that is a multiple of {fixed.world}")
+        return found
+
+
+class Mesh:
+    """The processes of a run, laid out by `Sizes`: rank = ((replicate * shards + shard) * experts + expert) * tensors +
+    tensor.
+
+    `dense` is the mesh of ordinary parameters, (replicate, shard, tensor) with shard * expert parts in shard; `expert`
+    that of experts, (replicate, shard, expert) with shard * tensor parts in shard. All processes make it together.
+    Raises ValueError when the world is of another size.
+    """
+
+    def __init__(self, sizes: Sizes, device_type: str = "cpu") -> None:
+        if dist.get_world_size() != sizes.world:
+            raise ValueError(f"a mesh of {sizes.world} processes, {sizes}, in a world of {dist.get_world_size()}")
+        self.sizes, self.device_type = sizes, device_type
+        ranks = torch.arange(sizes.world).view(sizes.replicate, sizes.shard, sizes.expert, sizes.tensor)
+        self.dense = DeviceMesh(device_type, ranks.flatten(1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+        by_expert = ranks.permute(0, 1, 3, 2).flatten(1, 2)
+        self.experts = DeviceMesh(device_type, by_expert, mesh_dim_names=("replicate", "shard", "expert"))
+
+    @cached_property
+    def data_rank(self) -> int:
+        """Which of the processes with data of their own this is; those of one tensor group have the same."""
+        return dist.get_rank() // self.sizes.tensor
+
+    @property
+    def tensor_group(self) -> dist.ProcessGroup:
+        """The processes that share this one's data."""
+        return self.dense["tensor"].get_group()

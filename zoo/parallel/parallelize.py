@@ -1,0 +1,118 @@
+"""`parallelize`: one model over many processes, experts, data and tensors in parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from ..moe import ExpertParallel, Experts
+from ..moe.layer import Recorded
+from .mesh import Mesh
+from .tensor import SplitTokens, split_tensors
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    reshard_after_forward: bool = True,
+    mixed_precision: MixedPrecisionPolicy | None = None,
+) -> nn.Module:
+    """Spread a model over the processes of a mesh, in place: experts, FSDP2, tensor parallelism, data parallelism.
+
+    Works on transformers models on our layers, timm models with experts, and any module with `MoE` layers. Every
+    process has the whole model before, the same one, or has it on the meta device: then fill it afterwards.
+
+    Experts of a layer are held by `mesh.experts["expert"]`, neighbours together, and tokens reach them by all-to-all
+    (`ExpertParallel`). All parameters are sharded and averaged by FSDP2, a block at a time: `reshard_after_forward`
+    frees a block's parameters again until backward. Gradients are those of the mean over the `sizes.data` processes of
+    their losses. Tensor parallelism splits attention and dense MLPs where the model's plan says how (`split_tensors`),
+    and lets each process of a group send its own part of the tokens to experts; every one of them gets the same batch.
+    Gates that merge experts (SMEAR, Lory, MEO) need them whole: those are sharded as dense parameters are.
+
+    Raises ValueError where a process would be left without an expert, and for widths that do not divide.
+    """
+    sizes = mesh.sizes
+    if sizes.tensor > 1:
+        split_tensors(model, mesh.dense["tensor"])
+    stacks = dict(spreadable(model))
+    for name, experts in stacks.items():
+        _spread(name, experts, mesh)
+    # FSDP has no place for scalars, such as Soft MoE's scale: every process keeps them.
+    scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+    for parameter in scalars:
+        parameter.register_post_accumulate_grad_hook(_average)
+    options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward, "ignored_params": scalars}
+    if mixed_precision is not None:
+        options["mp_policy"] = mixed_precision
+    for experts in stacks.values():
+        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], shard_placement_fn=lambda _: Shard(1), **options)
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh.dense["replicate", "shard"], **options)
+    fully_shard(model, mesh=mesh.dense["replicate", "shard"], **options)
+    return model
+
+
+def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """Names and modules of the stacked experts that processes may share out."""
+    merged = [m for m in model.modules() if isinstance(m, Recorded) and m.router.merges]
+    whole = {id(module) for layer in merged for module in layer.modules()}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts) and id(module) not in whole:
+            yield name, module
+
+
+@torch.no_grad()
+def _spread(name: str, experts: Experts, mesh: Mesh) -> None:
+    sizes, number = mesh.sizes, experts.num_experts
+    part = -(-number // sizes.expert)
+    if part * (sizes.expert - 1) >= number:
+        raise ValueError(
+            f"{name}: {number} experts in parts of {part} leave some of {sizes.expert} processes without any; "
+            f"choose an expert size that leaves each at least one, such as {number}"
+        )
+    parts = sizes.shard * sizes.tensor
+    for parameter, value in experts.named_parameters():
+        if value.shape[1] % parts:
+            raise ValueError(
+                f"{name}.{parameter}: {value.shape[1]} rows do not divide into shard * tensor = {parts} parts"
+            )
+    inner = ExpertParallel(number, mesh.experts["expert"].get_group())
+    experts.keep_own(inner, mesh.experts["expert"])
+    experts.parallel = inner if sizes.tensor == 1 else SplitTokens(inner, mesh.tensor_group)
+    # FSDP averages over the processes with the same experts. A gradient is the sum over all data: each process has
+    # that of the tokens that came to it, of its group of `expert` processes, and of its share of `tensor`.
+    experts.gradient_scale = sizes.tensor / sizes.expert
+
+
+@torch.no_grad()
+def _average(parameter: torch.Tensor) -> None:
+    """The mean gradient over all processes; of what was averaged before, it changes nothing."""
+    if parameter.grad is not None:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= dist.get_world_size()
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated parts of a model, outermost ones, that FSDP gathers one at a time: layers of a transformer, say."""
+    found: list[nn.Module] = []
+    inside: set[int] = set()
+    for _, container in model.named_modules():
+        if id(container) in inside or not isinstance(container, (nn.ModuleList, nn.Sequential)) or len(container) < 2:
+            continue
+        parts = [
+            child
+            for child in container
+            if any(True for _ in child.children()) and any(True for _ in child.parameters())
+        ]
+        if len(parts) < 2:
+            continue
+        found += parts
+        inside.update(id(module) for part in parts for module in part.modules())
+    return found

@@ -1,0 +1,154 @@
+"""Tensor parallelism: attention and dense MLPs in parts, and tokens shared out on their way to experts.
+
+Every process of a tensor group sees the same tokens. Between the split layers activations are whole on each of them,
+so that gates decide alike everywhere; their generators must be in step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from ..moe import MLP, ExpertParallel, Routing
+
+# What transformers calls the ways of splitting a layer, in its plans (config.base_model_tp_plan).
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_rep": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+    # A norm of each head on its own: heads [B, S, H, d] are in parts.
+    "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+}
+GATED = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+PLAIN = {"fc1": "colwise", "fc2": "rowwise"}
+
+
+def split_tensors(model: Any, mesh: DeviceMesh) -> dict[str, str]:
+    """Split layers over the processes of a mesh of one dimension, in place; returns how, by name.
+
+    transformers models say themselves how (config.base_model_tp_plan); beside that, and in all others, dense MLPs of
+    gate_proj, up_proj and down_proj or of fc1 and fc2 are split, so shared experts and a timm model's. timm's attention
+    has queries, keys and values in one matrix, and stays whole, as does all else.
+    Raises ValueError for heads or widths that the processes do not divide.
+    """
+    plan = planned(model)
+    for name, style in plan.items():
+        _check(name, style, model.get_submodule(name), mesh.size())
+    _check_heads(model, plan, mesh.size())
+    for name, style in plan.items():
+        parallelize_module(model, mesh, {name: STYLES[style]()})
+    return plan
+
+
+def planned(model: Any) -> dict[str, str]:
+    """How each layer of a model is split, by name."""
+    theirs = dict(getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {})
+    prefix = getattr(model, "base_model_prefix", "")
+    base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
+    rules = {f"{base}{pattern}": style for pattern, style in theirs.items() if style in STYLES}
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for pattern, style in rules.items():
+            if fnmatchcase(name, pattern) and isinstance(module, nn.Linear) == ("proj" in name.rpartition(".")[2]):
+                found[name] = style
+        for parts in (GATED, PLAIN):
+            if all(isinstance(getattr(module, part, None), nn.Linear) for part in parts):
+                found |= {f"{name}.{part}": style for part, style in parts.items()}
+            elif isinstance(module, MLP) and parts is GATED and module.gate_proj is None:
+                found |= {f"{name}.{part}": GATED[part] for part in ("up_proj", "down_proj")}
+    return found
+
+
+def _check(name: str, style: str, module: nn.Module, parts: int) -> None:
+    if isinstance(module, nn.Linear):
+        size = module.in_features if style.startswith("rowwise") else module.out_features
+        if size % parts:
+            raise ValueError(f"{name}: a width of {size} does not divide over {parts} processes")
+
+
+def _check_heads(model: Any, plan: dict[str, str], parts: int) -> None:
+    config = getattr(model, "config", None)
+    if not any(re.search(r"\.[qk]_proj$", name) and style == "colwise" for name, style in plan.items()):
+        return
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, None)
+        if heads and heads % parts:
+            raise ValueError(f"tensor: {field}={heads} does not divide over {parts} processes")
+
+
+class SplitTokens:
+    """Each process of a tensor group takes its share of the tokens to the experts; afterwards all have all results.
+
+    Tokens and routing are the same on all of them, and so are, after backward, their gradients.
+    """
+
+    def __init__(self, inner: ExpertParallel, group: dist.ProcessGroup) -> None:
+        self.inner, self.group = inner, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
+        part = -(-routing.num_tokens // self.size)
+        first, last = (min(part * r, routing.num_tokens) for r in (self.rank, self.rank + 1))
+        mine = ((routing.token_index >= first) & (routing.token_index < last)).nonzero().flatten()
+        weight = _Share.apply(routing.weight, mine, self.group)
+        offsets = torch.searchsorted(mine, routing.offsets.long(), out_int32=True)
+        own = Routing(routing.token_index.index_select(0, mine) - first, offsets, weight, last - first)
+        rows = _Share.apply(x, torch.arange(first, last, device=x.device), self.group)
+        y = self.inner(rows, own, experts)
+        return _Gather.apply(y, part, routing.num_tokens, self.group)
+
+
+class _Share(torch.autograd.Function):
+    """Rows at some places of what all processes have; backward, each gets the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.group = values.shape, group
+        return values.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (index,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape).index_copy(0, index, gradient)
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of all processes in a row, `part` of each but the last; backward, each keeps the gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, part: int, total: int, group: dist.ProcessGroup) -> Tensor:
+        world, rank = dist.get_world_size(group), dist.get_rank(group)
+        ctx.first, ctx.count = min(part * rank, total), rows.shape[0]
+        padded = rows.new_zeros(part, *rows.shape[1:])
+        padded[: rows.shape[0]] = rows
+        gathered = rows.new_empty(part * world, *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, padded, group=group)
+        return gathered[:total]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return gradient[ctx.first : ctx.first + ctx.count].contiguous(), None, None, None
