@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from zoo.parallel.checkpoint import replace
+
 
 class ExactResume(Callback):
     """Make a resumed run continue bit for bit: random states of every process, and gradients not yet used.
@@ -77,7 +79,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count, and log at Lightning's interval."""
-        self._count += pl_module.count(batch) * trainer.world_size  # type: ignore[operator]
+        share = trainer.distributed_sampler_kwargs
+        self._count += pl_module.count(batch) * (share["num_replicas"] if share else 1)  # type: ignore[operator]
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step != self._step and (step % every == 0 or step == trainer.max_steps):
             self._step = step
@@ -94,8 +97,8 @@ class Throughput(Callback):
 class SaveLast(Callback):
     """Keep checkpoints/last.ckpt beside the logs: every so many steps, and at the end, whatever ended the run.
 
-    The file is replaced whole. The first Ctrl-C ends the run after the step it is in, and so with a checkpoint that
-    continues exactly; a second one ends it at once.
+    The file, or folder of a checkpoint in parts, is replaced whole. The first Ctrl-C ends the run after the step it is
+    in, and so with a checkpoint that continues exactly; a second one ends it at once.
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
@@ -146,7 +149,8 @@ class SaveLast(Callback):
         draft = path.with_suffix(".part")
         trainer.save_checkpoint(draft)
         if trainer.is_global_zero:
-            draft.replace(path)
+            replace(draft, path)
+        trainer.strategy.barrier()
         self._saved_step = trainer.global_step
 
 

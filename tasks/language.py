@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 import zoo
 from tasks.generation import generate, prompt_ids
-from tasks.training import Overrides, Task
+from tasks.training import Overrides, Task, share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
 from zoo.pretrained.sparse_relatives import published_config
 
@@ -120,8 +120,7 @@ class LanguageData(LightningDataModule):
             self.batch_size,
             shuffle=split == "train",
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **share_of(trainer),
             num_workers=self.num_workers,
         )
 

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
+from tasks.training import share_of
 from zoo.data import Loader
 from zoo.data.tables import KNOWN, Preparation, Rows, Table, open_files, open_table
 from zoo.data.tables_batch import TableBatch
@@ -151,8 +152,7 @@ class RecommendationData(LightningDataModule):
             self.preparation,
             self.batch_size,
             skip,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **share_of(trainer),
         )
 
     def _loader(self, split: str) -> Loader:
@@ -162,8 +162,7 @@ class RecommendationData(LightningDataModule):
             self.batch_size,
             shuffle=split == "train",
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **share_of(trainer),
             num_workers=self.num_workers,
         )
 

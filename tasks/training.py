@@ -15,10 +15,19 @@ from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import Step
+from zoo.parallel.parts import is_spread, meshes_of, whole_state
 
 # Among values of any type the command line takes a {"class_path": ...} for a class that it is to fill with defaults;
 # but here the model makes it, which knows the sizes.
 Overrides = dict[str, bool | int | float | str | list | dict | None]
+
+
+def share_of(trainer: Any) -> dict[str, int]:
+    """Which share of the data a process has, and of how many: the arguments of a `Loader`."""
+    share = trainer.distributed_sampler_kwargs if trainer else None
+    return (
+        {"rank": 0, "world_size": 1} if share is None else {"rank": share["rank"], "world_size": share["num_replicas"]}
+    )
 
 
 class Task(LightningModule):
@@ -116,7 +125,8 @@ class Task(LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays, and what does not."""
         h = self.hparams
-        return parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=self.left_alone)
+        groups: Any = parameter_groups(self.model, h["weight_decay"], h["decay_router"], without=self.left_alone)
+        return [{**group, "params": part} for group in groups for part in meshes_of(group["params"])]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW over groups of parameters."""
@@ -199,6 +209,15 @@ class Task(LightningModule):
             print(text)
 
     def on_fit_end(self) -> None:
-        """Export, where asked for."""
-        if self.hparams["export"] and self.trainer.is_global_zero:
-            zoo.save_pretrained(self.model, self.hparams["export"])
+        """Export, where asked for; a model in parts is put together first."""
+        if not self.hparams["export"]:
+            return
+        model = self.model
+        spread = is_spread(model)
+        state = whole_state(model) if spread else {}
+        if not self.trainer.is_global_zero:
+            return
+        if spread:
+            model = self.build()
+            model.load_state_dict(state)
+        zoo.save_pretrained(model, self.hparams["export"])

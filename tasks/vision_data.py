@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader, Subset
 
+from tasks.training import share_of
 from zoo.data import Loader
 from zoo.data.images import Images, image_files, open_images
 from zoo.data.images_rows import ImageRows, unlabelled
@@ -161,8 +162,7 @@ class VisionData(LightningDataModule):
             self.batch_size,
             shuffle=split == "train",
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
+            **share_of(trainer),
             num_workers=self.num_workers,
         )
 

@@ -1,13 +1,14 @@
-"""Gradients of a model whose parameters lie on several meshes: their norm, clipping, and what is not finite."""
+"""A model whose parameters lie on several meshes: the norm of its gradients, clipping, and its parts put together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate
 
@@ -60,3 +61,32 @@ def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: fl
             part = local(parameter.grad)
             part.mul_(factor.to(part.dtype))
     return total
+
+
+@torch.no_grad()
+def clip_grad_value_(parameters: Iterable[Tensor], max_value: float) -> None:
+    """As `torch.nn.utils.clip_grad_value_`, over all meshes."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local(parameter.grad).clamp_(-max_value, max_value)
+
+
+def meshes_of(parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Parameters in groups, those of a group on one mesh, plain ones together: what one fused step can take."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether parameters of a model lie on meshes, in parts."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state on the CPU of the first process, its parts put together, and nothing elsewhere; all call it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    found: Any = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return found

@@ -1,0 +1,123 @@
+"""Checkpoints of models over several processes: each writes its own part, any number of processes reads them.
+
+A checkpoint is a folder of torch's distributed checkpoint format, with meta.pt for what is not a tensor in parts. It is
+written beside its place and moved when whole, so that what is there is whole; what an interrupted save leaves behind
+ends in ".part", or in ".old" where it was interrupted between two moves.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+META = "meta.pt"
+# Options of an optimizer a parameter at a time: meshes differ in how parameters are grouped.
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=False)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether there is a checkpoint of parts at a path."""
+    return path.is_dir() and (path / ".metadata").is_file()
+
+
+def found(path: Path) -> Path:
+    """Where a checkpoint is: at its path, or beside it, where moving the next one there was interrupted."""
+    old = path.with_name(f"{path.name}.old")
+    return old if not path.exists() and is_sharded(old) else path
+
+
+def save(path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], meta: Mapping[str, Any]) -> None:
+    """Write model, optimizers and the rest; all processes call it together.
+
+    Raises OSError on every process when one of them cannot write; what was at the path before is still there then.
+    """
+    draft = path.with_name(f"{path.name}.part")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    dist.barrier()
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
+    state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
+    problem: Exception | None = None
+    try:
+        dcp.save(state, checkpoint_id=draft)
+        if first:
+            torch.save(dict(meta), draft / META)
+    except Exception as error:  # of whatever kind, other processes wait for this one below
+        problem = error
+    _together(problem, path)
+    if first:
+        replace(draft, path)
+    dist.barrier()
+
+
+def _together(problem: Exception | None, path: Path) -> None:
+    """Raise on every process what any of them met."""
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, None if problem is None else f"{type(problem).__name__}: {problem}")
+    for rank, text in enumerate(told):
+        if text is not None:
+            raise OSError(f"{path}: process {rank} could not write its part: {text}") from problem
+
+
+def replace(draft: Path, path: Path) -> None:
+    """Put a whole file or folder in the place of another, or where there is none."""
+    if not draft.is_dir():
+        draft.replace(path)
+        return
+    old = path.with_name(f"{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.is_dir():
+        path.rename(old)
+    elif path.exists():
+        path.unlink()
+    draft.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load(
+    path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], strict: bool = True, weights_only: bool = True
+) -> dict[str, Any]:
+    """Read a checkpoint into model and optimizers, spread over processes in whatever way; returns the rest.
+
+    Raises FileNotFoundError where there is none, and ValueError naming the folder where it is not whole or damaged.
+    """
+    path = found(path)
+    if not is_sharded(path) or not (path / META).is_file():
+        raise FileNotFoundError(f"{path}: no whole checkpoint: .metadata or {META} is missing")
+    state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
+    state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
+    try:
+        dcp.load(state, checkpoint_id=path)
+        meta = torch.load(path / META, weights_only=weights_only)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{path}: the checkpoint cannot be read: {type(cause).__name__}: {cause}") from error
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=strict))
+    for name, optimizer in optimizers.items():
+        set_optimizer_state_dict(model, optimizer, state[name], options=FLAT)
+    return meta
+
+
+def whole_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The model's tensors of a checkpoint, put together in one process that needs no others."""
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+    state = _load_state_dict_from_keys("model", checkpoint_id=found(path))
+    return state["model"]

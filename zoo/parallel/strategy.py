@@ -1,0 +1,160 @@
+"""Expert parallelism for Lightning: a strategy for any module with MoE layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.parallel import ParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint as store
+from .mesh import Mesh, Sizes
+from .parallelize import parallelize
+from .parts import clip_grad_norm_, clip_grad_value_, meshes_of
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Experts, FSDP2, tensor and data parallelism of a LightningModule with MoE layers, by `parallelize`.
+
+    In YAML, under trainer: `strategy: {class_path: zoo.parallel.ExpertParallelStrategy, init_args: {expert: 4}}`. Sizes
+    are those of `zoo.parallel.Sizes`; what is left of replicate and shard is what the world has left, so by default
+    every parameter is sharded over all data-parallel processes. Started by torchrun, SLURM or Lightning itself, on
+    CPUs (gloo) too.
+
+    The modules that the LightningModule holds are parallelised after its `configure_model`, when they are made; it may
+    do so itself in a method `parallelize(mesh)`. Data loaders get each process's share by
+    `trainer.distributed_sampler_kwargs`. Clipping takes the norm of all parameters, whatever mesh they are on.
+
+    Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent;
+    save_distributed_checkpoint=False gathers them into one file.
+
+    Raises ValueError where the sizes do not make the world.
+    """
+
+    def __init__(
+        self,
+        replicate: int | None = None,
+        shard: int | None = None,
+        expert: int = 1,
+        tensor: int = 1,
+        reshard_after_forward: bool = True,
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.given = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
+        Sizes(*(size or 1 for size in self.given.values()))
+        self.reshard_after_forward = reshard_after_forward
+        self.mesh: Mesh | None = None
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """How many shares the data has, and which one is this process's."""
+        mesh = self._mesh
+        return {"num_replicas": mesh.sizes.data, "rank": mesh.data_rank}
+
+    @property
+    def _mesh(self) -> Mesh:
+        if self.mesh is None:
+            raise RuntimeError("ExpertParallelStrategy: there is no mesh before the processes have met")
+        return self.mesh
+
+    def setup_environment(self) -> None:
+        """Meet the other processes, and lay out the mesh."""
+        ParallelStrategy.setup_environment(self)
+        self._setup_distributed()
+        sizes = Sizes.of_world(self.world_size, **self.given)  # type: ignore[arg-type]
+        self.mesh = Mesh(sizes, self.root_device.type)
+        self._device_mesh = self.mesh.dense
+
+    def setup(self, trainer: Any) -> None:
+        """Parallelise, then make optimizers."""
+        module: Any = self.lightning_module
+        module.to(self.root_device)
+        if hasattr(module, "parallelize"):
+            module.parallelize(self._mesh)
+        else:
+            for child in module.children():
+                if any(True for _ in child.parameters()):
+                    parallelize(child, self._mesh, reshard_after_forward=self.reshard_after_forward)
+        super().setup(trainer)
+        # Lightning's own take the norm of a list of tensors, which may not lie on several meshes.
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm = lambda optimizer, value: clip_grad_norm_(plugin.main_params(optimizer), value)
+        plugin.clip_grad_by_value = lambda optimizer, value: clip_grad_value_(plugin.main_params(optimizer), value)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Make optimizers; a group whose parameters lie on several meshes is stepped one parameter at a time."""
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if len(meshes_of(group["params"])) > 1:
+                    group.update({name: False for name in ("foreach", "fused") if name in group})
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As Lightning's; a sum counts each share of the data once, though several processes may have it."""
+        result = super().reduce(tensor, group, reduce_op)
+        if isinstance(result, Tensor) and str(reduce_op).lower().endswith("sum"):
+            return result / self._mesh.sizes.tensor
+        return result
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Nothing where parts are saved: `save_checkpoint` asks the model itself."""
+        return {} if self._save_distributed_checkpoint else super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing where parts are saved."""
+        return {} if self._save_distributed_checkpoint else super().optimizer_state(optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a folder of parts, or one file."""
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise TypeError("ExpertParallelStrategy: storage_options have no meaning for checkpoints in parts")
+        path = Path(self.broadcast(filepath))
+        meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+        store.save(path, self._module, self._named_optimizers(), meta)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a folder of parts, written by whatever number of processes, or one file of Lightning's."""
+        path = store.found(Path(self.broadcast(checkpoint_path)))
+        if not path.is_dir():
+            return super().load_checkpoint(path, weights_only)
+        module: Any = self.lightning_module
+        safe = True if weights_only is None else weights_only
+        meta = store.load(path, self._module, self._named_optimizers(), module.strict_loading, safe)
+        self._fit_schedules(meta)
+        return meta
+
+    @property
+    def _module(self) -> torch.nn.Module:
+        assert self.model is not None
+        return self.model
+
+    def _named_optimizers(self) -> dict[str, Optimizer]:
+        return {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
+
+    def _fit_schedules(self, meta: Mapping[str, Any]) -> None:
+        """Learning rates of schedules are a list, one a group; with other groups it is another list."""
+        for state, config in zip(meta.get("lr_schedulers", ()), self.lr_scheduler_configs):
+            scheduler: Any = config.scheduler
+            for name in ("base_lrs", "_last_lr", "lr_lambdas"):
+                mine = getattr(scheduler, name, None)
+                if isinstance(mine, list) and len(state.get(name, mine)) != len(mine):
+                    if len(set(map(str, state[name]))) > 1:
+                        raise ValueError(f"the checkpoint has {len(state[name])} groups of parameters, not {len(mine)}")
+                    state[name] = [state[name][0]] * len(mine)
