@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import SaveLast
 from zoo.nearest import unknown
+from zoo.parallel.checkpoint import found
 
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
@@ -42,6 +43,13 @@ def loggers(folder: str | Path, name: str) -> list[Logger]:
     """CSV and TensorBoard logs in one new folder, FOLDER/NAME/version_N."""
     csv = CSVLogger(str(folder), name=name)
     return [csv, TensorBoardLogger(str(folder), name=name, version=csv.version)]
+
+
+def newest(folder: str | Path, name: str) -> str | None:
+    """The newest last.ckpt of the runs in FOLDER/NAME, whole ones, or None: what a restarted run goes on from."""
+    paths = (found(version / "checkpoints" / "last.ckpt") for version in Path(folder, name).glob("version_*"))
+    there = [path for path in paths if path.exists()]
+    return str(max(there, key=lambda path: path.stat().st_mtime)) if there else None
 
 
 def quiet() -> None:
@@ -127,7 +135,10 @@ class TaskCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
-        checkpoint = self.config[self._only].get("ckpt_path")
+        config = self.config[self._only]
+        if config.get("ckpt_path") == "auto":
+            config["ckpt_path"] = newest(config["trainer"]["default_root_dir"], self.domain)
+        checkpoint = config.get("ckpt_path")
         if checkpoint and checkpoint not in ("best", "last", "hpc") and not Path(checkpoint).exists():
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
         try:

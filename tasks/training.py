@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import Step
-from zoo.parallel.parts import is_spread, meshes_of, whole_state
+from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
 
 # Among values of any type the command line takes a {"class_path": ...} for a class that it is to fill with defaults;
 # but here the model makes it, which knows the sizes.
@@ -47,6 +48,8 @@ class Task(LightningModule):
         activation_checkpointing: recompute layers in backward instead of keeping what they computed.
         compile: run the model through torch.compile.
         export: a folder that gets the model in its published layout when training ends.
+        non_finite: what happens when a gradient is not finite: "stop" with an error that names the parameter, "skip"
+            the step with a warning, or "ignore" it.
     """
 
     unit = "samples"  # what throughput counts
@@ -68,6 +71,7 @@ class Task(LightningModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         export: str | None = None,
+        non_finite: Literal["stop", "skip", "ignore"] = "stop",
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
@@ -150,6 +154,19 @@ class Task(LightningModule):
         zoo.moe.balance.update_biases(self.model)
         zoo.moe.schedule.advance(self.model)
         zoo.moe.routers.remoe.update_l1(self.model)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Stop, or leave the step out, where a gradient is not finite on any process."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # fp16's finds infinities, and skips, itself
+        if self.hparams["non_finite"] == "ignore" or scaler is not None:
+            return
+        if torch.isfinite(total_norm(self.model.parameters())):
+            return
+        told = f"step {self.global_step + 1}: {not_finite(self.model)}"
+        if self.hparams["non_finite"] == "stop":
+            raise RuntimeError(f"{told}; model.non_finite=skip leaves such steps out")
+        warnings.warn(f"{told}; the step is left out", stacklevel=2)
+        optimizer.zero_grad(set_to_none=True)
 
     def with_auxiliary(self, loss: Tensor, step: Step) -> Tensor:
         """The loss plus every auxiliary loss of the recorded step; logs those, and at intervals how balanced it was."""

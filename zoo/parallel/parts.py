@@ -51,6 +51,20 @@ def total_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 @torch.no_grad()
+def not_finite(model: nn.Module) -> str:
+    """Which gradients of a model are not finite, on which process, in a few words; all processes call it together."""
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not local(p.grad).isfinite().all()]
+    told: list[list[str]] = [bad]
+    if dist.is_initialized():
+        told = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(told, bad)
+    rank = next((rank for rank, names in enumerate(told) if names), 0)
+    names, where = told[rank], f" on process {rank}" if len(told) > 1 else ""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"the gradient of {names[0]}{more} is not finite{where}" if names else "the norm of the gradients overflows"
+
+
+@torch.no_grad()
 def clip_grad_norm_(parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0) -> Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, over all meshes at once; returns the norm before."""
     parameters = list(parameters)
