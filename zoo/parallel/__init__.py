@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .mesh import Mesh, Sizes
-    from .parallelize import parallelize
     from .parts import clip_grad_norm_
+    from .spread import parallelize
     from .strategy import ExpertParallelStrategy
 
 __all__ = ["ExpertParallelStrategy", "Mesh", "Sizes", "clip_grad_norm_", "parallelize"]
@@ -21,7 +21,7 @@ _LAZY = {
     "Mesh": "mesh",
     "Sizes": "mesh",
     "clip_grad_norm_": "parts",
-    "parallelize": "parallelize",
+    "parallelize": "spread",
 }
 
 

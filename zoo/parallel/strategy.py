@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from . import checkpoint as store
 from .mesh import Mesh, Sizes
-from .parallelize import parallelize
 from .parts import clip_grad_norm_, clip_grad_value_, meshes_of
+from .spread import parallelize
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
