@@ -14,10 +14,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import SaveLast
 from zoo.nearest import unknown
+from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
 
 TRAINER_DEFAULTS = {
@@ -31,6 +33,8 @@ TRAINER_DEFAULTS = {
 def run(domain: str, task: type[LightningModule], data: type[LightningDataModule], args: Sequence[str]) -> int:
     """Parse, build, and run; returns the exit status. Mistakes in the arguments show before any work is done."""
     quiet()
+    if "expert_parallel" not in StrategyRegistry:
+        StrategyRegistry.register("expert_parallel", ExpertParallelStrategy, "experts, FSDP2 and tensors in parallel")
     try:
         TaskCLI(domain, args[0], task, data, list(args))
     except ArgumentMistake as mistake:
