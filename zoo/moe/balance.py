@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .label_losses import global_entropy, local_entropy, localized_balance, task_mutual_information
-from .masked import cv_squared, surprise, token_count, token_sum
+from .masked import cv_squared, surprise, token_count, token_sum, world_size
 
 __all__ = [
     "all_reduce",
@@ -63,9 +63,9 @@ def load_balance(
     """
     counts, tokens = token_sum(selected, mask), token_count(probs, mask)
     mean_probs = token_sum(probs, mask)
-    if global_batch and _world() > 1:
+    if global_batch and world_size() > 1:
         # Averaging gradients over processes divides by their number once more than a mean over all tokens does.
-        mean_probs = mean_probs * _world()
+        mean_probs = mean_probs * world_size()
         counts, tokens = all_reduce(torch.cat([counts, tokens], dim=-1)).split([probs.shape[-1], 1], dim=-1)
     if normalization == "assignments":
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -255,13 +255,9 @@ def update_biases(model: nn.Module) -> None:
         router.load_since_update = torch.zeros_like(counts)
 
 
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def all_reduce(values: Tensor) -> Tensor:
     """Sum over all processes; gradients do not cross, counts have none."""
-    if _world() == 1:
+    if world_size() == 1:
         return values
     values = values.detach().clone()
     dist.all_reduce(values)

@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .masked import cv_squared, surprise, token_count, token_sum
+from .masked import cv_squared, everywhere, surprise, token_count, token_sum
+
+IMAGE, TEXT = 0, 1  # modalities, as LIMoE's models give them
 
 
 def task_mutual_information(probs: Tensor, task: Tensor, num_tasks: int, mask: Tensor | None = None) -> Tensor:
@@ -31,33 +33,47 @@ def task_mutual_information(probs: Tensor, task: Tensor, num_tasks: int, mask: T
     return ((weight * surprise(given)).sum(-2) - surprise((weight * given).sum(-2))).sum(-1).mean()
 
 
-def local_entropy(probs: Tensor, modality: Tensor, only: int | Sequence[int], mask: Tensor | None = None) -> Tensor:
+def local_entropy(
+    probs: Tensor,
+    modality: Tensor,
+    only: int | Sequence[int],
+    mask: Tensor | None = None,
+    global_batch: bool = False,
+) -> Tensor:
     """Mean entropy of the routing of a modality's tokens (LIMoE 2206.02770): every token sure of its expert.
 
     `only` names the modalities that the loss is for, several are summed; one without a token here adds nothing. LIMoE
-    has it for text.
+    has it for text. `global_batch` takes the tokens of all processes: the value is that of one process with all of
+    them, and so is the mean of the gradients over the processes, as data parallelism takes it.
     """
-    return _of_each(only, probs, modality, mask, lambda p, m: _mean(surprise(p), m).sum(-1))
+    return _of_each(only, modality, mask, lambda _, m: _mean(surprise(probs), m, global_batch)[0].sum(-1)).mean()
 
 
 def global_entropy(
     probs: Tensor,
     modality: Tensor,
     only: int | Sequence[int],
-    minimum: float | None = None,
+    minimum: float | Sequence[float] | None = None,
     mask: Tensor | None = None,
+    global_batch: bool = False,
 ) -> Tensor:
     """Minus the entropy of a modality's mean routing (LIMoE 2206.02770): the modality as a whole spread over experts.
 
     With `minimum` = S the thresholded form, max(0, log S - H): it is content once about S experts are used, the "soft
-    minimum"; without it all experts are wanted. `only` as in `local_entropy`.
+    minimum"; several are one for each modality in `only`. Without it all experts are wanted. `only` and `global_batch`
+    as in `local_entropy`. Raises ValueError where there are not as many minima as modalities.
     """
+    kinds = 1 if isinstance(only, int) else len(only)
+    minima = [minimum] * kinds if minimum is None or isinstance(minimum, (int, float)) else list(minimum)
+    if len(minima) != kinds:
+        raise ValueError(f"global_entropy: {len(minima)} minima for {kinds} modalities; expected one each, or one")
 
-    def spread(p: Tensor, m: Tensor) -> Tensor:
-        entropy = surprise(_mean(p, m)).sum(-1)
-        return -entropy if minimum is None else (math.log(minimum) - entropy).clamp(min=0) * m.any(-1)
+    def spread(place: int, m: Tensor) -> Tensor:
+        mean, tokens = _mean(probs, m, global_batch)
+        entropy, least = surprise(mean).sum(-1), minima[place]
+        return -entropy if least is None else (math.log(least) - entropy).clamp(min=0) * (tokens > 0).squeeze(-1)
 
-    return _of_each(only, probs, modality, mask, spread)
+    return _of_each(only, modality, mask, spread).mean()
 
 
 def localized_balance(
@@ -93,19 +109,19 @@ def localized_balance(
 
 
 def _of_each(
-    only: int | Sequence[int],
-    probs: Tensor,
-    label: Tensor,
-    mask: Tensor | None,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    only: int | Sequence[int], label: Tensor, mask: Tensor | None, loss: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """Sum over the labels in `only` of loss(probs, which tokens have the label), groups averaged."""
-    total = probs.new_zeros(probs.shape[:-2])
-    for value in (only,) if isinstance(only, int) else only:
+    """Sum over the labels in `only` of loss(place in `only`, which tokens have the label), a group each."""
+    labels = (only,) if isinstance(only, int) else tuple(only)
+    found = []
+    for place, value in enumerate(labels):
         here = label == value if mask is None else (label == value) & mask
-        total = total + loss(probs, here)
-    return total.mean()
+        found.append(loss(place, here))
+    return torch.stack(found).sum(0)
 
 
-def _mean(values: Tensor, mask: Tensor) -> Tensor:
-    return token_sum(values, mask) / token_count(values, mask).clamp(min=1)
+def _mean(values: Tensor, mask: Tensor, global_batch: bool) -> tuple[Tensor, Tensor]:
+    """Mean over tokens, [..., E], and how many there are, [..., 1]."""
+    total, tokens = everywhere(token_sum(values, mask), global_batch), token_count(values, mask)
+    tokens = everywhere(tokens, global_batch)
+    return total / tokens.clamp(min=1), tokens
