@@ -11,7 +11,7 @@ from ..nearest import unknown
 if TYPE_CHECKING:
     from torch import nn
 
-DOMAINS = ("language", "recommendation", "vision")
+DOMAINS = ("language", "recommendation", "vision", "vision_language")
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Widths, depths and heads of V-MoE (2106.05974); its S is not DeiT's. Soft MoE (2308.00951) has DeiT's.
-_VMOE_SIZES: dict[str, dict[str, Any]] = {
+VMOE_SIZES: dict[str, dict[str, Any]] = {
     "small": {"embed_dim": 512, "depth": 8, "num_heads": 8},
     "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
     "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
     "huge": {"embed_dim": 1280, "depth": 32, "num_heads": 16},
 }
-_SOFT_SIZES = {**_VMOE_SIZES, "small": {"embed_dim": 384, "depth": 12, "num_heads": 6}}
+_SOFT_SIZES = {**VMOE_SIZES, "small": {"embed_dim": 384, "depth": 12, "num_heads": 6}}
 _TINY = {"embed_dim": 32, "depth": 4, "num_heads": 4, "img_size": 32, "patch_size": 8, "num_experts": 4}
 
 
 def _vmoe(size: str, patch: int, moe_layers: str, num_experts: int) -> tuple[str, dict[str, Any]]:
-    sizes = _VMOE_SIZES[size]
+    sizes = VMOE_SIZES[size]
     published = {"representation_size": sizes["embed_dim"], "moe_layers": moe_layers, "num_experts": num_experts}
     return "vit", {**sizes, "patch_size": patch, **published}
 

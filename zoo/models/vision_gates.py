@@ -63,7 +63,7 @@ def vision_spec(
         defaults["slots"] = 1
     if "k" not in accepted:
         asked.pop("k", None)
-    return _merged(defaults, spec, asked)
+    return merged(defaults, spec, asked)
 
 
 def vision_gate(
@@ -78,7 +78,7 @@ def _groups(images: int | None) -> dict[str, Any]:
     return {} if images is None else {"group_size": "sequence", "group_sequences": images}
 
 
-def _merged(defaults: dict[str, Any], spec: Any, asked: dict[str, Any]) -> Any:
+def merged(defaults: dict[str, Any], spec: Any, asked: dict[str, Any]) -> Any:
     """The same description of a gate, with arguments that it leaves out, and with others for those asked for."""
     if isinstance(spec, str):
         return {"name": spec, **defaults, **asked}

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import folder as language
-from . import hub, recommendation
+from . import hub, recommendation, vision_language
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
@@ -21,9 +21,10 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
 
     source: a folder, or a hub repository id (then revision, cache_dir, local_files_only and token are the hub's), in
     transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`), timm's (as
-    `zoo.pretrained.vision.from_timm`) or our own of a recommendation model (`zoo.pretrained.recommendation.load`); or
-    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation
-    router, losses, capacity and backend. Raises what these do, naming file and tensor.
+    `zoo.pretrained.vision.from_timm`) or our own of a recommendation model (`zoo.pretrained.recommendation.load`) or a
+    LIMoE (`zoo.pretrained.vision_language.load`); or the prefix of an original V-MoE checkpoint (`from_vmoe`). All take
+    dtype and device, all but those of recommendation router, losses, capacity and backend. Raises what these do, naming
+    file and tensor.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
@@ -33,6 +34,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         return _vision().from_timm(path, **options)
     if recommendation.is_recommendation(path):
         return recommendation.load(path, **options)
+    if vision_language.is_vision_language(path):
+        return vision_language.load(path, **options)
     return language.from_pretrained(path, **options)
 
 
@@ -44,14 +47,17 @@ def save_pretrained(
     overwrite: bool = False,
 ) -> None:
     """Write a model in its family's own published layout: transformers', timm's (one file always), or ours of
-    recommendation models.
+    recommendation models and LIMoE.
 
-    See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.vision.save_timm` and
-    `zoo.pretrained.recommendation.save`. Nothing half written is left behind, and a folder that is not empty is only
-    written to with `overwrite`.
+    See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.vision.save_timm`, `zoo.pretrained.recommendation.save`
+    and `zoo.pretrained.vision_language.save`. Nothing half written is left behind, and a folder that is not empty is
+    only written to with `overwrite`.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if hasattr(model, "made_with"):
+    made: Any = getattr(model, "made_with", None)
+    if made and made["network"].startswith("vision_language/"):
+        return vision_language.save(model, folder, overwrite=overwrite)
+    if made:
         return recommendation.save(model, folder, overwrite=overwrite)
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..data.tables_encode import Preparation
 from .language import resolve_dtype
 from .staging import staged
 from .storable import storable
-from .tensorfile import Entry, read_header, write_file
+from .tensorfile import read_all, read_header, write_file
 
 CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "network"
 
@@ -69,19 +68,8 @@ def load(
         model: Any = create_model(config[NETWORK], schema=config["schema"], **config["overrides"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG}: {type(error).__name__}: {error}") from error
-    _fill(model.state_dict(), stored, path / WEIGHTS)
+    read_all(model.state_dict(), stored, path / WEIGHTS)
     if (path / PREPARATION).is_file():
         model.preparation = Preparation.load(path)
     place: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device": device}
     return model.to(**{name: value for name, value in place.items() if value is not None}).eval()
-
-
-def _fill(state: Mapping[str, Any], stored: Mapping[str, Entry], where: Path) -> None:
-    """Read every tensor, once all are known to be there and to fit."""
-    for name in sorted(state.keys() ^ stored.keys()):
-        problem = "is missing" if name in state else "is unknown to a model with these arguments"
-        raise ValueError(f"{where}: tensor {name} {problem}")
-    for name, entry in stored.items():
-        entry.check(state[name])
-    for name, entry in stored.items():
-        entry.read_into(state[name])

@@ -116,6 +116,20 @@ def _entry(path: Path, key: str, value: Mapping[str, Any], data: int) -> Entry:
     return entry
 
 
+def read_all(state: Mapping[str, Tensor], stored: Mapping[str, Entry], where: Path) -> None:
+    """Read every tensor of `state` from a file's, once all are known to be there, to fit, and to be all.
+
+    Raises ValueError naming file and tensor.
+    """
+    for name in sorted(state.keys() ^ stored.keys()):
+        problem = "is missing" if name in state else "is unknown to a model with these arguments"
+        raise ValueError(f"{where}: tensor {name} {problem}")
+    for name, entry in stored.items():
+        entry.check(state[name])
+    for name, entry in stored.items():
+        entry.read_into(state[name])
+
+
 def write_file(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write tensors to a safetensors file; each is copied to the CPU by itself, when it has to be.
 
