@@ -18,6 +18,7 @@ DOMAINS = {
     "language": ("LanguageTask", "LanguageData", "causal language models"),
     "recommendation": ("RecommendationTask", "RecommendationData", "multi-task recommendation models"),
     "vision": ("VisionTask", "VisionData", "image classifiers"),
+    "vision_language": ("ContrastiveTask", "VisionLanguageData", "models of images and text"),
 }
 
 SUBCOMMANDS = {

@@ -10,17 +10,15 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
 
     raise SystemExit(main("vision"))
 
-import csv
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
 from tasks.optim import layered
+from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task
 from tasks.vision_data import VisionData
 from zoo.data.images_rows import IGNORE
@@ -111,8 +109,7 @@ class VisionTask(Task):
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         if self._mix is not None and data.batch_size % 2:
             raise ValueError(f"mixup and cutmix mix pairs of images: batch_size must be even, got {data.batch_size}")
-        if Path(self.hparams["predictions"]).exists() and data.to_predict:
-            raise ValueError(f"predictions: {self.hparams['predictions']} exists; name another file")
+        check_predictions(self.hparams["predictions"], bool(data.to_predict))
         self._adopt_sizes(data)
         super().check(data)
 
@@ -237,18 +234,4 @@ class VisionTask(Task):
 
     def show_predictions(self, predictions: list[Any]) -> None:
         """Write the file of predictions, those of all processes."""
-        parts: list[Any] = [predictions]
-        if self.trainer.world_size > 1:
-            parts = [None] * self.trainer.world_size
-            dist.all_gather_object(parts, predictions)
-        if not self.trainer.is_global_zero:
-            return
-        # A batch of all processes is consecutive images, process by process.
-        found = [row for batch in zip(*parts) for part in batch for row in part]
-        path = Path(self.hparams["predictions"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", newline="") as out:
-            writer = csv.DictWriter(out, ["path", "class", "probability"])
-            writer.writeheader()
-            writer.writerows(found)
-        print(f"{len(found)} images classified in {path}")
+        write_predictions(self.hparams["predictions"], self.trainer, predictions)

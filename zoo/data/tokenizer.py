@@ -1,4 +1,4 @@
-"""Text to tokens: bytes, a BPE learnt on the corpus, or any fast tokenizer of `transformers`.
+"""Text to tokens: bytes, words, a BPE learnt on the corpus, or any fast tokenizer of `transformers`.
 
 Every tokenizer also says how many bytes of text each token stands for, which makes bits per byte comparable between
 tokenizers, and saves itself in the layout `transformers` reads.
@@ -7,6 +7,7 @@ tokenizers, and saves itself in the layout `transformers` reads.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from ..nearest import unknown
 from .cache import cached
 from .corpus import Corpus
 
-START, END, PAD = "<|start|>", "<|end|>", "<|pad|>"
+START, END, PAD, UNKNOWN = "<|start|>", "<|end|>", "<|pad|>", "<|unknown|>"
 
 
 class Tokenizer(Protocol):
@@ -138,6 +139,24 @@ def learn_bpe(corpus: Corpus, vocab_size: int) -> SubwordTokenizer:
 
     folder = cached("bpe", corpus.fingerprint, str(vocab_size), fill=fill)
     return SubwordTokenizer(_wrap(Backend.from_file(str(folder / "tokenizer.json"))))
+
+
+def learn_words(texts: Iterable[str], most: int | None = None) -> SubwordTokenizer:
+    """A token a word or punctuation mark of `texts` in lower case, the `most` frequent ones; others are unknown."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    split, counts = pre_tokenizers.Whitespace(), Counter[str]()
+    for text in texts:
+        counts.update(word for word, _ in split.pre_tokenize_str(text.lower()))
+    # By the alphabet where frequencies are equal, so that the order of the texts does not matter.
+    kept = sorted(counts, key=lambda word: (-counts[word], word))[:most]
+    vocabulary = {word: i for i, word in enumerate((START, END, PAD, UNKNOWN, *kept))}
+    backend = Backend(models.WordLevel(vocab=vocabulary, unk_token=UNKNOWN))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = split
+    backend.add_special_tokens([START, END, PAD, UNKNOWN])
+    return SubwordTokenizer(_wrap(backend))
 
 
 def _train_bpe(texts: Iterable[str], vocab_size: int) -> str:

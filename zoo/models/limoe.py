@@ -202,6 +202,17 @@ class LIMoE(nn.Module):
         head = self.image_head if part.modality == IMAGE else self.text_head
         return F.normalize(head(pooled).float() if pooled.dtype != torch.float64 else head(pooled), dim=-1)
 
+    def call_labels(self, images: int, texts: int, length: int) -> list[Tensor]:
+        """Modality of every token, [T], in each call that a sparse layer gets for so many images and texts [M, S].
+
+        In the order of the calls; it tells apart what `zoo.moe.record` kept.
+        """
+        parts = [torch.full((images, self.patch_embed.num_patches), IMAGE), torch.full((texts, length), TEXT)]
+        parts = [part for part, count in zip(parts, (images, texts)) if count]
+        if self.routed == "together" and images == texts:
+            return [torch.cat(parts, dim=1).flatten()]
+        return [part.flatten() for part in parts]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks in backward instead of keeping what they computed."""
         self.grad_checkpointing = enable

@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "image_size": 16,
             "patch_size": 4,
             "channels": 1,
-            "vocab_size": 64,
+            "vocab_size": 128,
             "text_length": 16,
             "num_experts": 8,
         },

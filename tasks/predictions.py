@@ -1,0 +1,34 @@
+"""The file that classifying images leaves."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+
+def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
+    """Write rows {path, class, probability} of all processes, a list a batch, to a new CSV file; call it on all."""
+    parts: list[Any] = [predictions]
+    if trainer.world_size > 1:
+        parts = [None] * trainer.world_size
+        dist.all_gather_object(parts, predictions)
+    if not trainer.is_global_zero:
+        return
+    # A batch of all processes is consecutive images, process by process.
+    found = [row for batch in zip(*parts) for part in batch for row in part]
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("x", newline="") as out:
+        writer = csv.DictWriter(out, ["path", "class", "probability"])
+        writer.writeheader()
+        writer.writerows(found)
+    print(f"{len(found)} images classified in {path}")
+
+
+def check_predictions(file: str, wanted: bool) -> None:
+    """Raise ValueError when the file that predictions are wanted in exists."""
+    if wanted and Path(file).exists():
+        raise ValueError(f"predictions: {file} exists; name another file")
