@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import zoo
@@ -208,7 +209,7 @@ class ContrastiveTask(Task):
     def _keep_shares(self, shares: dict[str, Any]) -> None:
         """Leave what `zoo report` draws beside the logs."""
         folder = next((logger.log_dir for logger in self.loggers if getattr(logger, "log_dir", None)), None)
-        if folder is None or not self.trainer.training:
+        if folder is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         kept = {"network": str(self.hparams.get("network", "")), "step": self.global_step, "layers": shares}

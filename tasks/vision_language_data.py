@@ -192,7 +192,7 @@ class VisionLanguageData(LightningDataModule):
             loaders.append(Loader(rows, self.batch_size, **self._processes()))
         return loaders
 
-    def _processes(self) -> dict[str, int]:
+    def _processes(self) -> dict[str, Any]:
         trainer = self.trainer
         place = {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
         return {**place, "num_workers": self.num_workers}

@@ -79,7 +79,7 @@ def _found(query: Tensor, group: Tensor, others: Tensor, other_groups: Tensor, k
         right = group[start : start + BLOCK, None] == other_groups
         best = near.where(right, -torch.inf).amax(1, keepdim=True)
         before = ((near >= best) & ~right).sum(1)
-        before = before.where(right.any(1), len(others))
+        before = before.where(right.any(1), torch.iinfo(before.dtype).max)
         for place, k in enumerate(ks):
             hits[place] += (before < k).sum()
     return hits

@@ -97,9 +97,9 @@ def open_pairs(source: str, held_out: float = 0.1, **scenes: Any) -> Pairs:
 
     A folder has train, val and test folders or none, and in each images beside .txt files of the same name, or one of
     captions.csv, captions.json and captions.jsonl; or .tar shards. A table has an image's path, relative to itself, as
-    "path", "image" or "file_name", its text or list of texts as "caption", "text" or "captions", and maybe "split"; COCO's
-    own JSON (images and annotations) is one too. An image in several rows has several texts. Raises FileNotFoundError
-    or ValueError naming what is missing.
+    "path", "image" or "file_name", its text or list of texts as "caption", "text" or "captions", and maybe "split";
+    COCO's own JSON (images and annotations) is one too. An image in several rows has several texts. Raises
+    FileNotFoundError or ValueError naming what is missing.
     """
     if source == "digits":
         from .captions import digit_scenes

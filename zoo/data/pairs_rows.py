@@ -123,6 +123,10 @@ class ShardLoader:
         self.stream = _Stream(shards.paths, rows, batch_size, buffer, rank, world_size)
         self.batch_size, self.num_workers, self.done = batch_size, num_workers, 0
 
+    def __len__(self) -> int:
+        """A number out of reach: of a loader without one Lightning takes a batch ahead, which would count as done."""
+        return 10**9
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         self.stream.skip = self.done
         loader = DataLoader(

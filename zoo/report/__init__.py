@@ -1,5 +1,7 @@
 """`zoo report`: one self-contained HTML page about a run, made from the data that lies in its folder.
 
+A run is that of a demo, or the logs of a vision-language model, with the experts of images and of texts.
+
 Nothing heavy is imported, and nothing is computed again: tables are read, charts are drawn as SVG. What a run that
 was cut short did not leave is left out.
 """
@@ -11,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import language, recommendation, vision
+from . import language, modalities, recommendation, vision
 from .page import page
 from .run import Run
 
@@ -20,8 +22,11 @@ FILE = "report.html"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the report of a run's folder again; returns the exit status, 2 for a folder that holds no run."""
-    parser = argparse.ArgumentParser(prog="zoo report", description="Write the report of a demo again.")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), help="default %(default)s")
+    parser = argparse.ArgumentParser(
+        prog="zoo report", description="Write the report of a demo again, or of a vision-language run."
+    )
+    about = "of a demo, or of the logs of zoo vision_language; default %(default)s"
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("runs/demo"), help=about)
     try:
         folder = parser.parse_args(argv).folder
     except SystemExit as stop:
@@ -38,19 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def build(folder: Path) -> Path:
     """Write report.html into a run's folder; raises ValueError when the folder holds no run."""
-    run = Run(folder)
+    if modalities.is_run(folder):
+        text = modalities.build(folder)
+    else:
+        run = Run(folder)
+        *sections, foot = language.sections(run)
+        text = page("MoE Zoo demo", [*sections, *vision.sections(run), *recommendation.sections(run), foot])
     path = folder / FILE
     draft = path.with_suffix(".tmp")
-    *sections, foot = language.sections(run)
-    draft.write_text(
-        page("MoE Zoo demo", [*sections, *vision.sections(run), *recommendation.sections(run), foot]), encoding="utf-8"
-    )
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
     return path
 
 
 def summary(folder: Path) -> str:
     """The result as a plain text table; raises ValueError when the folder holds no run."""
+    if modalities.is_run(folder):
+        return modalities.summary(folder)
     run = Run(folder)
     return "\n\n".join(
         part for part in (language.summary(run), vision.summary(run), recommendation.summary(run)) if part

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from zlib import crc32
@@ -70,13 +70,14 @@ def _curve(series: Series, x: _Scale, y: _Scale) -> str:
     return line + "".join(dots)
 
 
-def _axes(x: _Scale, y: _Scale, x_label: str, y_label: str) -> str:
+def _axes(x: _Scale, y: _Scale, x_label: str, y_label: str, bare: bool = False) -> str:
+    """Lines and numbers; a `bare` horizontal axis has no numbers."""
     parts = []
     for value in ticks(y.low, y.high):
         at = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         parts.append(f'<text x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{value:g}</text>')
-    for value in ticks(x.low, x.high):
+    for value in [] if bare else ticks(x.low, x.high):
         parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{value:g}</text>')
     base = HEIGHT - BOTTOM
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
@@ -143,6 +144,31 @@ def heat_map(
         name = f"{column} {escape(columns[j])}"
         parts.append(f'<text x="{at:.1f}" y="{height - 10}" text-anchor="{anchor}">{name}</text>')
     return _svg(WIDTH, height, "".join(parts), f"share of the {share} by expert and {column}")
+
+
+def bar_chart(groups: Mapping[str, Sequence[float]], colors: Sequence[str], x_label: str, y_label: str) -> str:
+    """Bars side by side: one of each group in each place, groups apart by CSS colour. Without values, empty."""
+    places = max((len(values) for values in groups.values()), default=0)
+    if not places:
+        return ""
+    highest = max(max(values, default=0.0) for values in groups.values()) or 1.0
+    x, y = _Scale(0, places, LEFT, WIDTH - RIGHT), _Scale(0, 1.06 * highest, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(_Scale(0, places, LEFT, WIDTH - RIGHT), y, "", y_label, bare=True)]
+    wide = 0.8 * (x(1) - x(0)) / len(groups)
+    for number, (label, values) in enumerate(groups.items()):
+        for place, value in enumerate(values):
+            left = x(place) + 0.1 * (x(1) - x(0)) + number * wide
+            parts.append(
+                f'<rect x="{left:.2f}" y="{y(value):.2f}" width="{wide:.2f}" height="{y(0) - y(value):.2f}" '
+                f'style="fill:var({colors[number]})"><title>{escape(label)}, {x_label} {place}: '
+                f"{100 * value:.1f}%</title></rect>"
+            )
+    for place in range(0, places, -(-places // 16)):
+        parts.append(f'<text x="{x(place + 0.5):.1f}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{place}</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text class="name" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    legend = [Series(label, (), color) for label, color in zip(groups, colors)]
+    return _svg(WIDTH, HEIGHT, "".join(parts), f"{y_label} by {x_label}") + _legend(legend)
 
 
 def _svg(width: int, height: int, body: str, title: str) -> str:
