@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import math
+import runpy
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import zoo
 from tasks.__main__ import main
 from tasks.modalities import ModalityShares
 from zoo.data import open_tokenizer
-from zoo.data.captions import digit_scenes
+from zoo.data.captions import NUMBERS, digit_scenes
 from zoo.moe import record, telemetry
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vision_language"
@@ -56,7 +58,9 @@ def test_every_config_names_a_model_and_its_losses(config: Path) -> None:
         assert sum(p.numel() for p in built.parameters()) < 2e6
 
 
-def test_fit_validate_test_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fit_validate_test_predict_and_classify(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A tiny LIMoE learns what digits are called, far above chance, and says so of images in files."""
     options = [*quick(tmp_path, 60), "--model.lr=5e-3", "--model.warmup_steps=10", "--data.digits=[1,1]"]
     options += ["--data.grid=1", "--model.overrides.patch_size=2", "--model.image_size=8"]
@@ -106,6 +110,14 @@ def test_fit_validate_test_and_predict(tmp_path: Path, capsys: pytest.CaptureFix
     assert cli("validate", *again) == 0
     assert f"{last['zero_shot_top1']:.4f}"[:5] in capsys.readouterr().out
 
+    script = Path(__file__).parents[2] / "scripts" / "zero_shot_classify.py"
+    classes = [f"{'an' if number == 'eight' else 'a'} {number}" for number in NUMBERS]
+    monkeypatch.setattr(sys, "argv", [script.name, str(export), str(tmp_path / "in"), "--classes", *classes])
+    runpy.run_path(str(script), run_name="__main__")
+    said = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [path for path, _, _ in said] == [row["path"] for row in found]
+    assert sum(name == scenes.texts(i)[0] for i, (_, name, _) in enumerate(said)) > 0.5 * len(said)
+
 
 def test_shares_are_told_apart_by_modality() -> None:
     model = zoo.create_model("vision_language/limoe_tiny", capacity={"tokens": 7, "drop": "priority"}).eval()
@@ -132,7 +144,8 @@ def test_shares_are_told_apart_by_modality() -> None:
 
 
 def test_the_dense_twin_and_another_gate_train(tmp_path: Path) -> None:
-    for i, args in enumerate((["--model.overrides.dense=true"], ["--model.router=SoftRouter", "--model.losses=null"])):
+    soft = ["--model.router=SoftRouter", "--model.losses=null", "--trainer.precision=bf16-mixed"]
+    for i, args in enumerate((["--model.overrides.dense=true"], soft)):
         assert cli("fit", *quick(tmp_path), *args) == 0
         assert evaluations(tmp_path / "vision_language" / f"version_{i}")
 
