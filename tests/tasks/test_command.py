@@ -63,7 +63,7 @@ def test_version(capsys):
     ("args", "told"),
     [
         (["modles"], "did you mean models?"),
-        (["langauge", "fit"], "did you mean language?"),
+        (["langauge", "fit"], "did you mean language, vision_language?"),
         (["language", "fti"], "did you mean fit"),
         (["models", "language/mixtral_tny"], "did you mean language/mixtral_tiny"),
         (["models", "--router"], "did you mean --routers?"),
