@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import zoo
 from tasks.modalities import ModalityShares
 from tasks.predictions import check_predictions, write_predictions
-from tasks.training import Task
+from tasks.training import Overrides, Task
 from tasks.vision_language_data import VisionLanguageData
 from tasks.zero_shot import class_embeddings, retrieval
 from zoo.data.images_rows import IGNORE
@@ -56,7 +56,7 @@ class ContrastiveTask(Task):
         self,
         network: str | nn.Module = "vision_language/limoe_tiny",
         pretrained: str | None = None,
-        overrides: dict[str, Any] | None = None,
+        overrides: Overrides | None = None,
         router: dict[str, Any] | str | None = None,
         losses: dict[str, Any] | None = None,
         capacity: float | dict[str, Any] | None = None,
@@ -68,7 +68,7 @@ class ContrastiveTask(Task):
         **training: Any,
     ) -> None:
         super().__init__(network, **training)
-        self.overrides = dict(overrides or {})
+        self.overrides: dict[str, Any] = dict(overrides or {})
         self._embedded: list[tuple[Tensor, ...]] = []
         self._classes: Tensor | None = None
         self._shares = ModalityShares()

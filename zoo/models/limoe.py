@@ -27,7 +27,7 @@ from .vision_transformer import CheckedPatchEmbed
 MAX_SCALE = 100.0  # of the logits, as in CLIP
 
 
-class Pairs(NamedTuple):
+class Embedded(NamedTuple):
     """Embeddings of length one of images [N, P] and texts [M, P], None where none were given, and the logits' scale."""
 
     image: Tensor | None
@@ -55,9 +55,9 @@ class LIMoE(nn.Module):
 
     Arguments: vocab_size and text_length (the longest text); image_size, patch_size and channels; embed_dim, depth,
     num_heads, mlp_ratio; projection_dim, by default embed_dim; moe_layers, num_experts, k, router, capacity, losses,
-    shared_init, dense and backend as `zoo.models.vision_transformer.VisionTransformerMoE` has them, with LIMoE's
-    defaults for token choice (k = 1, batch priority routing, the losses of `zoo.models.limoe_gates`); temperature, what
-    logits are divided by at first. The gates hear mask and modality (0 image, 1 text).
+    experts, shared_init, dense and backend as `zoo.models.vision_experts.put_experts` has them, with LIMoE's defaults
+    for token choice (k = 1, batch priority routing, the losses of `zoo.models.limoe_gates`); temperature, what logits
+    are divided by at first. The gates hear mask and modality (0 image, 1 text).
 
     routed: "together" lets the tokens of an image and of its text compete for the same places, as in the paper: both
     are one sequence to the gate, and group_pairs of them (by default all of a process) share capacity. "apart" routes
@@ -89,6 +89,7 @@ class LIMoE(nn.Module):
         capacity: Any = None,
         losses: Mapping[str, Any] | None = None,
         group_pairs: int | None = None,
+        experts: Any = "Experts",
         routed: Literal["together", "apart"] | None = None,
         shared_init: bool = True,
         dense: bool = False,
@@ -124,6 +125,7 @@ class LIMoE(nn.Module):
             capacity=capacity,
             losses=losses,
             group_images=group_pairs,
+            experts=experts,
             shared_init=shared_init,
             dense=dense,
             backend=backend,
@@ -140,7 +142,7 @@ class LIMoE(nn.Module):
             nn.init.normal_(table, std=0.02)
         self.log_scale.fill_(-math.log(self.temperature))
 
-    def forward(self, image: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Pairs:
+    def forward(self, image: Tensor | None = None, ids: Tensor | None = None, mask: Tensor | None = None) -> Embedded:
         """Embed images [N, C, H, W] and texts, ids [M, S] with mask [M, S], False for padding; either may be left out.
 
         Where N = M they are pairs. Raises ValueError for images and ids of other sizes than the model's, and where
@@ -159,7 +161,7 @@ class LIMoE(nn.Module):
             else:
                 parts = self._block(block, parts)
         found = {part.modality: self._pooled(part) for part in parts}
-        return Pairs(found.get(IMAGE), found.get(TEXT), self.log_scale.exp().clamp(max=MAX_SCALE))
+        return Embedded(found.get(IMAGE), found.get(TEXT), self.log_scale.exp().clamp(max=MAX_SCALE))
 
     def _tokens(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         if ids.dim() != 2 or ids.shape[1] > self.text_length:
