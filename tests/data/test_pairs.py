@@ -18,7 +18,7 @@ from zoo.data.captions import digit_scenes
 from zoo.data.images_transforms import Augment, Preparation
 from zoo.data.pairs import open_pairs
 from zoo.data.pairs_rows import PairRows, ShardLoader, encode_texts
-from zoo.data.shards import Shards, read_shard
+from zoo.data.shards import Shards, count_samples, read_shard
 from zoo.data.tokenizer import learn_words
 
 PREPARATION = Preparation(8, 1)
@@ -149,6 +149,7 @@ def test_shards_are_grouped_by_key(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", members)
     found = [(s.name, s.texts, s.load().getpixel((0, 0))) for s in read_shard(path)]
     assert found == [(f"{path}/a/002", ("two",), 2), (f"{path}/b/002", ("another two",), 3)]
+    assert count_samples(path) == 2
     assert content(Shards([path])) == [(2, ["two"]), (3, ["another two"])]
 
 
@@ -287,16 +288,25 @@ def test_a_stream_gives_every_sample_once_a_pass_mixed(shards: list[str]) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("done", [3, 4])
+@pytest.mark.parametrize("done", [3, 10])
 def test_a_stream_goes_on_where_it_was(shards: list[str], workers: int, done: int) -> None:
-    whole = some(stream(shards, num_workers=workers), 8)
+    whole = some(stream(shards, num_workers=workers), 13)
     first = stream(shards, num_workers=workers)
     begun = some(first, done)
     state = first.state_dict()
     assert state == {"batches": done}
     second = stream(shards, num_workers=workers)
     second.load_state_dict(state)
-    assert begun + some(second, 8 - done) == whole
+    assert begun + some(second, 13 - done) == whole
+
+
+def test_passes_that_are_over_are_not_read_again(shards: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("zoo.data.pairs_rows.read_shard", lambda path: opened.append(path) or read_shard(path))
+    loader = stream(shards, batch_size=6)
+    loader.load_state_dict({"batches": 6 * 1000})
+    some(loader, 6)
+    assert sorted(opened) == sorted(shards)
 
 
 def test_processes_read_shards_of_their_own(shards: list[str]) -> None:

@@ -43,6 +43,10 @@ def test_global_entropy_is_that_of_the_mean_and_stops_at_its_threshold() -> None
         expected = max(0.0, math.log(minimum) - entropy(mean[2]))
         assert balance.global_entropy(probs, modality, 2, minimum, mask).item() == pytest.approx(expected)
     assert balance.global_entropy(probs, modality, 5, minimum=6, mask=mask).item() == 0  # no token, nothing to spread
+    each = sum(balance.global_entropy(probs, modality, m, s, mask) for m, s in ((2, 5.9), (0, 5.8)))
+    assert balance.global_entropy(probs, modality, [2, 0], [5.9, 5.8], mask).item() == pytest.approx(float(each))
+    with pytest.raises(ValueError, match="3 minima for 2 modalities"):
+        balance.global_entropy(probs, modality, [0, 1], [2, 3, 4], mask)
 
 
 def by_loramoe(gates: Tensor, types: Tensor, delta: float, form: str) -> float:

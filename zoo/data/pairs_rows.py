@@ -5,6 +5,7 @@ n pictures, m >= n texts, S tokens of the longest text.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .images_rows import own_randomness
 from .images_transforms import Augment, Preparation
 from .pairs import PairSource
-from .shards import Sample, Shards, read_shard
+from .shards import Sample, Shards, count_samples, read_shard
 from .tokenizer import Tokenizer
 
 
@@ -100,7 +101,8 @@ class ShardLoader:
 
     Every process and worker reads shards of its own, in an order that depends on the seed and the pass, and mixes
     `buffer` samples at a time. `state_dict` counts the batches handed out; a run continues with the next one as long as
-    processes, workers and shards are as many. Raises ValueError where there are fewer shards than readers.
+    processes, workers and shards are as many, and reads again what was read of the last pass. Raises ValueError where
+    there are fewer shards than readers.
     """
 
     def __init__(
@@ -163,37 +165,36 @@ class _Stream(IterableDataset[dict[str, Tensor]]):
         # Batches come from the workers in turn: after a resumption the first is from whose turn it was.
         worker = (worker + self.skip) % workers
         skip = self.skip // workers + (worker < self.skip % workers)
-        samples = self._samples(self.rank * workers + worker, self.world_size * workers)
-        number = 0
+        samples = self._samples(self.rank * workers + worker, self.world_size * workers, skip * self.batch_size)
         while True:
-            batch = [next(samples) for _ in range(self.batch_size)]
-            number += 1
-            if number > skip:
-                yield self.rows.collate([self._row(sample, turn) for sample, turn in batch])
+            yield self.rows.collate([next(samples) for _ in range(self.batch_size)])
 
-    def _samples(self, reader: int, readers: int) -> Iterator[tuple[Sample, int]]:
-        """This reader's samples with their running number, for ever, mixed in a buffer."""
-        generator = np.random.default_rng([self.rows.seed, reader])
-        kept: list[Sample] = []
-        turn = 0
+    def _samples(self, reader: int, readers: int, skip: int) -> Iterator[dict[str, Any]]:
+        """This reader's rows after the first `skip`, for ever."""
         mine = self.paths[reader::readers]
-        while True:
-            for place in generator.permutation(len(mine)):
-                for sample in read_shard(mine[place]):
-                    kept.append(sample)
-                    if len(kept) < self.buffer:
-                        continue
-                    yield kept.pop(int(generator.integers(len(kept)))), turn
-                    turn += 1
-            if not kept:
-                raise ValueError(f"{', '.join(mine)}: no sample in these shards")
-            if len(kept) < self.buffer:  # fewer samples than the buffer: every pass is mixed as a whole
-                for place in generator.permutation(len(kept)):
-                    yield kept[place], turn
-                    turn += 1
-                kept = []
+        # Passes do not depend on each other: of those that are over only the shards' tables of contents are read.
+        size = sum(count_samples(path) for path in mine)
+        if not size:
+            raise ValueError(f"{', '.join(mine)}: no sample in these shards")
+        for number in itertools.count(skip // size):
+            first = skip % size if number == skip // size else 0
+            for place, sample in enumerate(self._mixed(mine, reader, number)):
+                if place >= first:
+                    yield self._row(sample, reader, number, place)
 
-    def _row(self, sample: Sample, turn: int) -> dict[str, Any]:
-        with own_randomness(self.rows.seed, self.rank, turn):
+    def _mixed(self, paths: Sequence[str], reader: int, number: int) -> Iterator[Sample]:
+        """Every sample of the shards once: shards in random order, samples mixed in a buffer."""
+        generator = np.random.default_rng([self.rows.seed, reader, number])
+        kept: list[Sample] = []
+        for shard in generator.permutation(len(paths)):
+            for sample in read_shard(paths[shard]):
+                kept.append(sample)
+                if len(kept) >= self.buffer:
+                    yield kept.pop(int(generator.integers(len(kept))))
+        for place in generator.permutation(len(kept)):
+            yield kept[place]
+
+    def _row(self, sample: Sample, *key: int) -> dict[str, Any]:
+        with own_randomness(self.rows.seed, *key):
             pixels = _pixels(self.rows.transform, sample.name, sample.load)
-        return {"image": pixels, "texts": sample.texts[:1], "group": 0, "index": turn}
+        return {"image": pixels, "texts": sample.texts[:1], "group": 0, "index": key[-1]}

@@ -49,10 +49,7 @@ def read_shard(path: str) -> Iterator[Sample]:
             for member in tar:
                 if not member.isfile():
                     continue
-                at = PurePosixPath(member.name)
-                # webdataset's key ends at the first full stop of the file's own name.
-                stem = at.name.split(".", 1)[0]
-                this, ending = str(at.parent / stem), at.name[len(stem) :].lower()
+                this, ending = _key(member.name)
                 if this != key and parts:
                     yield _sample(path, key, parts)
                     parts = {}
@@ -67,6 +64,31 @@ def read_shard(path: str) -> Iterator[Sample]:
         raise ValueError(f"{path} is not a readable .tar file ({error})") from error
     if parts:
         yield _sample(path, key, parts)
+
+
+def count_samples(path: str) -> int:
+    """How many samples `read_shard` finds; only the headers of a shard are read. Raises as it for a damaged file."""
+    count, key, counted = 0, "", True
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                this, ending = _key(member.name)
+                if not member.isfile():
+                    continue
+                if this != key:
+                    key, counted = this, False
+                if not counted and (ending in EXTENSIONS or ending in TEXTS):
+                    count, counted = count + 1, True
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable .tar file ({error})") from error
+    return count
+
+
+def _key(name: str) -> tuple[str, str]:
+    """Key and ending of a member: webdataset's key ends at the first full stop of the file's own name."""
+    at = PurePosixPath(name)
+    stem = at.name.split(".", 1)[0]
+    return str(at.parent / stem), at.name[len(stem) :].lower()
 
 
 def _sample(path: str, key: str, parts: dict[str, bytes]) -> Sample:

@@ -12,7 +12,7 @@ from ..moe.label_losses import IMAGE, TEXT
 from ..moe.routers import LoryRouter, MEORouter, MoTRouter, SMEARRouter, SoftRouter, TopKRouter
 from .vision_gates import merged
 
-# Batch priority routing, without which LIMoE does not train well. Evaluation drops nothing, so that an embedding does
+# Batch priority routing, as LIMoE needs it, with V-MoE's capacity. Evaluation drops nothing, so that an embedding does
 # not depend on what else is embedded beside it.
 CAPACITY = Capacity(1.05, eval_factor=math.inf, multiple_of=4, drop="priority")
 MIXING = (SoftRouter, SMEARRouter, LoryRouter, MEORouter, MoTRouter)
@@ -21,7 +21,8 @@ MIXING = (SoftRouter, SMEARRouter, LoryRouter, MEORouter, MoTRouter)
 def entropy_losses(num_experts: int, weight: float = 0.04, global_batch: bool = False) -> dict[str, dict[str, Any]]:
     """LIMoE's local loss on text and global losses on both modalities, as `zoo.moe.auxiliary` reads them.
 
-    The thresholds are of 9 experts for text and 20 for images where there are 32, and in proportion elsewhere.
+    The thresholds are 9 experts for text and 20 for images where there are 32, and in proportion elsewhere. They and
+    the weight are as others cite them: they could not be held against the paper's appendix.
     """
     minimum = [max(1.0, share * num_experts / 32) for share in (20, 9)]
     shared = {"weight": weight, "global_batch": global_batch}
@@ -32,7 +33,7 @@ def entropy_losses(num_experts: int, weight: float = 0.04, global_batch: bool = 
 
 
 def limoe_losses(num_experts: int) -> dict[str, Any]:
-    """The entropy losses on top of V-MoE's two and a z-loss, as the paper has them."""
+    """The entropy losses on top of V-MoE's two and a z-loss (ST-MoE's weight), which is what the paper combines."""
     return {"importance_vmoe": 0.005, "load_vmoe": 0.005, "z": 1e-3, **entropy_losses(num_experts)}
 
 
