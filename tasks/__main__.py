@@ -17,7 +17,7 @@ train and run models, a domain each (zoo DOMAIN --help):
 
   models [PATTERN]      list models; --routers lists gates
   demo                  train a small mixture of experts and its dense twin, and compare them
-  report                write the report of a demo again
+  report [FOLDER]       write the report of a demo again, or of a vision-language run
   bench NAME            measure moe, vision or recommendation against their limit and their rivals
 """
 
