@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -54,12 +55,12 @@ def save(path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], meta
     dist.barrier()
     state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
     state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
-    problem: Exception | None = None
+    problem: BaseException | None = None
     try:
         dcp.save(state, checkpoint_id=draft)
         if first:
             torch.save(dict(meta), draft / META)
-    except Exception as error:  # of whatever kind, other processes wait for this one below
+    except (Exception, CheckpointException) as error:  # of whatever kind, other processes wait for this one below
         problem = error
     _together(problem, path)
     if first:
@@ -67,13 +68,21 @@ def save(path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], meta
     dist.barrier()
 
 
-def _together(problem: Exception | None, path: Path) -> None:
+def _together(problem: BaseException | None, path: Path) -> None:
     """Raise on every process what any of them met."""
     told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, None if problem is None else f"{type(problem).__name__}: {problem}")
+    dist.all_gather_object(told, None if problem is None else _in_short(problem))
     for rank, text in enumerate(told):
         if text is not None:
             raise OSError(f"{path}: process {rank} could not write its part: {text}") from problem
+
+
+def _in_short(problem: BaseException) -> str:
+    """What went wrong, without torch's trace of how."""
+    causes = (
+        [cause for cause, _ in problem.failures.values()] if isinstance(problem, CheckpointException) else [problem]
+    )
+    return "; ".join(dict.fromkeys(f"{type(cause).__name__}: {cause}" for cause in causes))
 
 
 def replace(draft: Path, path: Path) -> None:
@@ -106,9 +115,8 @@ def load(
     try:
         dcp.load(state, checkpoint_id=path)
         meta = torch.load(path / META, weights_only=weights_only)
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{path}: the checkpoint cannot be read: {type(cause).__name__}: {cause}") from error
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{path}: the checkpoint cannot be read: {_in_short(error)}") from error
     set_model_state_dict(model, state["model"], options=StateDictOptions(strict=strict))
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(model, optimizer, state[name], options=FLAT)

@@ -73,7 +73,7 @@ def build(
         if layer.mlp in blocks:
             layer.mlp = _dense(config, family, dtype) if dense else _shared(layer.mlp, family)
     if device.type != "meta":
-        _materialize(model, device, initialize)
+        materialize(model, device, initialize)
     if not dense:
         own = {**family.router(config), **(router_args or {})}
         make = router or (lambda: TopKRouter(config.hidden_size, getattr(config, family.num_experts), **own))
@@ -117,7 +117,7 @@ def _dense(config: Any, family: Family, dtype: torch.dtype) -> MLP:
 
 
 @torch.no_grad()
-def _materialize(model: Any, device: torch.device, initialize: bool) -> None:
+def materialize(model: Any, device: torch.device, initialize: bool) -> None:
     """Give a model on the meta device memory, and let transformers fill it.
 
     Rotary tables and other buffers that no checkpoint holds are computed in any case.

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import gate_factory
-from . import adopt, hub
+from ..parallel import Mesh, parallelize
+from ..parallel.parts import is_spread, whole_state
+from . import adopt, hub, sharded
 from .language import FAMILIES, Family, resolve_dtype, tensors_on_disk
 from .sparse_relatives import published_config
 from .staging import staged
@@ -37,6 +39,7 @@ def from_pretrained(
     losses: Mapping[str, Any] | None = None,
     capacity: Any = None,
     attn_implementation: str | None = None,
+    mesh: Mesh | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -50,6 +53,9 @@ def from_pretrained(
     where it has such, and starts fresh otherwise. backend is that of `moe_mlp`. The model is in eval mode. Tensors go
     from the files straight into the stacked weights: peak memory is the model's plus one tensor. DeepSeek-V3's
     multi-token prediction layers are left out, as transformers does.
+
+    With `mesh` the model is spread over processes (`zoo.parallel.parallelize`) before it is read: each reads the bytes
+    of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.
 
     Raises ValueError for an unknown family, a quantised checkpoint, missing or surplus keys, a wrong shape, or a
     damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.
@@ -67,6 +73,8 @@ def from_pretrained(
     given = adopt.gate_arguments(losses, capacity)
     make = None
     if router is not None:
+        if mesh is not None:
+            raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
         sizes = (config.hidden_size, getattr(config, family.num_experts))
         make = gate_factory(router, *sizes, k=config.num_experts_per_tok, **given)
     model = adopt.build(
@@ -75,12 +83,19 @@ def from_pretrained(
         router_args=given,
         backend=backend,
         dtype=resolve_dtype(dtype),
-        device=device,
+        device=device if mesh is None else "meta",
         attn_implementation=attn_implementation,
         initialize=False,
     )
-    if torch.device(next(model.parameters()).device).type != "meta":
-        _fill(model, family, entries, folder, own_gates=router is None)
+    if mesh is not None:
+        _fill_parts(model, family, entries, folder, mesh, device)
+    elif torch.device(next(model.parameters()).device).type != "meta":
+        targets = _targets(model, family, entries, folder, own_gates=router is None)
+        with torch.no_grad():
+            for key, target in sorted(
+                targets.items(), key=lambda item: (entries[item[0]].path, entries[item[0]].start)
+            ):
+                entries[key].read_into(target)
     if (folder / GENERATION).is_file():
         from transformers import GenerationConfig
 
@@ -101,7 +116,8 @@ def save_pretrained(
     Writes config.json, generation_config.json and model.safetensors, or shards and their index where the weights are
     larger than max_shard_size (bytes, or "5GB"). Everything is written beside the folder first and moved when
     complete: a save that fails leaves nothing behind. With `overwrite` the checkpoint files of an existing folder are
-    replaced and its other files stay.
+    replaced and its other files stay. A model in parts is put together by all its processes, which call this
+    together, and written by the first.
 
     Raises TypeError for a model that has no such layout, ValueError for one whose gates that layout cannot express, and
     FileExistsError for a folder that is not empty.
@@ -110,9 +126,14 @@ def save_pretrained(
     config = published_config(model)
     family = FAMILIES[config.model_type]
     limit = _bytes(max_shard_size)
+    state = None
+    if is_spread(model):
+        state = whole_state(model)
+        if torch.distributed.get_rank():
+            return
     with staged(folder, overwrite) as staging:
         _write_configs(model, config, family, staging)
-        _write_weights(model, family, staging, limit)
+        _write_weights(model, family, staging, limit, state)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -165,8 +186,18 @@ def _entries(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _fill(model: Any, family: Family, entries: dict[str, Entry], folder: Path, own_gates: bool) -> None:
-    """Copy the files into the model; everything is checked before the first byte is read."""
+def _fill_parts(
+    model: Any, family: Family, entries: dict[str, Entry], folder: Path, mesh: Mesh, device: torch.device | str | None
+) -> None:
+    """Spread a model that has no memory yet, give it some, and read into it."""
+    where = sharded.views(model, _targets(model, family, entries, folder, own_gates=True))
+    parallelize(model, mesh)
+    adopt.materialize(model, torch.device(device or torch.get_default_device()), initialize=False)
+    model.bytes_read = sharded.fill(model, where, entries)
+
+
+def _targets(model: Any, family: Family, entries: dict[str, Entry], folder: Path, own_gates: bool) -> dict[str, Tensor]:
+    """What each tensor of the files fills, a view into the model; all is checked, and nothing read."""
     where = folder / INDEX if (folder / INDEX).is_file() else folder / WEIGHTS
     targets = dict(tensors_on_disk(model, family, gates=own_gates))
     if not own_gates:
@@ -177,11 +208,9 @@ def _fill(model: Any, family: Family, entries: dict[str, Entry], folder: Path, o
     if surplus := [key for key in entries if key not in targets and not unread.fullmatch(key)]:
         file = entries[surplus[0]].path
         raise ValueError(f"{file}: {_some(surplus)} unknown to {model.config.model_type} as {CONFIG} describes it")
-    with torch.no_grad():
-        for key, target in targets.items():
-            entries[key].check(target)
-        for key, target in sorted(targets.items(), key=lambda item: (entries[item[0]].path, entries[item[0]].start)):
-            entries[key].read_into(target)
+    for key, target in targets.items():
+        entries[key].check(target)
+    return targets
 
 
 def _unread(model: Any) -> str:
@@ -218,10 +247,10 @@ def _write_configs(model: Any, config: Any, family: Family, folder: Path) -> Non
         model.generation_config.save_pretrained(folder)
 
 
-def _write_weights(model: Any, family: Family, folder: Path, limit: int) -> None:
+def _write_weights(model: Any, family: Family, folder: Path, limit: int, state: Mapping[str, Tensor] | None) -> None:
     shards: list[list[tuple[str, Tensor]]] = [[]]
     filled = total = 0
-    for key, tensor in tensors_on_disk(model, family):
+    for key, tensor in tensors_on_disk(model, family, state=state):
         size = tensor.numel() * tensor.itemsize
         if filled and filled + size > limit:
             shards.append([])

@@ -6,7 +6,7 @@ model (attention, norms, cache, generation) stays transformers' own, under its o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,16 +137,18 @@ def activation_of(config: Any) -> str:
     return ACTIVATIONS[config.hidden_act]
 
 
-def tensors_on_disk(model: nn.Module, family: Family, gates: bool = True) -> Iterator[tuple[str, Tensor]]:
+def tensors_on_disk(
+    model: nn.Module, family: Family, gates: bool = True, state: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Name on disk and tensor (a view into the stacked weights) of all that a published checkpoint of `model` holds.
 
     Reading copies files into these views, writing copies the views into files, so that the two cannot disagree.
-    Where the gates are not the family's own (`gates=False`), only weights that fit theirs are among them.
+    Where the gates are not the family's own (`gates=False`), only weights that fit theirs are among them. `state` is
+    the model's own, or what it would be in one process.
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    state = model.state_dict()
-    for name, tensor in state.items():
+    for name, tensor in (model.state_dict() if state is None else state).items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if block is None:
             if name not in tied:

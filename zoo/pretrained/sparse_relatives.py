@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..moe import Experts, MoE
+from ..moe import Experts, MoE, NeuronExperts
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
 from .language import FAMILIES, check_router
@@ -28,7 +28,9 @@ def published_config(model: Any) -> Any:
     config: Any = getattr(model, "config", None)
     for name, module in model.named_modules():
         other = isinstance(module, (DecoderAttention, DecoderDepth))
-        part: Any = module.experts if isinstance(module, MoE) and type(module.experts) is not Experts else None
+        part: Any = module.experts if isinstance(module, MoE) else None
+        if isinstance(part, Experts) and not isinstance(part, NeuronExperts):
+            part = None
         if other or part is not None:
             what = type(part if part is not None else next(iter(module.children()))).__name__
             raise TypeError(f"save_pretrained: no published layout has a place for {name}, {what}; keep its state_dict")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,21 @@ class Entry:
                 self._fill(file, buffer.reshape(-1).view(torch.uint8).numpy().data)
         if not direct:
             target.copy_(buffer)
+
+    def read_part(self, target: Tensor, box: Sequence[slice]) -> int:
+        """Fill `target` with a part of this tensor; returns the bytes read: those of the rows that the part is in."""
+        dtype, target = DTYPES[self.dtype], target.detach()
+        if not box:
+            self.read_into(target)
+            return self.stop - self.start
+        rows, row = box[0], math.prod(self.shape[1:]) * dtype.itemsize
+        buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype)
+        if buffer.numel():
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self.start + rows.start * row)
+                self._fill(file, buffer.reshape(-1).view(torch.uint8).numpy().data)
+        target.copy_(buffer[(slice(None), *box[1:])])
+        return buffer.numel() * dtype.itemsize
 
     def _fill(self, file: Any, view: memoryview) -> None:
         done = 0
