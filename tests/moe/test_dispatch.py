@@ -143,19 +143,23 @@ def test_bytes_sent_are_those_of_the_closed_form(ranks: Any, world: int) -> None
         assert found == expected > 0
 
 
-def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
-            ExpertParallel(0)
-        parallel, experts = ExpertParallel(3), Experts(3, 4, 5)
-        with pytest.raises(ValueError, match="4 whole experts cannot be spread as 3"):
-            Experts(4, 4, 5).keep_own(parallel)
+def lone(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+    with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
+        ExpertParallel(0)
+    parallel, experts = ExpertParallel(3), Experts(3, 4, 5)
+    with pytest.raises(ValueError, match="4 whole experts cannot be spread as 3"):
+        Experts(4, 4, 5).keep_own(parallel)
+    experts.keep_own(parallel)
+    with pytest.raises(ValueError, match="spread over processes already"):
         experts.keep_own(parallel)
-        x, one = torch.randn(2, 4), torch.zeros(2, 1, dtype=torch.long)
-        with pytest.raises(ValueError, match="3 experts are spread, but the router routes 4"):
-            experts(x, Routing.from_choices(one, torch.ones(2, 1), 4))
-        assert experts(x, Routing.from_choices(one, torch.ones(2, 1), 3)).shape == x.shape
-        assert parallel.traffic.rows == 0
-    finally:
-        dist.destroy_process_group()
+    x, one = torch.randn(2, 4), torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="3 experts are spread, but the router routes 4"):
+        experts(x, Routing.from_choices(one, torch.ones(2, 1), 4))
+    assert experts(x, Routing.from_choices(one, torch.ones(2, 1), 3)).shape == x.shape
+    assert parallel.traffic.rows == 0
+    dist.destroy_process_group()
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    mp.start_processes(lone, args=(str(tmp_path),), nprocs=1, start_method="fork")

@@ -1,4 +1,7 @@
-"""Checkpoints in parts: whole or absent, readable on other meshes, and clear about what is wrong with them."""
+"""Checkpoints in parts: whole or absent, readable on other meshes, and clear about what is wrong with them.
+
+Processes are copies of this one, which has no groups of its own: their threads would not be copied.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -137,16 +139,9 @@ def test_a_full_disk_is_told_to_all_and_the_last_checkpoint_stays(saved: Path, t
     run(2, tmp_path, disk_full)
 
 
-@pytest.fixture
-def alone(tmp_path: Path) -> Any:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/alone", rank=0, world_size=1)
-    yield trained(Sizes(), 0)
-    dist.destroy_process_group()
-
-
-def test_a_damaged_checkpoint_is_named(saved: Path, tmp_path: Path, alone: Any) -> None:
-    model, optimizer = alone
-    path = copied(saved, tmp_path)
+def damaged(folder: Path) -> None:
+    model, optimizer = trained(Sizes(), 0)
+    path = folder / "it.ckpt"
     part = path / "__1_0.distcp"
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"it\.ckpt: the checkpoint cannot be read"):
@@ -159,16 +154,22 @@ def test_a_damaged_checkpoint_is_named(saved: Path, tmp_path: Path, alone: Any) 
         store.load(path, model, {"optimizer_0": optimizer})
 
 
-def test_a_save_that_was_interrupted_between_its_moves_leaves_the_last_one(
-    saved: Path, tmp_path: Path, alone: Any
-) -> None:
-    model, optimizer = alone
-    path = copied(saved, tmp_path)
+def interrupted(folder: Path) -> None:
+    model, optimizer = trained(Sizes(), 0)
+    path = folder / "it.ckpt"
     path.rename(path.with_name("it.ckpt.old"))
     assert store.load(path, model, {"optimizer_0": optimizer}) == {"step": 2}
     store.save(path, model, {"optimizer_0": optimizer}, {"step": 3})
     assert store.load(path, model, {"optimizer_0": optimizer}) == {"step": 3}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "it.ckpt"]
+    assert [p.name for p in folder.glob("it*")] == ["it.ckpt"]
+
+
+@pytest.mark.parametrize("work", [damaged, interrupted], ids=lambda work: work.__name__)
+def test_what_an_accident_leaves_is_told_or_the_last_whole_one(
+    work: Callable[[Path], None], saved: Path, tmp_path: Path
+) -> None:
+    copied(saved, tmp_path)
+    run(1, tmp_path, work)
 
 
 # How a published checkpoint is read by the processes of each mesh.
