@@ -18,6 +18,7 @@ train and run models, a domain each (zoo DOMAIN --help):
   models [PATTERN]      list models; --routers lists gates
   demo                  train a small mixture of experts and its dense twin, and compare them
   report [FOLDER]       write the report of a demo again, or of a vision-language run
+  plan --config FILE    what training takes on so many GPUs, and on which mesh: memory, bytes, time
   bench NAME            measure moe, vision or recommendation against their limit and their rivals
 """
 
@@ -115,11 +116,18 @@ def _bench(args: Sequence[str]) -> int:
     return importlib.import_module(f"zoo.bench.{args[0]}").main(args[1:])
 
 
+def _plan(args: Sequence[str]) -> int:
+    from tasks.plan import main
+
+    return main(args)
+
+
 _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "models": models,
     "demo": _demo,
     "report": _report,
     "bench": _bench,
+    "plan": _plan,
 }
 
 

@@ -63,7 +63,7 @@ def test_version(capsys):
     ("args", "told"),
     [
         (["modles"], "did you mean models?"),
-        (["langauge", "fit"], "did you mean language, vision_language?"),
+        (["langauge", "fit"], "did you mean language, vision_language"),
         (["language", "fti"], "did you mean fit"),
         (["models", "language/mixtral_tny"], "did you mean language/mixtral_tiny"),
         (["models", "--router"], "did you mean --routers?"),
@@ -85,7 +85,7 @@ def test_models_are_listed_by_pattern(capsys):
     assert main(["models"]) == 0
     assert capsys.readouterr().out.split() == zoo.list_models()
     assert main(["models", "*mixtral*"]) == 0
-    assert capsys.readouterr().out.split() == ["language/mixtral_8x7b", "language/mixtral_tiny"]
+    assert capsys.readouterr().out.split() == ["language/mixtral_8x22b", "language/mixtral_8x7b", "language/mixtral_tiny"]
 
 
 def test_routers_are_listed(capsys):

@@ -77,6 +77,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral_8x7b": ("mixtral", {"max_position_embeddings": 32768}),
+    "mixtral_8x22b": (
+        "mixtral",
+        {
+            "vocab_size": 32768,
+            "hidden_size": 6144,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 56,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 65536,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
     "olmoe_1b_7b": ("olmoe", {"intermediate_size": 1024}),
     "qwen1.5_moe_a2.7b": (
         "qwen2_moe",

@@ -1,0 +1,110 @@
+"""`zoo plan`: what training a configuration takes on so many GPUs, and which mesh to choose."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
+    "nvlink-infiniband": (450e9, 50e9),
+    "nvlink-ethernet": (450e9, 12.5e9),
+    "pcie-ethernet": (32e9, 3e9),
+}
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="zoo plan", description=__doc__)
+    parser.add_argument("--config", required=True, help="a YAML file of `zoo language` or `zoo vision`")
+    parser.add_argument("--gpus", type=int, required=True, help="processes in all")
+    parser.add_argument("--gpu-memory", type=float, default=141, help="GB of each (141)")
+    parser.add_argument("--gpu-tflops", type=float, default=989, help="bfloat16 peak of each (989)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="8 by default")
+    parser.add_argument("--interconnect", choices=list(INTERCONNECTS), default="nvlink-infiniband")
+    for name in ("replicate", "shard", "expert", "tensor"):
+        parser.add_argument(f"--{name}", type=int, help="a size of the mesh; without any all meshes are compared")
+    parser.add_argument("--top", type=int, default=8, help="meshes to show (8)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; returns the exit status, 2 for a mistake in the arguments."""
+    args = _parse(argv)
+    try:
+        facts, work = read(Path(args.config))
+        for line in lines(args, facts, work):
+            print(line)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def read(config: Path) -> tuple[Any, Any]:
+    """The model that a configuration describes, without memory, and the work of a step."""
+    import torch
+    import yaml
+
+    import zoo
+    from zoo.models import count_parameters
+    from zoo.parallel.plan import Facts, Work
+
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    model, data = content.get("model") or {}, content.get("data") or {}
+    if "network" not in model:
+        raise ValueError(f"{config}: a plan needs model.network, the name of a model")
+    options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
+    with torch.device("meta"):
+        network: Any = zoo.create_model(model["network"], **{**options, **(model.get("overrides") or {})})
+    patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
+    sequence = patches or data.get("sequence_length", 256)
+    trainer = content.get("trainer") or {}
+    low = str(trainer.get("precision", "32")).startswith(("bf16", "16"))
+    work = Work(
+        tokens=sequence * data.get("batch_size", 16),
+        sequence=sequence,
+        accumulate=trainer.get("accumulate_grad_batches", 1),
+        recompute=bool(model.get("activation_checkpointing", False)),
+        compute=2 if low else 4,
+    )
+    return Facts(network, count_parameters(network)[1]), work
+
+
+def lines(args: argparse.Namespace, facts: Any, work: Any) -> list[str]:
+    """What is printed."""
+    from zoo.parallel import Sizes
+    from zoo.parallel.plan import Machine, estimate, ranked
+
+    within, between = INTERCONNECTS[args.interconnect]
+    machine = Machine(args.gpus_per_node, args.gpu_memory * 1e9, args.gpu_tflops * 1e12, within, between)
+    given = {name: getattr(args, name) for name in ("replicate", "shard", "expert", "tensor")}
+    if any(given.values()):
+        asked = {name: size for name, size in given.items() if size}
+        found = [estimate(facts, Sizes.of_world(args.gpus, **asked), work, machine)]
+    else:
+        found = ranked(facts, args.gpus, work, machine)
+        if not found:
+            raise ValueError(f"the model divides into no mesh of {args.gpus} processes")
+    best = found[0]
+    head = f"{'replicate':>9} {'shard':>6} {'expert':>6} {'tensor':>6} {'GB':>8} {'s/step':>8} {'tokens/s':>12}"
+    shown = [head]
+    for e in found[: args.top]:
+        s = e.sizes
+        rate = work.tokens * work.accumulate * s.data / e.step
+        row = f"{s.replicate:>9} {s.shard:>6} {s.expert:>6} {s.tensor:>6} {e.total_memory / 1e9:>8.1f} {e.step:>8.2f}"
+        shown.append(f"{row} {rate:>12,.0f}" + ("" if e.total_memory <= machine.memory else "  does not fit"))
+    shown += ["", f"each process of {_label(best.sizes)}:"]
+    shown += [f"  {'parameters':<24}{best.parameters / 1e9:>10.3f} billion"]
+    shown += [f"  memory, {name:<16}{size / 1e9:>10.2f} GB" for name, size in best.memory.items()]
+    shown += [f"  {'operations a step':<24}{best.flops / 1e12:>10.1f} TFLOP"]
+    shown += [f"  sent, {name:<18}{size / 1e9:>10.2f} GB" for name, size in best.sent.items()]
+    shown += [f"  time, {name:<18}{seconds:>10.3f} s" for name, seconds in best.seconds.items()]
+    if best.total_memory > machine.memory:
+        shown += [f"no mesh of {args.gpus} GPUs of {args.gpu_memory:g} GB is enough"]
+    return shown
+
+
+def _label(sizes: Any) -> str:
+    return ", ".join(f"{name} {size}" for name, size in vars(sizes).items())

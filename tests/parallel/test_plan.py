@@ -1,0 +1,202 @@
+"""What a plan says against what a simulated world of 256 builds, and against what can be run and counted here."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import zoo
+from tasks.__main__ import main
+from zoo.models import count_parameters
+from zoo.parallel import Mesh, Sizes, parallelize
+from zoo.parallel.parts import local
+from zoo.parallel.plan import Facts, Machine, Work, estimate, local_parameters, meshes, ranked, remote_processes
+from zoo.parallel.spread import spreadable
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "language"
+BUILT = {
+    "deepseek_v3": [
+        Sizes(1, 4, 64, 1),
+        Sizes(2, 1, 128, 1),
+        Sizes(1, 2, 32, 4),
+        Sizes(1, 1, 256, 1),
+        Sizes(1, 256, 1, 1),
+    ],
+    "mixtral_8x22b": [Sizes(4, 8, 8, 1), Sizes(2, 8, 4, 4), Sizes(32, 1, 8, 1), Sizes(1, 64, 1, 4)],
+}
+
+
+def meta(name: str, **options: Any) -> Any:
+    with torch.device("meta"):
+        return zoo.create_model(f"language/{name}", **options)
+
+
+def facts(model: Any) -> Facts:
+    return Facts(model, count_parameters(model)[1])
+
+
+def simulate(rank: int, folder: str) -> None:
+    """Parallelise without memory, as the first and as another of 256 processes that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    warnings.simplefilter("ignore")
+    held = {}
+    for seat in (0, 77):
+        dist.init_process_group("fake", rank=seat, world_size=256, store=FakeStore())
+        for name, every in BUILT.items():
+            for sizes in every if seat == 0 else every[:1]:
+                model = parallelize(meta(name), Mesh(sizes))
+                held[name, vars(sizes)["expert"], str(sizes), seat] = sum(local(p).numel() for p in model.parameters())
+        dist.destroy_process_group()
+    torch.save(held, f"{folder}/held.pt")
+
+
+@pytest.fixture(scope="module")
+def held(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, int]:
+    folder = tmp_path_factory.mktemp("held")
+    meta("mixtral_tiny")  # imports what the process to be started would import anew
+    mp.start_processes(simulate, args=(str(folder),), nprocs=1, start_method="fork")
+    return torch.load(folder / "held.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_parameters_are_those_that_256_processes_hold(name: str, held: dict[Any, int]) -> None:
+    whole = meta(name)
+    known = facts(whole)
+    for sizes in BUILT[name]:
+        planned = local_parameters(known, sizes)
+        assert planned == held[name, sizes.expert, str(sizes), 0]
+        # All processes together hold every parameter, those of a tensor group some of them twice.
+        assert planned * 256 >= sum(p.numel() for p in whole.parameters())
+    other = held[name, BUILT[name][0].expert, str(BUILT[name][0]), 77]
+    assert other <= local_parameters(known, BUILT[name][0])
+
+
+def test_published_sizes() -> None:
+    total, active = count_parameters(meta("mixtral_8x22b"))
+    assert (total / 1e9, active / 1e9) == (pytest.approx(141, rel=0.005), pytest.approx(39, rel=0.01))
+
+
+SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 256}
+
+
+def counted(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = parallelize(zoo.create_model("language/mixtral_tiny", **SMALL), Mesh(Sizes(expert=world)))
+    torch.manual_seed(rank)
+    ids = torch.randint(0, 256, (8, 64))
+    model(ids, labels=ids).loss.backward()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    optimizer.step()
+    rows = sum(e.parallel.traffic.rows for _, e in spreadable(model))  # type: ignore[union-attr]
+    kept = sum(local(p).nbytes for p in model.parameters())
+    state = sum(local(v).nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
+    torch.save((rows, kept, state), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_bytes_sent_and_kept_are_those_of_a_real_run(tmp_path: Path) -> None:
+    model = zoo.create_model("language/mixtral_tiny", **SMALL)
+    mp.start_processes(counted, args=(4, str(tmp_path)), nprocs=4, start_method="fork")
+    told = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
+    work = Work(tokens=512, sequence=64, recompute=False, compute=4)
+    plan = estimate(facts(model), Sizes(expert=4), work, Machine())
+    assert plan.memory["parameters"] == told[0][1]
+    assert plan.memory["optimizer"] == told[0][2]
+    # A fresh gate is nearly even, not quite.
+    assert sum(rank[0] for rank in told) == pytest.approx(4 * plan.sent["all-to-all"], rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["mixtral_tiny", "qwen2_moe_tiny", "deepseek_v3_tiny"])
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    model = zoo.create_model(f"language/{name}", **SMALL, attn_implementation="eager")
+    ids = torch.randint(0, 256, (2, 128))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    plan = estimate(facts(model), Sizes(), Work(256, 128, recompute=False, compute=4), Machine())
+    # Eager attention computes what a causal mask hides, too: as much again as the plan counts.
+    attention = 3 * 2 * 128 * facts(model).attention * 3 * 256
+    assert plan.flops + attention == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["mixtral_tiny", "qwen3_moe_tiny"])
+def test_activations_are_about_what_autograd_keeps(name: str) -> None:
+    model = zoo.create_model(f"language/{name}", **SMALL)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return value
+
+    ids = torch.randint(0, 256, (4, 256))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    assert loss.requires_grad
+    plan = estimate(facts(model), Sizes(), Work(1024, 256, recompute=False, compute=4), Machine())
+    assert plan.memory["activations"] == pytest.approx(sum(kept.values()), rel=0.35)
+
+
+def test_more_processes_take_less_memory_and_better_networks_less_time() -> None:
+    known, work = facts(meta("mixtral_8x22b")), Work(8192, 8192)
+    small, large = (estimate(known, Sizes(shard=n, expert=8), work, Machine()) for n in (2, 8))
+    assert large.total_memory < small.total_memory
+    slow = estimate(known, Sizes(shard=8, expert=8), work, Machine(between=1e9))
+    assert slow.step > large.step
+    best = ranked(known, 64, work, Machine())
+    order = [(e.total_memory > Machine().memory, e.step / e.sizes.data) for e in best]
+    assert order == sorted(order)
+    assert {e.sizes.world for e in best} == {64}
+    assert all(8 % s.expert == 0 and 8 % s.tensor == 0 for s in meshes(known, 64, 8))
+
+
+@pytest.mark.parametrize(("experts", "k", "parts"), [(8, 2, 4), (64, 6, 8), (5, 2, 5), (4, 4, 2), (8, 1, 1)])
+def test_a_token_goes_to_as_many_processes_as_drawing_says(experts: int, k: int, parts: int) -> None:
+    from zoo.parallel.plan import _Stack
+
+    torch.manual_seed(0)
+    chosen = torch.stack([torch.randperm(experts)[:k] for _ in range(4000)])
+    holder = chosen // -(-experts // parts)
+    met = torch.zeros(4000, parts).scatter(1, holder, 1.0)
+    found = remote_processes(_Stack(experts, ((experts, 2, 2),), k, 2), parts)
+    assert found == pytest.approx(float(met[:, 1:].sum(1).mean()) if parts > 1 else 0.0, rel=0.03)
+
+
+def test_the_command_ranks_meshes_and_says_what_one_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(CONFIGS / "mixtral_8x7b.yaml")
+    assert main(["plan", "--config", config, "--gpus", "64", "--gpu-memory", "80"]) == 0
+    shown = capsys.readouterr().out
+    assert "tokens/s" in shown
+    assert "memory, optimizer" in shown
+    assert "sent, all-to-all" in shown
+    assert main(["plan", "--config", config, "--gpus", "64", "--expert", "8", "--tensor", "2"]) == 0
+    assert "each process of replicate 1, shard 4, expert 8, tensor 2:" in capsys.readouterr().out
+    assert main(["plan", "--config", config, "--gpus", "4", "--gpu-memory", "16"]) == 0
+    assert "no mesh of 4 GPUs of 16 GB is enough" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--config", "nothing.yaml", "--gpus", "8"], "nothing.yaml"),
+        (["--config", str(CONFIGS / "mixtral_8x7b.yaml"), "--gpus", "6", "--expert", "4"], "6 processes cannot be"),
+    ],
+)
+def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *args]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line

@@ -1,0 +1,269 @@
+"""What a mesh costs: memory, operations, bytes between processes and time of a training step, without running one.
+
+Parameters are counted exactly, as `parallelize` lays them out. The rest is arithmetic that leaves out what is small:
+operations are those of matrix products, routing is taken to be even, buffers are those of FSDP2 and of the exchange.
+B bytes an element in computation (2 for bfloat16), T tokens of a process with data of its own, D the model's width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..moe import Experts, MoE
+from .mesh import Sizes
+from .spread import blocks, spreadable
+from .tensor import planned
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs: how many a node has, memory of each in bytes, operations a second, bytes a second each sends.
+
+    `busy` is the share of the operations a second that real products reach, `within` the bandwidth inside a node and
+    `between` that between nodes.
+    """
+
+    per_node: int = 8
+    memory: float = 141e9
+    flops: float = 989e12
+    within: float = 450e9
+    between: float = 50e9
+    busy: float = 0.4
+
+    def bandwidth(self, span: int) -> float:
+        """Bytes a second of a process in a group that spans so many consecutive ones."""
+        return self.within if span <= self.per_node else self.between
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step: tokens of a data process in a micro-batch, micro-batches, and bytes a number takes.
+
+    `recompute` is activation checkpointing. parameter, gradient and state are what a number of the model keeps: AdamW
+    in float32 has 4, 4 and 8.
+    """
+
+    tokens: int
+    sequence: int
+    accumulate: int = 1
+    recompute: bool = True
+    compute: int = 2
+    parameter: int = 4
+    gradient: int = 4
+    state: int = 8
+
+
+@dataclass
+class Estimate:
+    """What a step takes on each process: bytes of memory, operations, bytes sent, seconds."""
+
+    sizes: Sizes
+    parameters: int
+    memory: dict[str, float] = field(default_factory=dict)
+    flops: float = 0.0
+    sent: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def total_memory(self) -> float:
+        """Bytes in all."""
+        return sum(self.memory.values())
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step: gathering overlaps with computation, exchanges do not."""
+        s = self.seconds
+        return max(s["compute"], s["gather"]) + s["all-to-all"] + s["tensor"]
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    shape: tuple[int, ...]
+    style: str | None  # how tensor parallelism splits it
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """Stacked experts of one layer."""
+
+    experts: int
+    shapes: tuple[tuple[int, ...], ...]
+    k: float
+    rows: int  # of the input projection: what backward keeps of each assignment
+
+
+class Facts:
+    """What a plan needs of a model, which may be on the meta device. `active` parameters work for each token."""
+
+    def __init__(self, model: Any, active: int) -> None:
+        stacks = dict(spreadable(model))
+        inside = {id(p) for experts in stacks.values() for p in experts.parameters()}
+        styles = planned(model)
+        gates = {id(m.experts): m.router for m in model.modules() if isinstance(m, MoE)}
+        gates |= {
+            id(e.mlp): r
+            for e, r in ((m.experts, m.router) for m in model.modules() if isinstance(m, MoE))
+            if isinstance(getattr(e, "mlp", None), Experts)
+        }
+        self.stacks = [self._stack(e, gates.get(id(e))) for e in stacks.values()]
+        units = [*blocks(model), model]
+        seen: set[int] = set(inside)
+        self.units: list[list[_Parameter]] = []
+        names = {id(p): name for name, p in model.named_parameters()}
+        for unit in units:
+            mine = [p for p in unit.parameters() if id(p) not in seen]
+            seen.update(id(p) for p in mine)
+            self.units.append([_Parameter(tuple(p.shape), _style(names[id(p)], styles)) for p in mine])
+        self.embedded = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
+        self.active = active
+        config = getattr(model, "config", None)
+        self.heads = getattr(config, "num_attention_heads", 0) or 0
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
+        self.width = next((e.dim for e in stacks.values()), 0) or getattr(config, "hidden_size", 0)
+        head = max(getattr(config, "head_dim", None) or 0, self.width // self.heads if self.heads else 0)
+        self.attention = self.heads * head
+        self.vocabulary = getattr(config, "vocab_size", 0) or 0
+        self.kept = sum(m.in_features for unit in blocks(model) for m in unit.modules() if isinstance(m, nn.Linear))
+        self.layers = len(self.units) - 1
+
+    @staticmethod
+    def _stack(experts: Experts, router: Any) -> _Stack:
+        shapes = tuple(tuple(p.shape) for p in experts.parameters())
+        return _Stack(experts.num_experts, shapes, float(getattr(router, "k", 1) or 1), shapes[0][1])
+
+
+def _style(name: str, styles: dict[str, str]) -> str | None:
+    layer, _, kind = name.rpartition(".")
+    style = styles.get(layer)
+    if style is None or style == "replicated_with_grad_allreduce":
+        return None
+    if style.startswith("rowwise"):
+        return "columns" if kind == "weight" else None
+    return "rows"
+
+
+def _split(parameter: _Parameter, tensor: int) -> tuple[int, ...]:
+    """Shape of a parameter on one process of a tensor group."""
+    shape = list(parameter.shape)
+    if parameter.style is not None and shape:
+        dim = 0 if parameter.style == "rows" else 1
+        shape[dim] = -(-shape[dim] // tensor)
+    return tuple(shape)
+
+
+def _sharded(shape: tuple[int, ...], parts: int) -> int:
+    """Numbers that the first of so many processes has of a tensor cut along its first dimension."""
+    return -(-shape[0] // parts) * math.prod(shape[1:]) if shape else 1
+
+
+def local_parameters(facts: Facts, sizes: Sizes) -> int:
+    """How many parameters the first process holds, exactly."""
+    dense = sum(_sharded(_split(p, sizes.tensor), sizes.shard * sizes.expert) for unit in facts.units for p in unit)
+    return dense + sum(_stack_part(stack, sizes) for stack in facts.stacks)
+
+
+def _stack_part(stack: _Stack, sizes: Sizes) -> int:
+    held = -(-stack.experts // sizes.expert)
+    return sum(held * shape[1] // (sizes.shard * sizes.tensor) * math.prod(shape[2:]) for shape in stack.shapes)
+
+
+def remote_processes(stack: _Stack, parts: int) -> float:
+    """To how many other processes a token goes, on average over even routing: k different experts of all."""
+    held = -(-stack.experts // parts)
+    k = min(round(stack.k), stack.experts)
+    if parts == 1 or stack.experts - held < k:
+        return float(parts - 1)
+    missed = math.comb(stack.experts - held, k) / math.comb(stack.experts, k)
+    return (parts - 1) * (1 - missed)
+
+
+def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estimate:
+    """What a step takes on a mesh of these sizes."""
+    found = Estimate(sizes, local_parameters(facts, sizes))
+    tensor, fsdp, parts = sizes.tensor, sizes.shard * sizes.expert, sizes.shard * sizes.tensor
+    tokens, width, itemsize = work.tokens, facts.width, work.compute
+    units = [sum(math.prod(_split(p, tensor)) for p in unit) for unit in facts.units]
+    stacks = [_stack_part(stack, sizes) * parts for stack in facts.stacks]
+    # Two blocks are whole at a time, the one at work and the next, and one block's gradients; the root stays whole.
+    largest = max(units[:-1], default=0) + max(stacks, default=0)
+    whole = units[-1] * itemsize * 2 + 3 * largest * itemsize
+    found.memory = {
+        "parameters": found.parameters * work.parameter,
+        "gradients": found.parameters * work.gradient,
+        "optimizer": found.parameters * work.state,
+        "gathered": whole if fsdp * parts > 1 else 0.0,
+        "activations": _activations(facts, sizes, work),
+        "exchange": max((_arriving(s, sizes, tokens) * width * itemsize * 2 for s in facts.stacks), default=0.0),
+    }
+    passes = 4 if work.recompute else 3  # of the forward's cost: backward is two
+    matmul = 2 * (facts.active - facts.embedded) + 2 * work.sequence * facts.attention * facts.layers
+    found.flops = work.accumulate * passes * matmul * tokens / tensor
+    # Rows go and come back, and so do gradients; a recomputation goes and comes once more.
+    trips = 6 if work.recompute else 4
+    exchange = sum(tokens / tensor * remote_processes(s, sizes.expert) for s in facts.stacks) * width * itemsize * trips
+    gathers = 2 * (sum(units[:-1]) * (fsdp - 1) / fsdp + sum(stacks) * (parts - 1) / parts)
+    gathers += units[-1] * (fsdp - 1) / fsdp
+    scatter = sum(units) * (fsdp - 1) / fsdp + sum(stacks) * (parts - 1) / parts
+    copies = 2 * (sizes.replicate - 1) / sizes.replicate * found.parameters
+    reductions = (passes + 1) * facts.layers * 2 * (tensor - 1) / tensor * tokens * width * itemsize
+    found.sent = {
+        "all-to-all": work.accumulate * exchange,
+        "all-gather": work.accumulate * gathers * itemsize,
+        "reduce-scatter": work.accumulate * scatter * work.gradient + copies * work.gradient,
+        "tensor": work.accumulate * reductions,
+    }
+    found.seconds = {
+        "compute": found.flops / (machine.flops * machine.busy),
+        "gather": (found.sent["all-gather"] + found.sent["reduce-scatter"]) / machine.bandwidth(sizes.world),
+        "all-to-all": found.sent["all-to-all"] / machine.bandwidth(sizes.expert * tensor),
+        "tensor": found.sent["tensor"] / machine.bandwidth(tensor),
+    }
+    return found
+
+
+def _arriving(stack: _Stack, sizes: Sizes, tokens: int) -> float:
+    """Rows that come to a process with even routing, its own among them."""
+    return tokens / sizes.tensor * (remote_processes(stack, sizes.expert) + 1)
+
+
+def _activations(facts: Facts, sizes: Sizes, work: Work) -> float:
+    """What backward needs of forward: inputs of blocks and, unless recomputed, what is inside them; and the logits."""
+    tokens, itemsize = work.tokens, work.compute
+    inputs = facts.layers * tokens * facts.width * itemsize
+    inside = (
+        facts.kept / sizes.tensor + facts.layers * (4 * facts.width + 3 * facts.attention / sizes.tensor)
+    ) * tokens
+    for stack in facts.stacks:
+        assignments = tokens / sizes.tensor * stack.k
+        inside += assignments * stack.rows + _arriving(stack, sizes, tokens) * facts.width
+    if work.recompute:
+        inside /= max(facts.layers, 1)
+    logits = tokens * facts.vocabulary * (itemsize + 8)  # and in float32, with their gradient
+    return inputs + inside * itemsize + logits
+
+
+def meshes(facts: Facts, world: int, per_node: int) -> Iterator[Sizes]:
+    """All sizes that make a world of so many processes, and that the model divides into."""
+    experts = math.gcd(*(stack.experts for stack in facts.stacks)) if facts.stacks else 1
+    for tensor in (n for n in _divisors(world) if n <= per_node):
+        if tensor > 1 and (not facts.heads or facts.heads % tensor or facts.kv_heads % tensor):
+            continue
+        for expert in (n for n in _divisors(world // tensor) if experts % n == 0):
+            for shard in _divisors(world // tensor // expert):
+                if all(shape[1] % (shard * tensor) == 0 for stack in facts.stacks for shape in stack.shapes):
+                    yield Sizes(world // tensor // expert // shard, shard, expert, tensor)
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def ranked(facts: Facts, world: int, work: Work, machine: Machine) -> list[Estimate]:
+    """Estimates of all meshes: those that fit into memory first, the fastest a token of them first."""
+    found = [estimate(facts, sizes, work, machine) for sizes in meshes(facts, world, machine.per_node)]
+    return sorted(found, key=lambda e: (e.total_memory > machine.memory, e.step / e.sizes.data))
