@@ -85,7 +85,11 @@ def test_models_are_listed_by_pattern(capsys):
     assert main(["models"]) == 0
     assert capsys.readouterr().out.split() == zoo.list_models()
     assert main(["models", "*mixtral*"]) == 0
-    assert capsys.readouterr().out.split() == ["language/mixtral_8x22b", "language/mixtral_8x7b", "language/mixtral_tiny"]
+    assert capsys.readouterr().out.split() == [
+        "language/mixtral_8x22b",
+        "language/mixtral_8x7b",
+        "language/mixtral_tiny",
+    ]
 
 
 def test_routers_are_listed(capsys):
