@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from zoo.parallel.checkpoint import replace
-
 
 class ExactResume(Callback):
     """Make a resumed run continue bit for bit: random states of every process, and gradients not yet used.
@@ -146,11 +144,13 @@ class SaveLast(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         path = self.path(trainer)
-        draft = path.with_suffix(".part")
-        trainer.save_checkpoint(draft)
-        if trainer.is_global_zero:
-            replace(draft, path)
-        trainer.strategy.barrier()
+        if getattr(trainer.strategy, "writes_whole", False):
+            trainer.save_checkpoint(path)
+        else:
+            draft = path.with_suffix(".part")
+            trainer.save_checkpoint(draft)
+            if trainer.is_global_zero:
+                draft.replace(path)
         self._saved_step = trainer.global_step
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -164,7 +165,37 @@ def interrupted(folder: Path) -> None:
     assert [p.name for p in folder.glob("it*")] == ["it.ckpt"]
 
 
-@pytest.mark.parametrize("work", [damaged, interrupted], ids=lambda work: work.__name__)
+def in_the_background(folder: Path) -> None:
+    """Training goes on while a checkpoint is written, which is of the moment it was asked for."""
+    saver, path = store.Saver(), folder / "new.ckpt"
+    model, optimizer = trained(Sizes(), 2)
+    then = {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+    saver.save(path, model, {"optimizer_0": optimizer}, {"step": 2})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    saver.save(path, model, {"optimizer_0": optimizer}, {"step": 3})  # puts the first in its place
+    assert store.is_sharded(path)
+    assert torch.load(path / store.META) == {"step": 2}
+    other, its = trained(Sizes(), 0)
+    first, _ = trained(Sizes(), 0)
+    dcp.load({"model": (read := first.state_dict())}, checkpoint_id=path)
+    for name, value in read.items():
+        assert torch.equal(value.full_tensor(), then[name])
+    saver.wait()
+    assert store.load(path, other, {"optimizer_0": its}) == {"step": 3}
+    assert all(bool((p.full_tensor() == 7).all()) for p in other.parameters())
+    assert [p.name for p in folder.glob("new*")] == ["new.ckpt"]
+    # What was whole when the processes ended, but had not been moved, is what is found.
+    saver.save(path, model, {"optimizer_0": optimizer}, {"step": 4})
+    assert saver._pending is not None
+    saver._pending[1].result()
+    assert store.load(path, other, {"optimizer_0": its}) == {"step": 4}
+    store.save(path, model, {"optimizer_0": optimizer}, {"step": 5})
+    assert store.load(path, other, {"optimizer_0": its}) == {"step": 5}
+
+
+@pytest.mark.parametrize("work", [damaged, interrupted, in_the_background], ids=lambda work: work.__name__)
 def test_what_an_accident_leaves_is_told_or_the_last_whole_one(
     work: Callable[[Path], None], saved: Path, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ FLAT = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=False)
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether there is a checkpoint of parts at a path."""
-    return path.is_dir() and (path / ".metadata").is_file()
+    """Whether there is a whole checkpoint of parts at a path: what says so is written when all else is."""
+    return (path / ".metadata").is_file() and (path / META).is_file()
 
 
 def found(path: Path) -> Path:
-    """Where a checkpoint is: at its path, or beside it, where moving the next one there was interrupted."""
-    old = path.with_name(f"{path.name}.old")
+    """Where a checkpoint is: at its path, or beside it, whole already, where it was not moved there any more."""
+    draft, old = (path.with_name(f"{path.name}.{end}") for end in ("part", "old"))
+    if is_sharded(draft):
+        return draft
     return old if not path.exists() and is_sharded(old) else path
 
 
@@ -47,25 +50,71 @@ def save(path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], meta
 
     Raises OSError on every process when one of them cannot write; what was at the path before is still there then.
     """
-    draft = path.with_name(f"{path.name}.part")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    dist.barrier()
-    state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
-    state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
-    problem: BaseException | None = None
-    try:
-        dcp.save(state, checkpoint_id=draft)
+    Saver(background=False).save(path, model, optimizers, meta)
+
+
+class Saver:
+    """Writes one checkpoint after another, in the background if asked: training goes on once the parts are copied.
+
+    A checkpoint in the background takes its place when the next one begins, or at `wait`; until then it is beside it,
+    and found there.
+    """
+
+    def __init__(self, background: bool = True) -> None:
+        self.background = background
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[Path, Future[Any]] | None = None
+
+    def save(self, path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], meta: Mapping[str, Any]) -> None:
+        """Write model, optimizers and the rest; all processes call it together.
+
+        Raises OSError on every process when one of them cannot write, or could not write the last one; what was at the
+        path before is still there then.
+        """
+        self.wait()
+        draft, first = path.with_name(f"{path.name}.part"), dist.get_rank() == 0
+        state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
+        state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
+        problem: BaseException | None = None
         if first:
-            torch.save(dict(meta), draft / META)
-    except (Exception, CheckpointException) as error:  # of whatever kind, other processes wait for this one below
-        problem = error
-    _together(problem, path)
-    if first:
-        replace(draft, path)
-    dist.barrier()
+            try:
+                if is_sharded(draft):
+                    replace(draft, path)
+                shutil.rmtree(draft, ignore_errors=True)
+                draft.mkdir(parents=True)
+                torch.save(dict(meta), draft / META)
+            except OSError as error:
+                problem = error
+        _together(problem, path)
+        if self.background:
+            if self._group is None:  # of its own: a thread uses it beside training
+                self._group = dist.new_group(backend="gloo")
+            future: Any = dcp.async_save(state, checkpoint_id=draft, process_group=self._group)
+            self._pending = path, future
+            return
+        try:
+            dcp.save(state, checkpoint_id=draft)
+        except (Exception, CheckpointException) as error:  # of whatever kind: the others wait for this process
+            problem = error
+        self._finish(problem, path)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is whole, and in its place; all processes call it together. Raises as `save`."""
+        if self._pending is None:
+            return
+        (path, future), self._pending = self._pending, None
+        problem: BaseException | None = None
+        try:
+            future.result()
+        except (Exception, CheckpointException) as error:
+            problem = error
+        self._finish(problem, path)
+
+    def _finish(self, problem: BaseException | None, path: Path) -> None:
+        _together(problem, path)
+        if dist.get_rank() == 0:
+            replace(path.with_name(f"{path.name}.part"), path)
+        dist.barrier()
 
 
 def _together(problem: BaseException | None, path: Path) -> None:
@@ -108,7 +157,7 @@ def load(
     Raises FileNotFoundError where there is none, and ValueError naming the folder where it is not whole or damaged.
     """
     path = found(path)
-    if not is_sharded(path) or not (path / META).is_file():
+    if not is_sharded(path):
         raise FileNotFoundError(f"{path}: no whole checkpoint: .metadata or {META} is missing")
     state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
     state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}

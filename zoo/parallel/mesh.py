@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch
@@ -71,11 +72,12 @@ class Mesh:
     tensor.
 
     `dense` is the mesh of ordinary parameters, (replicate, shard, tensor) with shard * expert parts in shard; `expert`
-    that of experts, (replicate, shard, expert) with shard * tensor parts in shard. All processes make it together.
+    that of experts, (replicate, shard, expert) with shard * tensor parts in shard. All processes make it together. They
+    wait for each other for at most `timeout`, torch's own by default.
     Raises ValueError when the world is of another size.
     """
 
-    def __init__(self, sizes: Sizes, device_type: str = "cpu") -> None:
+    def __init__(self, sizes: Sizes, device_type: str = "cpu", timeout: timedelta | None = None) -> None:
         if dist.get_world_size() != sizes.world:
             raise ValueError(f"a mesh of {sizes.world} processes, {sizes}, in a world of {dist.get_world_size()}")
         self.sizes, self.device_type = sizes, device_type
@@ -83,6 +85,10 @@ class Mesh:
         self.dense = DeviceMesh(device_type, ranks.flatten(1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
         by_expert = ranks.permute(0, 1, 3, 2).flatten(1, 2)
         self.experts = DeviceMesh(device_type, by_expert, mesh_dim_names=("replicate", "shard", "expert"))
+        if timeout is not None:
+            for group in (*self.dense.get_all_groups(), *self.experts.get_all_groups()):
+                # Groups of a mesh do not take over the world's.
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     @cached_property
     def data_rank(self) -> int:

@@ -32,8 +32,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     do so itself in a method `parallelize(mesh)`. Data loaders get each process's share by
     `trainer.distributed_sampler_kwargs`. Clipping takes the norm of all parameters, whatever mesh they are on.
 
-    Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent;
-    save_distributed_checkpoint=False gathers them into one file.
+    Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent; with
+    background_checkpoints they are written while training goes on; save_distributed_checkpoint=False gathers them into
+    one file.
 
     Raises ValueError where the sizes do not make the world.
     """
@@ -46,6 +47,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         tensor: int = 1,
         reshard_after_forward: bool = True,
         save_distributed_checkpoint: bool = True,
+        background_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
@@ -57,7 +59,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.given = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
         Sizes(*(size or 1 for size in self.given.values()))
         self.reshard_after_forward = reshard_after_forward
+        self.saver = store.Saver(background_checkpoints)
         self.mesh: Mesh | None = None
+
+    @property
+    def writes_whole(self) -> bool:
+        """Whether checkpoints take the place of others by themselves, when they are whole."""
+        return self._save_distributed_checkpoint
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -76,7 +84,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         sizes = Sizes.of_world(self.world_size, **self.given)  # type: ignore[arg-type]
-        self.mesh = Mesh(sizes, self.root_device.type)
+        self.mesh = Mesh(sizes, self.root_device.type, self._timeout)
         self._device_mesh = self.mesh.dense
 
     def setup(self, trainer: Any) -> None:
@@ -94,6 +102,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = lambda optimizer, value: clip_grad_norm_(plugin.main_params(optimizer), value)
         plugin.clip_grad_by_value = lambda optimizer, value: clip_grad_value_(plugin.main_params(optimizer), value)
+
+    def teardown(self) -> None:
+        """Wait for a checkpoint that is being written."""
+        self.saver.wait()
+        super().teardown()
 
     def setup_optimizers(self, trainer: Any) -> None:
         """Make optimizers; a group whose parameters lie on several meshes is stepped one parameter at a time."""
@@ -127,7 +140,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             raise TypeError("ExpertParallelStrategy: storage_options have no meaning for checkpoints in parts")
         path = Path(self.broadcast(filepath))
         meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        store.save(path, self._module, self._named_optimizers(), meta)
+        self.saver.save(path, self._module, self._named_optimizers(), meta)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder of parts, written by whatever number of processes, or one file of Lightning's."""
