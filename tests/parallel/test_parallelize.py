@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import zoo
+from zoo.models.contrastive import contrastive_loss
 from zoo.moe import Experts, balance, record
 from zoo.parallel import Mesh, Sizes, clip_grad_norm_, parallelize
 from zoo.parallel.parts import whole_state
@@ -25,6 +26,12 @@ from zoo.parallel.spread import blocks, spreadable
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 64, "initializer_range": 0.2}
 GLOBAL = {"global_batch": 0.5, "z": 0.1}
 BY_SEQUENCE = {"name": "TopKRouter", "k": 2, "group_size": "sequence"}
+ENTROPIES = {
+    "local_entropy": {"weight": 0.1, "global_batch": True, "only": [1]},
+    "global_entropy": {"weight": 0.1, "global_batch": True, "only": [0, 1], "minimum": 3.9},
+}
+CONTRASTED = {"name": "TopKRouter", "k": 2, "noise": None, "losses": ENTROPIES, "capacity": None}
+TOWER = {"num_experts": 4, "embed_dim": 16, "depth": 2}
 PLAIN_GATE = {"name": "TopKRouter", "k": 2, "noise": None, "capacity": None, "losses": GLOBAL}
 
 
@@ -52,6 +59,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen2_moe": lambda: language("qwen2_moe"),
     "qwen3_moe": lambda: language("qwen3_moe"),
     "deepseek_v3": lambda: language("deepseek_v3"),
+    "LIMoE": lambda: zoo.create_model(
+        "vision_language/limoe_tiny", router=CONTRASTED, num_experts=4, embed_dim=16, depth=2
+    ),
     "V-MoE": lambda: vision("vmoe", router=PLAIN_GATE),
     "Soft MoE": lambda: vision("soft_moe"),
 }
@@ -77,6 +87,8 @@ CASES = [
     for mesh in meshes
     for name in MODELS
     if (world == 2 or name in FEW) and not (name == "mixtral, 3 experts" and mesh == "shard")
+    # A contrastive loss has rows of all processes, each its own.
+    if not (name == "LIMoE" and "tensor" in mesh)
 ]
 
 
@@ -87,6 +99,8 @@ def build(name: str) -> Any:
 
 def batch(name: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(5)
+    if name == "LIMoE":
+        return torch.randn(8, 1, 16, 16), torch.randint(0, 64, (8, 8))
     if "MoE" in name and "mixtral" not in name and "olmoe" not in name:
         return torch.randn(8, 3, 32, 32), torch.randint(0, 5, (8,))
     ids = torch.randint(0, 64, (8, 10))
@@ -99,9 +113,8 @@ def learn(model: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
     for step in range(2):
         optimizer.zero_grad()
         with record(model) as recorded:
-            out = model(x)
-        logits = getattr(out, "logits", out)
-        loss = F.cross_entropy(logits.flatten(0, -2), y.flatten()) + sum(recorded.losses().values())
+            loss = task_loss(model, x, y)
+        loss = loss + sum(recorded.losses().values())
         loss.backward()
         if step == 0:
             seen = {"loss": loss.detach(), "gradients": gradients(model)}
@@ -109,6 +122,14 @@ def learn(model: Any, x: Tensor, y: Tensor) -> dict[str, Any]:
         optimizer.step()
         balance.update_biases(model)
     return seen
+
+
+def task_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    if hasattr(model, "text_head"):
+        out = model(x, y)
+        return contrastive_loss(out.image, out.text, out.scale)
+    out = model(x)
+    return F.cross_entropy(getattr(out, "logits", out).flatten(0, -2), y.flatten())
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -50,6 +50,29 @@ class _Part(NamedTuple):
     mask: Tensor | None
 
 
+class _Block(Block):
+    """One pre-norm block: attention inside each modality, then an MLP or experts for the tokens of both."""
+
+    def forward(self, parts: list[_Part], together: bool) -> list[_Part]:  # type: ignore[override]
+        """Tokens of the modalities to tokens; together: those of a pair meet the gate as one sequence."""
+        parts = [part._replace(x=part.x + _attend(self, part)) for part in parts]
+        if not isinstance(self.mlp, MoE):
+            return [part._replace(x=part.x + self.mlp(self.norm2(part.x))) for part in parts]
+        paired = len({part.x.shape[0] for part in parts}) == 1
+        if together and len(parts) > 1 and paired:
+            x = torch.cat([part.x for part in parts], dim=1)
+            modality = torch.cat(
+                [torch.full_like(part.x[..., 0], part.modality, dtype=torch.long) for part in parts], 1
+            )
+            y = self.mlp(self.norm2(x), modality=modality, mask=_joined_mask(parts))
+            pieces = (x + y).split([part.x.shape[1] for part in parts], dim=1)
+            return [part._replace(x=piece) for part, piece in zip(parts, pieces)]
+        return [
+            part._replace(x=part.x + self.mlp(self.norm2(part.x), modality=part.modality, mask=part.mask))
+            for part in parts
+        ]
+
+
 class LIMoE(nn.Module):
     """One tower for images [N, C, H, W] and token ids [M, S], to embeddings that meet in one space.
 
@@ -110,7 +133,7 @@ class LIMoE(nn.Module):
         self.token_embed = nn.Embedding(vocab_size, embed_dim)
         self.image_positions = nn.Parameter(torch.empty(1, patches, embed_dim))
         self.text_positions = nn.Parameter(torch.empty(1, text_length, embed_dim))
-        blocks = (Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, act_layer=GELUTanh) for _ in range(depth))
+        blocks = (_Block(embed_dim, num_heads, mlp_ratio, qkv_bias=True, act_layer=GELUTanh) for _ in range(depth))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.image_head = nn.Linear(embed_dim, projection_dim or embed_dim, bias=False)
@@ -157,9 +180,9 @@ class LIMoE(nn.Module):
             raise ValueError("LIMoE: expected images, texts or both, got neither")
         for block in self.blocks:
             if self.grad_checkpointing and self.training:
-                parts = checkpoint(self._block, block, parts, use_reentrant=False)
+                parts = checkpoint(block, parts, self.routed == "together", use_reentrant=False)
             else:
-                parts = self._block(block, parts)
+                parts = block(parts, self.routed == "together")
         found = {part.modality: self._pooled(part) for part in parts}
         return Embedded(found.get(IMAGE), found.get(TEXT), self.log_scale.exp().clamp(max=MAX_SCALE))
 
@@ -174,25 +197,6 @@ class LIMoE(nn.Module):
         if look and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise ValueError(f"LIMoE: ids must lie in 0..{self.vocab_size - 1}, got {int(ids.min())}..{int(ids.max())}")
         return self.token_embed(ids) + self.text_positions[:, : ids.shape[1]]
-
-    def _block(self, block: Any, parts: list[_Part]) -> list[_Part]:
-        """One pre-norm block: attention inside each modality, then an MLP or experts for the tokens of both."""
-        parts = [part._replace(x=part.x + _attend(block, part)) for part in parts]
-        if not isinstance(block.mlp, MoE):
-            return [part._replace(x=part.x + block.mlp(block.norm2(part.x))) for part in parts]
-        paired = len({part.x.shape[0] for part in parts}) == 1
-        if self.routed == "together" and len(parts) > 1 and paired:
-            x = torch.cat([part.x for part in parts], dim=1)
-            modality = torch.cat(
-                [torch.full_like(part.x[..., 0], part.modality, dtype=torch.long) for part in parts], 1
-            )
-            y = block.mlp(block.norm2(x), modality=modality, mask=_joined_mask(parts))
-            pieces = (x + y).split([part.x.shape[1] for part in parts], dim=1)
-            return [part._replace(x=piece) for part, piece in zip(parts, pieces)]
-        return [
-            part._replace(x=part.x + block.mlp(block.norm2(part.x), modality=part.modality, mask=part.mask))
-            for part in parts
-        ]
 
     def _pooled(self, part: _Part) -> Tensor:
         """The mean token, projected, of length one, [B, P]."""
