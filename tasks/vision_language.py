@@ -195,10 +195,14 @@ class ContrastiveTask(Task):
             # All processes have the same figures by now; sync_dist keeps Lightning from warning that they might not.
             self.log(f"{stage}/{name}", value, prog_bar=name in ("zero_shot_top1", "text_recall_1"), sync_dist=True)
         self._log_balance(stage, self._balance)
-        shares = self._shares.compute()
+        shares = self.modality_shares()
         self._log_shares(stage, shares)
         if shares and stage == "val" and self.trainer.is_global_zero and not self.trainer.sanity_checking:
             self._keep_shares(shares)
+
+    def modality_shares(self) -> dict[str, Any]:
+        """Which experts the images and texts of the latest evaluation went to, by layer and modality."""
+        return self._shares.compute()
 
     def _log_shares(self, stage: str, shares: dict[str, Any]) -> None:
         for layer, kinds in shares.items():

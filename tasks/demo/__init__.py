@@ -71,6 +71,11 @@ def _run(options: argparse.Namespace) -> int:
 
             finished = vision.run(options.out / "vision", seconds=vision.SHARE * options.seconds)
         if finished:
+            from . import vision_language
+
+            seconds = vision_language.SHARE * options.seconds
+            finished = vision_language.run(options.out / "vision_language", seconds=seconds)
+        if finished:
             from . import recommendation
 
             seconds = recommendation.SHARE * options.seconds

@@ -28,6 +28,26 @@ class Watch(Clocked):
         return f"{right:.1%} of unseen digits"
 
 
+class PairsWatch(Clocked):
+    """Keeps a vision-language model's val.csv, its experts by modality, and ends training when it is time to."""
+
+    unit = "pairs"
+
+    def after_step(self, trainer: Trainer, batch: Any) -> None:
+        """Count the pairs."""
+        self.seen += len(batch["image"])
+
+    def after_evaluation(self, trainer: Trainer) -> str:
+        """Write a row, and where the latest images and texts went."""
+        figures = trainer.callback_metrics
+        right, found = float(figures["val/zero_shot_top1"]), float(figures["val/text_recall_1"])
+        self.write("val.csv", self.when(trainer), error=1 - right, missed=1 - found)
+        module: Any = trainer.lightning_module
+        if layers := module.modality_shares():
+            write_json(self.folder / "modalities.json", {"step": trainer.global_step, "layers": layers})
+        return f"{right:.1%} of unseen digits by name"
+
+
 class TableWatch(Clocked):
     """Keeps a recommendation model's val.csv, its gates in gates.json, and ends training when it is time to."""
 

@@ -45,7 +45,7 @@ def write(path, columns):
 def data(folder, rank=0, world=1, **options):
     """The data of one of several processes."""
     made = RecommendationData(str(folder / "all.csv"), SCHEMA, batch_size=16, **options)
-    made.trainer = SimpleNamespace(global_rank=rank, world_size=world)
+    made.trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": world})
     return made
 
 

@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import language, modalities, recommendation, vision
+from . import language, modalities, recommendation, vision, vision_language
 from .page import page
 from .run import Run
 
 FILE = "report.html"
+OTHERS = (vision, vision_language, recommendation)  # the parts of a demo after the first
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,8 @@ def build(folder: Path) -> Path:
     else:
         run = Run(folder)
         *sections, foot = language.sections(run)
-        text = page("MoE Zoo demo", [*sections, *vision.sections(run), *recommendation.sections(run), foot])
+        others = [part for domain in OTHERS for part in domain.sections(run)]
+        text = page("MoE Zoo demo", [*sections, *others, foot])
     path = folder / FILE
     draft = path.with_suffix(".tmp")
     draft.write_text(text, encoding="utf-8")
@@ -61,6 +63,5 @@ def summary(folder: Path) -> str:
     if modalities.is_run(folder):
         return modalities.summary(folder)
     run = Run(folder)
-    return "\n\n".join(
-        part for part in (language.summary(run), vision.summary(run), recommendation.summary(run)) if part
-    )
+    parts = [language.summary(run), *(domain.summary(run) for domain in OTHERS)]
+    return "\n\n".join(part for part in parts if part)

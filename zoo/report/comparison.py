@@ -41,3 +41,10 @@ def equal_time(moe: list[Row], dense: list[Row], key: str = "bits_per_byte") -> 
 def speed(rows: list[Row]) -> float:
     """Tokens a second over a whole training."""
     return rows[-1]["tokens"] / max(rows[-1]["seconds"], 1e-9) if rows else 0.0
+
+
+def points(curves: dict[str, list[Row]], key: str) -> list[tuple[Point, str]]:
+    """Figures of "moe" and "dense" at equal steps and at equal time, with words for where that is."""
+    steps, time = (compare(curves["moe"], curves["dense"], key) for compare in (equal_steps, equal_time))
+    found = [(steps, f"at equal steps ({steps.place:.0f})")] if steps else []
+    return found + ([(time, f"at equal training time ({time.place:.0f} s)")] if time else [])

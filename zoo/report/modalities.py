@@ -39,7 +39,7 @@ def build(folder: Path) -> str:
     title = f"Experts of images and texts: {found['network'] or 'a vision-language model'}"
     rows = _metrics(folder)
     heading = f"<h1>{escape(title)}</h1><p>After step {found['step']}, on the validation split.</p>"
-    return page(title, [heading, _recognised(rows), _experts(found["layers"])])
+    return page(title, [heading, _recognised(rows), experts(found["layers"])])
 
 
 def summary(folder: Path) -> str:
@@ -92,7 +92,8 @@ def _recognised(rows: list[dict[str, float]]) -> str:
     )
 
 
-def _experts(layers: dict[str, Any]) -> str:
+def experts(layers: dict[str, Any]) -> str:
+    """A section with a chart a layer: the share of each modality's tokens that every expert takes."""
     cards, rows = [], []
     for layer, kinds in layers.items():
         shares = {kind: figures["share"] for kind, figures in kinds.items()}

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from .chart import Series, heat_map, line_chart
-from .comparison import Point, equal_steps, equal_time
+from .comparison import points
 from .page import columns, figure, section, table
 from .run import Row, Run
 
@@ -38,7 +38,7 @@ def summary(run: Run) -> str:
     if not all(curves.values()):
         return ""
     lines = [f"{'two tasks: squared error':<34}{'MMoE':>8}{'shared':>8}"]
-    lines += [f"{what:<34}{point.moe:>8.4f}{point.dense:>8.4f}" for point, what in _points(curves, "mse")]
+    lines += [f"{what:<34}{point.moe:>8.4f}{point.dense:>8.4f}" for point, what in points(curves, "mse")]
     return "\n".join(lines)
 
 
@@ -46,19 +46,12 @@ def _curves(run: Run) -> dict[str, list[Row]]:
     return {name: run.table("recommendation", name, "val.csv") for name in MODELS}
 
 
-def _points(curves: dict[str, list[Row]], key: str) -> list[tuple[Point, str]]:
-    """Both models' figure at equal steps and at equal time, with words for where that is."""
-    steps, time = (compare(curves["moe"], curves["dense"], key) for compare in (equal_steps, equal_time))
-    found = [(steps, f"at equal steps ({steps.place:.0f})")] if steps else []
-    return found + ([(time, f"at equal training time ({time.place:.0f} s)")] if time else [])
-
-
 def _table(curves: dict[str, list[Row]], about: dict[str, Any]) -> str:
     rows = []
     keys = [key for key in curves["moe"][-1] if key.startswith("mse")]
     for key in keys:
         what = "squared error" + (f", {escape(key.removeprefix('mse_'))}" if key != "mse" else "")
-        for point, where in _points(curves, key):
+        for point, where in points(curves, key):
             kind = "good" if point.moe < point.dense else "bad"
             rows.append([f"{what} {where}", f'<b class="{kind}">{point.moe:.4f}</b>', f"{point.dense:.4f}"])
     if all("total" in facts for facts in about.values()):

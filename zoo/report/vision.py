@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from .chart import Series, line_chart
-from .comparison import Point, equal_steps, equal_time
+from .comparison import points
 from .page import columns, figure, section, table
 from .run import Row, Run
 
@@ -40,10 +40,10 @@ def summary(run: Run) -> str:
     if not all(curves.values()):
         return ""
     lines = [f"{'unseen digits: wrongly classified':<34}{'V-MoE':>8}{'dense':>8}"]
-    for point, what in _points(curves, "error"):
+    for point, what in points(curves, "error"):
         lines.append(f"{what:<34}{point.moe:>8.1%}{point.dense:>8.1%}")
     lines.append(f"{'unseen digits: cross-entropy':<34}{'V-MoE':>8}{'dense':>8}")
-    for point, what in _points(curves, "loss"):
+    for point, what in points(curves, "loss"):
         lines.append(f"{what:<34}{point.moe:>8.3f}{point.dense:>8.3f}")
     return "\n".join(lines)
 
@@ -52,17 +52,10 @@ def _curves(run: Run) -> dict[str, list[Row]]:
     return {name: run.table("vision", name, "val.csv") for name in MODELS}
 
 
-def _points(curves: dict[str, list[Row]], key: str) -> list[tuple[Point, str]]:
-    """Both models' figure at equal steps and at equal time, with words for where that is."""
-    steps, time = (compare(curves["moe"], curves["dense"], key) for compare in (equal_steps, equal_time))
-    found = [(steps, f"at equal steps ({steps.place:.0f})")] if steps else []
-    return found + ([(time, f"at equal training time ({time.place:.0f} s)")] if time else [])
-
-
 def _table(curves: dict[str, list[Row]], about: dict[str, Any]) -> str:
     rows = []
     for key, what in FIGURES.items():
-        for point, where in _points(curves, key):
+        for point, where in points(curves, key):
             values = [f"{value:.1%}" if key == "error" else f"{value:.3f}" for value in (point.moe, point.dense)]
             kind = "good" if point.moe < point.dense else "bad"
             rows.append([f"{what} {where}", f'<b class="{kind}">{values[0]}</b>', values[1]])
