@@ -11,11 +11,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 sys.path.append(str(Path(__file__).parent / "routers"))
 from gate_cases import DIM, GATES, HIDDEN, Gate, layer, tokens
 
-from zoo.moe import Blend, ExpertParallel, Experts, MoE, Routing
+from zoo.moe import Blend, ExpertParallel, Experts, HierarchicalExpertParallel, MoE, Routing
+from zoo.moe.dispatch import _Flight
 from zoo.moe.routers import TopKRouter
 
 # Processes, and how many sequences each has: uneven, and one without any token.
@@ -40,10 +42,12 @@ def step(moe: MoE, x: Tensor, context: dict[str, Any]) -> tuple[Tensor, Tensor |
     return y.detach(), x.grad
 
 
-def spread(moe: MoE) -> ExpertParallel:
-    """Keep this process's part of the experts."""
+def spread(moe: MoE, chunks: int = 1, nodes: Any = None) -> Any:
+    """Keep this process's part of the experts; nodes: groups of processes between and within them."""
     holder: Any = moe.experts if isinstance(moe.experts, Experts) else moe.experts.mlp
-    parallel = ExpertParallel(holder.num_experts)
+    parallel: Any = ExpertParallel(holder.num_experts, chunks=chunks)
+    if nodes is not None:
+        parallel = HierarchicalExpertParallel(holder.num_experts, *nodes, chunks=chunks)
     holder.keep_own(parallel)
     return parallel
 
@@ -54,22 +58,33 @@ def merges(gate: Gate) -> bool:
 
 
 NAMES = [name for name, gate in GATES.items() if not merges(gate)]
-CASES = [(3, name) for name in NAMES] + [(4, name) for name in FEW]
+PLAIN, NODES = 1, 2
+CASES = [(3, name, 1, PLAIN) for name in NAMES]
+CASES += [(4, name, chunks, kind) for name in FEW for chunks in (1, 3) for kind in (PLAIN, NODES)]
 
 
 def worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
     saved: dict[str, Any] = {}
-    for name in (name for size, name in CASES if size == world):
+    nodes = None
+    if world == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("between", "within"))
+        nodes = mesh["between"].get_group(), mesh["within"].get_group()
+    for size, name, chunks, kind in CASES:
+        if size != world:
+            continue
         gate = GATES[name]
         moe = layer(gate, torch.float64, num_experts=EXPERTS[world])
-        spread(moe)
+        parallel = spread(moe, chunks, nodes if kind == NODES else None)
         x, context = inputs(gate, WORLDS[world][rank], rank)
         y, gradient = step(moe, x, context)
         own = {name: p.grad for name, p in moe.named_parameters()}
-        saved[name] = y, gradient, own
+        saved[name, chunks, kind] = y, gradient, own, (parallel.own.start, parallel.own.stop)
     saved["traffic"] = counted(world)
+    if nodes is not None:
+        saved["between nodes"] = counted_by_node(nodes)
+    saved["events"] = [events(chunks) for chunks in (1, 3)]
     torch.save(saved, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
@@ -94,6 +109,74 @@ def counted(world: int) -> tuple[int, int]:
     return parallel.traffic.rows, 2 * (there + int(arrived[dist.get_rank()])) * DIM * 4
 
 
+class Noted(nn.Module):
+    """A layer that notes when it runs, forward and backward."""
+
+    def __init__(self, inner: nn.Module, name: str, notes: list[str]) -> None:
+        super().__init__()
+        self.inner, self.name, self.notes = inner, name, notes
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.notes.append(self.name)
+        y = self.inner(x)
+        y.register_hook(lambda _: self.notes.append(f"{self.name} backward"))
+        return y
+
+
+def events(chunks: int) -> list[str]:
+    """What happens in which order in a layer with a shared expert: tokens set out and land, experts run."""
+    notes: list[str] = []
+    torch.manual_seed(0)
+    moe = MoE(TopKRouter(DIM, 4, 2), Experts(4, DIM, HIDDEN), shared=Noted(nn.Linear(DIM, DIM), "shared", notes))
+    spread(moe, chunks)
+    experts: Any = moe.experts
+    compute, start, land = experts.compute, _Flight.start, _Flight.land
+
+    def noted(x: Tensor, routing: Routing) -> Tensor:
+        notes.append("experts")
+        return compute(x, routing)
+
+    def starts(flight: Any, values: Tensor, splits: Any) -> Tensor:
+        if values.dim() > 1:
+            notes.append("start")
+        return start(flight, values, splits)
+
+    def lands(flight: Any) -> None:
+        if flight._pending[1].dim() > 1:
+            notes.append("land")
+        land(flight)
+
+    experts.compute, _Flight.start, _Flight.land = noted, starts, lands  # type: ignore[method-assign]
+    moe(torch.randn(9, DIM, requires_grad=True)).sum().backward()
+    _Flight.start, _Flight.land = start, land  # type: ignore[method-assign]
+    return notes
+
+
+def counted_by_node(nodes: Any) -> tuple[int, int, int, int]:
+    """Bytes of rows between and within nodes, counted, and as nodes and processes with a token's experts say."""
+    torch.manual_seed(7 + dist.get_rank())
+    router = TopKRouter(DIM, 8, 3)
+    moe = MoE(router, Experts(8, DIM, HIDDEN))
+    parallel = spread(moe, nodes=nodes)
+    x = torch.randn(11, DIM, requires_grad=True)
+    chosen = (x @ router.weight.T).topk(3).indices.tolist()
+    node, place = divmod(dist.get_rank(), 2)
+    between, within = torch.zeros(4), torch.zeros(4)  # rows that each process sends on this one's tokens, there alone
+    for experts in chosen:
+        for other in {e // 4 for e in experts}:
+            at = 2 * other + place
+            between[dist.get_rank()] += other != node
+            between[at] += other != node  # what comes back
+            for holder in {e // 2 for e in experts if e // 4 == other} - {at}:
+                within[at] += 1
+                within[holder] += 1
+    dist.all_reduce(between)
+    dist.all_reduce(within)
+    moe(x).sum().backward()
+    rows = [2 * int(n[dist.get_rank()]) * DIM * 4 for n in (between, within)]
+    return parallel.traffic_between.rows, rows[0], parallel.traffic_within.rows, rows[1]
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     folder, saved = tmp_path_factory.mktemp("ranks"), {}
@@ -108,13 +191,15 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * scale, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.parametrize(("world", "name"), CASES)
-def test_every_gate_gives_what_it_gives_with_whole_experts(ranks: Any, world: int, name: str) -> None:
-    gate, summed = GATES[name], {}
+@pytest.mark.parametrize(("world", "name", "chunks", "kind"), CASES)
+def test_every_gate_gives_what_it_gives_with_whole_experts(
+    ranks: Any, world: int, name: str, chunks: int, kind: int
+) -> None:
+    gate, summed, run = GATES[name], {}, (name, chunks, kind)
     for rank, sequences in enumerate(WORLDS[world]):
         moe, (x, context) = layer(gate, torch.float64, num_experts=EXPERTS[world]), inputs(gate, sequences, rank)
         y, gradient = step(moe, x, context)
-        found, found_gradient, parameters = ranks[world][rank][name]
+        found, found_gradient, parameters, _ = ranks[world][rank][run]
         close(found, y, f"outputs of process {rank}")
         close(found_gradient, gradient, f"gradients of tokens of process {rank}")
         for parameter, p in moe.named_parameters():
@@ -126,8 +211,12 @@ def test_every_gate_gives_what_it_gives_with_whole_experts(ranks: Any, world: in
                 close(parameters[parameter], p.grad, parameter)
     assert summed
     for parameter, total in summed.items():
-        for rank, part in enumerate(total.split(-(-total.shape[0] // world))):
-            close(ranks[world][rank][name][2][parameter], part, f"{parameter} of process {rank}")
+        for rank, saved in enumerate(ranks[world]):
+            _, _, parameters, own = saved[run]
+            if own[0] < own[1]:
+                close(parameters[parameter], total[slice(*own)], f"{parameter} of process {rank}")
+        held = [e for saved in ranks[world] for e in range(*saved[run][3])]
+        assert held == list(range(len(total)))
 
 
 def is_spread(moe: nn.Module, parameter: str) -> bool:
@@ -143,10 +232,34 @@ def test_bytes_sent_are_those_of_the_closed_form(ranks: Any, world: int) -> None
         assert found == expected > 0
 
 
+def test_tokens_cross_once_to_a_node(ranks: Any) -> None:
+    for rank in ranks[4]:
+        between, expected_between, within, expected_within = rank["between nodes"]
+        assert between == expected_between > 0
+        assert within == expected_within > 0
+
+
+@pytest.mark.parametrize("world", list(WORLDS))
+def test_shared_expert_and_chunks_run_while_tokens_travel(ranks: Any, world: int) -> None:
+    for rank in ranks[world]:
+        plain, chunked = rank["events"]
+        assert plain[:4] == ["start", "shared", "land", "experts"]
+        assert plain[4:6] == ["start", "land"]  # on the way back
+        # Backward: gradients of results set out and land, those of tokens set out, the shared expert, they land.
+        back = plain[6:]
+        assert back == ["start", "land", "start", "shared backward", "land"]
+        # The next chunk has set out before the experts take one; the last results are waited for at the end.
+        assert chunked[:5] == ["start", "shared", "start", "land", "experts"]
+        assert chunked[5:9] == ["start", "start", "land", "experts"]
+        assert chunked.count("experts") == 3
+
+
 def lone(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         ExpertParallel(0)
+    with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
+        ExpertParallel(3, chunks=0)
     parallel, experts = ExpertParallel(3), Experts(3, 4, 5)
     with pytest.raises(ValueError, match="4 whole experts cannot be spread as 3"):
         Experts(4, 4, 5).keep_own(parallel)

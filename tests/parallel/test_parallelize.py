@@ -80,6 +80,8 @@ MESHES: dict[int, dict[str, Sizes]] = {
         "expert": Sizes(expert=4),
     },
 }
+# Two nodes of two processes, and tokens on their way in two parts.
+OPTIONS = {(4, "expert"): {"within": 2, "chunks": 2}}
 FEW = ("mixtral with drops", "deepseek_v3", "V-MoE")
 CASES = [
     (world, mesh, name)
@@ -146,7 +148,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     for label, sizes in MESHES[world].items():
         mesh = Mesh(sizes)
         for name in (name for size, other, name in CASES if (size, other) == (world, label)):
-            model, (x, y) = parallelize(build(name), mesh), batch(name)
+            model, (x, y) = parallelize(build(name), mesh, **OPTIONS.get((world, label), {})), batch(name)
             share = len(x) // sizes.data
             mine = slice(mesh.data_rank * share, (mesh.data_rank + 1) * share)
             seen = learn(model, x[mine], y[mine])
@@ -248,13 +250,15 @@ class Lone:
     ("sizes", "told"),
     [
         ({"expert": 4}, "experts: 5 experts in parts of 2 leave some of 4 processes without any"),
+        ({"expert": 4, "within": 2}, "within=2 needs experts that 4 processes divide, got 6"),
         ({"shard": 3}, "rows do not divide into shard \\* tensor = 3 parts"),
     ],
 )
 def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: str) -> None:
-    mesh: Any = Lone(**sizes)
+    options = {name: sizes[name] for name in sizes if name == "within"}
+    mesh: Any = Lone(**{name: size for name, size in sizes.items() if name not in options})
     with pytest.raises(ValueError, match=told):
-        parallelize(nn.ModuleDict({"experts": Experts(5, 4, 8)}), mesh)
+        parallelize(nn.ModuleDict({"experts": Experts(6 if options else 5, 4, 8)}), mesh, **options)
 
 
 def lone(rank: int, folder: str) -> None:

@@ -8,6 +8,7 @@ from .conv_experts import ChannelRouter, DeepMoE, GatedConv2d, PatchMoE, shallow
 from .decision import Decision
 from .depth import DepthRouter, MixtureOfDepths
 from .dispatch import ExpertParallel
+from .dispatch_nodes import HierarchicalExpertParallel
 from .experts import MLP, Experts
 from .layer import MoE, Step, record
 from .peer import PEER, NeuronExperts
@@ -29,6 +30,7 @@ __all__ = [
     "Experts",
     "GatedConv2d",
     "HeadExperts",
+    "HierarchicalExpertParallel",
     "KeyValues",
     "MixtureOfDepths",
     "MoA",

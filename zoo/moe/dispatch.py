@@ -38,13 +38,19 @@ class ExpertParallel:
     additions; gradients of experts are sums over all processes' tokens. Gates that merge experts (`Blend`) need whole
     ones.
 
-    Raises ValueError for fewer than one expert.
+    Rows travel while other work is done, forward and backward. What is in `meanwhile` runs between the moment rows set
+    out and that they are waited for: `MoE` puts its shared expert there. With chunks=n tokens go in n parts, and the
+    experts take one while the next is on its way.
+
+    Raises ValueError for fewer than one expert or chunk.
     """
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None) -> None:
-        if num_experts < 1:
-            raise ValueError(f"ExpertParallel: num_experts must be at least 1, got {num_experts}")
-        self.num_experts, self.group = num_experts, group
+    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None, chunks: int = 1) -> None:
+        for name, value in (("num_experts", num_experts), ("chunks", chunks)):
+            if value < 1:
+                raise ValueError(f"ExpertParallel: {name} must be at least 1, got {value}")
+        self.num_experts, self.group, self.chunks = num_experts, group, chunks
+        self.meanwhile: Callable[[], None] | None = None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         part = -(-num_experts // self.size)
         self.bounds = [min(part * r, num_experts) for r in range(self.size + 1)]
@@ -64,12 +70,41 @@ class ExpertParallel:
             raise ValueError(
                 f"ExpertParallel: {self.num_experts} experts are spread, but the router routes {routing.num_experts}"
             )
+        meanwhile, self.meanwhile = self.meanwhile, None
+        parts = token_ranges(routing.num_tokens, self.chunks)
+        journey = self._set_out(x, routing, parts[0])
+        if meanwhile is not None:
+            meanwhile()
+        y, backs = x.new_zeros(x.shape), []
+        for following in (*parts[1:], None):
+            trip, rows, weight = journey
+            if following is not None:
+                journey = self._set_out(x, routing, following)
+            rows = _Arrive.apply(*rows)
+            weight = _Arrive.apply(*weight).index_select(0, trip.order)
+            out = experts(rows, Routing(trip.token_index, trip.offsets, weight, rows.shape[0]))
+            backs.append((trip.sent, self._depart(out, trip.rows.reversed())))
+        for sent, back in backs:
+            rows = _Arrive.apply(*back)
+            y = y.to(rows.dtype).index_add(0, sent, rows)
+        return y
+
+    def _set_out(
+        self, x: Tensor, routing: Routing, tokens: tuple[int, int]
+    ) -> tuple[_Trip, tuple[Tensor, _Flight], tuple[Tensor, _Flight]]:
+        """Send some of the tokens, from the first to before the last, and their weights."""
+        first, last = tokens
+        if last - first != routing.num_tokens:
+            x, routing = x[first:last], of_tokens(routing, first, last)
         trip = self._trip(routing)
-        rows = self._exchange(x.index_select(0, trip.sent), trip.rows)
-        weight = self._exchange(routing.weight, trip.assignments).index_select(0, trip.order)
-        arrived = Routing(trip.token_index, trip.offsets, weight, rows.shape[0])
-        back = self._exchange(experts(rows, arrived), trip.rows.reversed())
-        return back.new_zeros(x.shape).index_add(0, trip.sent, back)
+        rows = self._depart(x.index_select(0, trip.sent), trip.rows)
+        weight = self._depart(routing.weight, trip.assignments)
+        trip.sent = trip.sent + first
+        return trip, rows, weight
+
+    def _depart(self, values: Tensor, splits: _Splits) -> tuple[Tensor, _Flight]:
+        flight = _Flight(self, splits)
+        return _Depart.apply(values, flight), flight
 
     @torch.no_grad()
     def _trip(self, routing: Routing) -> _Trip:
@@ -108,17 +143,16 @@ class ExpertParallel:
         sent = goes.view(self.size, tokens).nonzero()[:, 1]
         return _Trip(sent, rows, assignments, order, (positions + base).index_select(0, order), offsets)
 
-    def _exchange(self, values: Tensor, splits: _Splits) -> Tensor:
-        return _AllToAll.apply(values, splits, self)
-
-    def _send(self, received: Tensor, sent: Tensor, splits: _Splits) -> None:
+    def _send(self, received: Tensor, sent: Tensor, splits: _Splits, wait: bool = True) -> Any:
+        """Entries to the processes they are for; without waiting, what is to be waited for."""
         sent = sent.contiguous()
-        dist.all_to_all_single(received, sent, splits.received, splits.sent, group=self.group)
+        work = dist.all_to_all_single(received, sent, splits.received, splits.sent, group=self.group, async_op=not wait)
         size = sum(n for r, n in enumerate(splits.sent) if r != self.rank) * sent[:1].numel() * sent.element_size()
         if sent.dim() > 1:
             self.traffic.rows += size
         else:
             self.traffic.routing += size
+        return work, sent
 
 
 @dataclass
@@ -145,19 +179,71 @@ class _Trip:
     offsets: Tensor
 
 
-class _AllToAll(torch.autograd.Function):
-    """Entries to the processes they are for; their gradients go back the same way."""
+class _Flight:
+    """Entries on their way, forward and later their gradients backward; what is sent is kept until they have come."""
+
+    def __init__(self, parallel: ExpertParallel, splits: _Splits) -> None:
+        self.parallel, self.splits = parallel, splits
+        self.gradient: Tensor | None = None
+        self._pending: Any = None
+
+    def start(self, values: Tensor, splits: _Splits) -> Tensor:
+        """Send values; what they become is there after `land`."""
+        received = values.new_empty(sum(splits.received), *values.shape[1:])
+        self._pending = self.parallel._send(received, values, splits, wait=False)
+        return received
+
+    def land(self) -> None:
+        """Wait until all have come."""
+        (work, _), self._pending = self._pending, None
+        work.wait()
+
+
+class _Depart(torch.autograd.Function):
+    """Entries set out to the processes they are for; `_Arrive` has them."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, splits: _Splits, parallel: ExpertParallel) -> Tensor:
-        ctx.splits, ctx.parallel = splits, parallel
-        received = values.new_empty(sum(splits.received), *values.shape[1:])
-        parallel._send(received, values, splits)
+    def forward(ctx: Any, values: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        return flight.start(values, flight.splits)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        ctx.flight.land()
+        gradient, ctx.flight.gradient = ctx.flight.gradient, None
+        return gradient, None
+
+
+class _Arrive(torch.autograd.Function):
+    """Entries that had set out; backward, their gradients set out the other way.
+
+    What autograd hands on to `_Depart` is of another shape than these: they meet in the flight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, received: Tensor, flight: _Flight) -> Tensor:
+        flight.land()
+        ctx.flight = flight
+        ctx.mark_dirty(received)
         return received
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        received = gradient.new_empty(sum(ctx.splits.sent), *gradient.shape[1:])
-        ctx.parallel._send(received, gradient, ctx.splits.reversed())
-        return received, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.flight.gradient = ctx.flight.start(gradient, ctx.flight.splits.reversed())
+        return gradient, None
+
+
+def token_ranges(tokens: int, parts: int) -> list[tuple[int, int]]:
+    """Where each of so many parts of the tokens begins and ends; the last ones may be empty."""
+    size = -(-tokens // parts)
+    return [(min(size * i, tokens), min(size * (i + 1), tokens)) for i in range(parts)]
+
+
+def of_tokens(routing: Routing, first: int, last: int) -> Routing:
+    """The part of a routing that is of the tokens from `first` to before `last`, counted from the first of these."""
+    mine = ((routing.token_index >= first) & (routing.token_index < last)).nonzero().flatten()
+    offsets = torch.searchsorted(mine, routing.offsets.long(), out_int32=True)
+    weight = routing.weight.index_select(0, mine)
+    return Routing(routing.token_index.index_select(0, mine) - first, offsets, weight, last - first)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from .dispatch import ExpertParallel
+from .dispatch_nodes import HierarchicalExpertParallel
 from .kernels import get_activation, moe_mlp
 from .routing import Routing
 
@@ -85,7 +86,7 @@ class Experts(nn.Module):
                 bias.zero_()
 
     @torch.no_grad()
-    def keep_own(self, parallel: ExpertParallel, mesh: DeviceMesh | None = None) -> None:
+    def keep_own(self, parallel: ExpertParallel | HierarchicalExpertParallel, mesh: DeviceMesh | None = None) -> None:
         """Keep this process's part of the experts, the same processes' `parallel` bringing tokens to it from now on.
 
         With `mesh`, which has these processes and no others, parameters are DTensors of all experts, of which this

@@ -66,10 +66,16 @@ class MoE(Recorded):
         routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
         self._keep(routing)
         tokens = x.reshape(-1, x.shape[-1])
+        found: list[Tensor] = []
+        parallel: Any = getattr(getattr(self.experts, "mlp", self.experts), "parallel", None)
+        if self.shared is not None and parallel is not None:
+            # While tokens travel to experts of other processes.
+            shared = self.shared
+            parallel.meanwhile = lambda: found.append(shared(x))
         y = routing.apply(tokens, self.experts).view(x.shape)
         if self.shared is None:
             return y
-        beside = self.shared(x)
+        beside = found[0] if found else self.shared(x)
         if self.mix_gate is not None:
             mix = self.mix_gate(x).softmax(-1)
             return y * mix[..., :1] + beside * mix[..., 1:]

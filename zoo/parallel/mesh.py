@@ -81,6 +81,7 @@ class Mesh:
         if dist.get_world_size() != sizes.world:
             raise ValueError(f"a mesh of {sizes.world} processes, {sizes}, in a world of {dist.get_world_size()}")
         self.sizes, self.device_type = sizes, device_type
+        self._nodes: dict[int, DeviceMesh] = {}
         ranks = torch.arange(sizes.world).view(sizes.replicate, sizes.shard, sizes.expert, sizes.tensor)
         self.dense = DeviceMesh(device_type, ranks.flatten(1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
         by_expert = ranks.permute(0, 1, 3, 2).flatten(1, 2)
@@ -94,6 +95,20 @@ class Mesh:
     def data_rank(self) -> int:
         """Which of the processes with data of their own this is; those of one tensor group have the same."""
         return dist.get_rank() // self.sizes.tensor
+
+    def node_groups(self, within: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """An expert group's processes at this one's place in every node, and those in its node, of `within` each.
+
+        All processes call it together. Raises ValueError where nodes do not divide an expert group.
+        """
+        if self.sizes.expert % within:
+            raise ValueError(f"within: {within} processes a node do not divide expert groups of {self.sizes.expert}")
+        if within not in self._nodes:
+            ranks = self.experts.mesh.unflatten(2, (-1, within))
+            names = ("replicate", "shard", "between", "within")
+            self._nodes[within] = DeviceMesh(self.device_type, ranks, mesh_dim_names=names)
+        nodes = self._nodes[within]
+        return nodes["between"].get_group(), nodes["within"].get_group()
 
     @property
     def tensor_group(self) -> dist.ProcessGroup:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from ..moe import ExpertParallel, Experts
+from ..moe import ExpertParallel, Experts, HierarchicalExpertParallel
 from ..moe.layer import Recorded
 from .mesh import Mesh
 from .tensor import SplitTokens, split_tensors
@@ -22,6 +22,8 @@ def parallelize(
     mesh: Mesh,
     *,
     reshard_after_forward: bool = True,
+    chunks: int = 1,
+    within: int = 1,
     mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> nn.Module:
     """Spread a model over the processes of a mesh, in place: experts, FSDP2, tensor parallelism, data parallelism.
@@ -30,10 +32,12 @@ def parallelize(
     process has the whole model before, the same one, or has it on the meta device: then fill it afterwards.
 
     Experts of a layer are held by `mesh.experts["expert"]`, neighbours together, and tokens reach them by all-to-all
-    (`ExpertParallel`). All parameters are sharded and averaged by FSDP2, a block at a time: `reshard_after_forward`
-    frees a block's parameters again until backward. Gradients are those of the mean over the `sizes.data` processes of
-    their losses. Tensor parallelism splits attention and dense MLPs where the model's plan says how (`split_tensors`),
-    and lets each process of a group send its own part of the tokens to experts; every one of them gets the same batch.
+    (`ExpertParallel`), in so many chunks, while shared experts run. With `within` processes of such a group in a node,
+    tokens cross once to each node (`HierarchicalExpertParallel`). All parameters are sharded and averaged by FSDP2, a
+    block at a time: `reshard_after_forward` frees a block's parameters again until backward. Gradients are those of the
+    mean over the `sizes.data` processes of their losses. Tensor parallelism splits attention and dense MLPs where the
+    model's plan says how (`split_tensors`), and lets each process of a group send its own part of the tokens to
+    experts; every one of them gets the same batch.
     Gates that merge experts (SMEAR, Lory, MEO) need them whole: those are sharded as dense parameters are.
 
     Raises ValueError where a process would be left without an expert, and for widths that do not divide.
@@ -43,7 +47,7 @@ def parallelize(
         split_tensors(model, mesh.dense["tensor"])
     stacks = dict(spreadable(model))
     for name, experts in stacks.items():
-        _spread(name, experts, mesh)
+        _spread(name, experts, mesh, chunks, within)
     # FSDP has no place for scalars, such as Soft MoE's scale: every process keeps them.
     scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
     for parameter in scalars:
@@ -69,7 +73,7 @@ def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 
 
 @torch.no_grad()
-def _spread(name: str, experts: Experts, mesh: Mesh) -> None:
+def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int) -> None:
     sizes, number = mesh.sizes, experts.num_experts
     part = -(-number // sizes.expert)
     if part * (sizes.expert - 1) >= number:
@@ -83,7 +87,16 @@ def _spread(name: str, experts: Experts, mesh: Mesh) -> None:
             raise ValueError(
                 f"{name}.{parameter}: {value.shape[1]} rows do not divide into shard * tensor = {parts} parts"
             )
-    inner = ExpertParallel(number, mesh.experts["expert"].get_group())
+    inner: ExpertParallel | HierarchicalExpertParallel
+    if 1 < within < sizes.expert:
+        if number % sizes.expert:
+            raise ValueError(
+                f"{name}: {number} experts do not divide over {sizes.expert} processes, as within={within} needs"
+            )
+        between, inside = mesh.node_groups(within)
+        inner = HierarchicalExpertParallel(number, between, inside, chunks)
+    else:
+        inner = ExpertParallel(number, mesh.experts["expert"].get_group(), chunks)
     experts.keep_own(inner, mesh.experts["expert"])
     experts.parallel = inner if sizes.tensor == 1 else SplitTokens(inner, mesh.tensor_group)
     # FSDP averages over the processes with the same experts. A gradient is the sum over all data: each process has

@@ -29,8 +29,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     CPUs (gloo) too.
 
     The modules that the LightningModule holds are parallelised after its `configure_model`, when they are made; it may
-    do so itself in a method `parallelize(mesh)`. Data loaders get each process's share by
-    `trainer.distributed_sampler_kwargs`. Clipping takes the norm of all parameters, whatever mesh they are on.
+    do so itself in a method `parallelize(mesh)`. reshard_after_forward, chunks and within are those of `parallelize`.
+    Data loaders get each process's share by `trainer.distributed_sampler_kwargs`. Clipping takes the norm of all
+    parameters, whatever mesh they are on.
 
     Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent; with
     background_checkpoints they are written while training goes on; save_distributed_checkpoint=False gathers them into
@@ -46,6 +47,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         expert: int = 1,
         tensor: int = 1,
         reshard_after_forward: bool = True,
+        chunks: int = 1,
+        within: int = 1,
         save_distributed_checkpoint: bool = True,
         background_checkpoints: bool = False,
         process_group_backend: str | None = None,
@@ -58,7 +61,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         )
         self.given = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
         Sizes(*(size or 1 for size in self.given.values()))
-        self.reshard_after_forward = reshard_after_forward
+        self.options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
+        self.options |= {"chunks": chunks, "within": within}
         self.saver = store.Saver(background_checkpoints)
         self.mesh: Mesh | None = None
 
@@ -96,7 +100,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         else:
             for child in module.children():
                 if any(True for _ in child.parameters()):
-                    parallelize(child, self._mesh, reshard_after_forward=self.reshard_after_forward)
+                    parallelize(child, self._mesh, **self.options)
         super().setup(trainer)
         # Lightning's own take the norm of a list of tensors, which may not lie on several meshes.
         plugin: Any = self.precision_plugin

@@ -25,7 +25,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from ..moe import MLP, ExpertParallel, Routing
+from ..moe import MLP, ExpertParallel, HierarchicalExpertParallel, Routing
+from ..moe.dispatch import of_tokens, token_ranges
 
 # What transformers calls the ways of splitting a layer, in its plans (config.base_model_tp_plan).
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -100,39 +101,43 @@ class SplitTokens:
     Tokens and routing are the same on all of them, and so are, after backward, their gradients.
     """
 
-    def __init__(self, inner: ExpertParallel, group: dist.ProcessGroup) -> None:
+    def __init__(self, inner: ExpertParallel | HierarchicalExpertParallel, group: dist.ProcessGroup) -> None:
         self.inner, self.group = inner, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
-        part = -(-routing.num_tokens // self.size)
-        first, last = (min(part * r, routing.num_tokens) for r in (self.rank, self.rank + 1))
-        mine = ((routing.token_index >= first) & (routing.token_index < last)).nonzero().flatten()
-        weight = _Share.apply(routing.weight, mine, self.group)
-        offsets = torch.searchsorted(mine, routing.offsets.long(), out_int32=True)
-        own = Routing(routing.token_index.index_select(0, mine) - first, offsets, weight, last - first)
-        rows = _Share.apply(x, torch.arange(first, last, device=x.device), self.group)
-        y = self.inner(rows, own, experts)
+        ranges = token_ranges(routing.num_tokens, self.size)
+        (first, last), part = ranges[self.rank], ranges[0][1]
+        weight = _Whole.apply(routing.weight, self.group)
+        own = of_tokens(Routing(routing.token_index, routing.offsets, weight, routing.num_tokens), first, last)
+        y = self.inner(_Whole.apply(x, self.group)[first:last], own, experts)
         return _Gather.apply(y, part, routing.num_tokens, self.group)
 
+    @property
+    def meanwhile(self) -> Callable[[], None] | None:
+        """What runs while tokens travel."""
+        return self.inner.meanwhile
 
-class _Share(torch.autograd.Function):
-    """Rows at some places of what all processes have; backward, each gets the gradients of all."""
+    @meanwhile.setter
+    def meanwhile(self, work: Callable[[], None] | None) -> None:
+        self.inner.meanwhile = work
+
+
+class _Whole(torch.autograd.Function):
+    """What all processes have, of which each uses another part: backward, each gets the gradients of all."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape, ctx.group = values.shape, group
-        return values.index_select(0, index)
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        whole = gradient.new_zeros(ctx.shape).index_copy(0, index, gradient)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        whole = gradient.contiguous().clone()
         dist.all_reduce(whole, group=ctx.group)
-        return whole, None, None
+        return whole, None
 
 
 class _Gather(torch.autograd.Function):
