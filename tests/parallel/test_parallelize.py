@@ -250,7 +250,7 @@ class Lone:
     ("sizes", "told"),
     [
         ({"expert": 4}, "experts: 5 experts in parts of 2 leave some of 4 processes without any"),
-        ({"expert": 4, "within": 2}, "within=2 needs experts that 4 processes divide, got 6"),
+        ({"expert": 4, "within": 2}, "within=2 needs experts that 4 processes divide, got 7"),
         ({"shard": 3}, "rows do not divide into shard \\* tensor = 3 parts"),
     ],
 )
@@ -258,7 +258,7 @@ def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: st
     options = {name: sizes[name] for name in sizes if name == "within"}
     mesh: Any = Lone(**{name: size for name, size in sizes.items() if name not in options})
     with pytest.raises(ValueError, match=told):
-        parallelize(nn.ModuleDict({"experts": Experts(6 if options else 5, 4, 8)}), mesh, **options)
+        parallelize(nn.ModuleDict({"experts": Experts(7 if options else 5, 4, 8)}), mesh, **options)
 
 
 def lone(rank: int, folder: str) -> None:
