@@ -250,7 +250,7 @@ class Lone:
     ("sizes", "told"),
     [
         ({"expert": 4}, "experts: 5 experts in parts of 2 leave some of 4 processes without any"),
-        ({"expert": 4, "within": 2}, "within=2 needs experts that 4 processes divide, got 7"),
+        ({"expert": 4, "within": 2}, "7 experts do not divide over 4 processes, as within=2 needs"),
         ({"shard": 3}, "rows do not divide into shard \\* tensor = 3 parts"),
     ],
 )
