@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 sys.path.append(str(Path(__file__).parent / "routers"))
 from gate_cases import DIM, GATES, HIDDEN, Gate, layer, tokens
 
-from zoo.moe import Blend, ExpertParallel, Experts, HierarchicalExpertParallel, MoE, Routing
+from zoo.moe import Blend, ExpertParallel, Experts, HierarchicalExpertParallel, MoE, Routing, StaticExpertParallel
 from zoo.moe.dispatch import _Flight
 from zoo.moe.routers import TopKRouter
 
@@ -59,6 +62,22 @@ def merges(gate: Gate) -> bool:
 
 NAMES = [name for name, gate in GATES.items() if not merges(gate)]
 PLAIN, NODES = 1, 2
+SYNCS = ("_local_scalar_dense", "nonzero", "masked_select", "item", "unique", "bincount")
+
+
+class NoSyncs(TorchDispatchMode):
+    """Fails where the host would wait for a device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        masks = name.startswith("index") and any(
+            isinstance(i, Tensor) and i.dtype == torch.bool for a in args if isinstance(a, (list, tuple)) for i in a
+        )
+        assert not masks, f"{name} of a mask waits for the device"
+        assert name not in SYNCS, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
 CASES = [(3, name, 1, PLAIN) for name in NAMES]
 CASES += [(4, name, chunks, kind) for name in FEW for chunks in (1, 3) for kind in (PLAIN, NODES)]
 
@@ -84,6 +103,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     saved["traffic"] = counted(world)
     if nodes is not None:
         saved["between nodes"] = counted_by_node(nodes)
+        saved["static"] = [static(places) for places in (13, 2)]
     saved["events"] = [events(chunks) for chunks in (1, 3)]
     torch.save(saved, f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
@@ -177,6 +197,47 @@ def counted_by_node(nodes: Any) -> tuple[int, int, int, int]:
     return parallel.traffic_between.rows, rows[0], parallel.traffic_within.rows, rows[1]
 
 
+def static(places: int) -> tuple[dict[str, Tensor], int, int, int, int]:
+    """What a layer with fixed places makes, what went missing, and the bytes sent."""
+    torch.manual_seed(3)
+    moe = MoE(TopKRouter(DIM, 8, 2), Experts(8, DIM, HIDDEN)).double()
+    whole = copy.deepcopy(moe)
+    parallel = StaticExpertParallel(8, places)
+    moe.experts.keep_own(parallel)
+    torch.manual_seed(50 + dist.get_rank())
+    x = torch.randn(13, DIM, dtype=torch.float64, requires_grad=True)
+    routing = moe.router(x)
+
+    def experts(rows: Tensor, arrived: Routing) -> Tensor:
+        with _disable_current_modes():  # CPU kernels look at offsets; those of GPUs do not
+            return moe.experts.compute(rows, arrived)
+
+    with NoSyncs():
+        y = parallel(x, routing, experts)
+    (y * torch.linspace(-1, 1, DIM, dtype=y.dtype)).sum().backward()
+    kept = Routing.from_choices(torch.zeros(0, 1, dtype=torch.long), x.new_zeros(0, 1), 8)
+    first = torch.cat([torch.arange(a, min(a + places, b)) for a, b in pairwise(routing.offsets.tolist())])
+    counts = routing.counts.clamp(max=places)
+    kept.token_index, kept.weight = routing.token_index[first], routing.weight.detach()[first]
+    kept.offsets, kept.num_tokens = torch.cat([counts.new_zeros(1), counts.cumsum(0).int()]), 13
+    other = x.detach().clone().requires_grad_()
+    expected = whole.experts(other, kept)
+    (expected * torch.linspace(-1, 1, DIM, dtype=y.dtype)).sum().backward()
+    own = {f"own {n}": p.grad for n, p in moe.experts.named_parameters() if p.grad is not None}
+    summed = {}
+    for n, p in whole.experts.named_parameters():
+        assert p.grad is not None
+        dist.all_reduce(p.grad)
+        summed[f"own {n}"] = p.grad[parallel.own]
+    found = {"y": y.detach(), **own}
+    assert found.keys() == {"y", *summed}
+    wrong = {n: float((found[n] - v).abs().max()) for n, v in {"y": expected.detach(), **summed}.items()}
+    sent = 4 * (8 - 8 // dist.get_world_size()) * places * DIM * 8
+    missing = int(routing.token_index.numel() - len(first))
+    assert parallel.dropped is not None
+    return {n: torch.tensor(e) for n, e in wrong.items()}, int(parallel.dropped), missing, parallel.traffic.rows, sent
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
     folder, saved = tmp_path_factory.mktemp("ranks"), {}
@@ -239,6 +300,17 @@ def test_tokens_cross_once_to_a_node(ranks: Any) -> None:
         assert within == expected_within > 0
 
 
+def test_messages_of_fixed_size_carry_what_fits_and_wait_for_no_device(ranks: Any) -> None:
+    for rank in ranks[4]:
+        roomy, tight = rank["static"]
+        for wrong, dropped, missing, sent, expected in (roomy, tight):
+            assert all(error < 1e-9 for error in wrong.values())
+            assert dropped == missing
+            assert sent == expected
+        assert roomy[1] == 0
+    assert sum(rank["static"][1][1] for rank in ranks[4]) > 0
+
+
 @pytest.mark.parametrize("world", list(WORLDS))
 def test_shared_expert_and_chunks_run_while_tokens_travel(ranks: Any, world: int) -> None:
     for rank in ranks[world]:
@@ -258,6 +330,8 @@ def lone(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         ExpertParallel(0)
+    with pytest.raises(ValueError, match="places must be at least 1, got 0"):
+        StaticExpertParallel(3, 0)
     with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
         ExpertParallel(3, chunks=0)
     parallel, experts = ExpertParallel(3), Experts(3, 4, 5)

@@ -9,6 +9,7 @@ from .decision import Decision
 from .depth import DepthRouter, MixtureOfDepths
 from .dispatch import ExpertParallel
 from .dispatch_nodes import HierarchicalExpertParallel
+from .dispatch_static import StaticExpertParallel
 from .experts import MLP, Experts
 from .layer import MoE, Step, record
 from .peer import PEER, NeuronExperts
@@ -41,6 +42,7 @@ __all__ = [
     "Router",
     "Routing",
     "Slots",
+    "StaticExpertParallel",
     "Step",
     "SwitchHead",
     "ZeroComputationExperts",
