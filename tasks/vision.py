@@ -26,6 +26,16 @@ from zoo.data.images_rows import IGNORE
 __all__ = ["VisionData", "VisionTask"]
 
 
+def takes_any_size(name: str) -> bool:
+    """Whether images of any size go through a model: then it has no argument for it, as convolutional networks."""
+    import timm
+
+    from zoo.models.vision import register_models
+
+    register_models()
+    return timm.is_model(name) and not timm.get_pretrained_cfg(name).fixed_input_size
+
+
 class VisionTask(Task):
     """An image classifier, its loss, and what to log.
 
@@ -103,6 +113,8 @@ class VisionTask(Task):
             dense = timm.create_model(how.pop("model"), pretrained=weights, **sizes, **self.overrides)
             return zoo.upcycle(dense, **how, **gate)
         assert isinstance(self.network, str)
+        if takes_any_size(self.network.removeprefix("vision/")):
+            sizes.pop("img_size", None)
         return zoo.create_model(self.network, **{**sizes, **self.overrides, **gate})
 
     def check(self, data: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from .machine import cores_each, keep_freed_memory
 
 # Imported once, in the process that the others are forked from.
-HEAVY = ["lightning.pytorch", "transformers", "tasks.language"]
+HEAVY = ["lightning.pytorch", "transformers", "timm", "tasks.language"]
 
 
 def side_by_side(

@@ -102,7 +102,7 @@ OTHER_LAYERS = {
 def test_layers_of_other_kinds_are_named_in_a_config(network, layers, loss, tmp_path):
     overrides = {name: value for name, value in network.items() if name != "name"} | layers
     model = {"network": network["name"], "overrides": overrides, "export": str(tmp_path / "exported")}
-    data = {"source": "digits", "image_size": 32 if layers.get("convolutions") is None else None}
+    data = {"source": "digits", "image_size": 32 if layers.get("convolutions") is None else 8}
     (tmp_path / "other.yaml").write_text(yaml.safe_dump({"model": model, "data": data}))
     assert cli("fit", tmp_path / "other.yaml", *quick(tmp_path, 10)) == 0
     with (tmp_path / "vision" / "version_0" / "metrics.csv").open() as file:
