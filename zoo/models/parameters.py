@@ -14,17 +14,21 @@ if TYPE_CHECKING:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Parameters in all, and active for one token (all but those of the experts it does not meet).
 
-    Where experts choose, a token meets as many as the capacity factor says on average; in Soft MoE it meets them all.
-    Attention experts count likewise; with a mixture of depths it is a token that goes through every layer.
+    Where modalities have experts of their own, the token is one of text. Where experts choose, a token meets as many as
+    the capacity factor says on average; in Soft MoE it meets them all. Attention experts count likewise; with a mixture
+    of depths it is a token that goes through every layer.
     Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
     not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
-    from ..moe import Experts, MoE
+    from ..moe import Experts, IsolatedMoE, MoE
     from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
     active = float(total)
     for name, layer in model.named_modules():
+        if isinstance(layer, IsolatedMoE):
+            # What the other parts would have active: the experts that no token of theirs meets are out already.
+            active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
         if isinstance(layer, MoE) and not isinstance(layer.experts, Experts):

@@ -11,6 +11,7 @@ from .dispatch import ExpertParallel
 from .dispatch_nodes import HierarchicalExpertParallel
 from .dispatch_static import StaticExpertParallel
 from .experts import MLP, Experts
+from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .peer import PEER, NeuronExperts
 from .routers import Router
@@ -32,6 +33,7 @@ __all__ = [
     "GatedConv2d",
     "HeadExperts",
     "HierarchicalExpertParallel",
+    "IsolatedMoE",
     "KeyValues",
     "MixtureOfDepths",
     "MoA",

@@ -38,11 +38,12 @@ class Experts(nn.Module):
     with `bias`, gate_up_proj_bias [E, 2F] or up_proj_bias [E, F], and down_proj_bias [E, D]. Weights start as
     `nn.Linear`'s do, each expert on its own. `backend` goes to `zoo.moe.kernels.moe_mlp`. `dropout` acts in training on
     hidden units and outputs (V-MoE, Switch's expert dropout); no kernel has it, so that such steps are slower.
+    `weigh_input` multiplies what an expert reads by the combine weight, instead of what it gives: f_e(g_e x), Llama 4.
 
     With `parallel` set, to an `ExpertParallel`, the parameters hold that process's part of the experts (`keep_own`);
     gradient_scale multiplies the gradients of parameters.
 
-    Raises ValueError on an unknown activation, a size below one, or a dropout outside [0, 1).
+    Raises ValueError on an unknown activation, a size below one, a dropout outside [0, 1), or one with weigh_input.
     """
 
     parallel: Callable[..., Tensor] | None = None
@@ -57,6 +58,7 @@ class Experts(nn.Module):
         bias: bool = False,
         backend: str = "auto",
         dropout: float = 0.0,
+        weigh_input: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
@@ -65,7 +67,10 @@ class Experts(nn.Module):
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         if not 0 <= dropout < 1:
             raise ValueError(f"Experts: dropout must be at least 0 and below 1, got {dropout}")
+        if dropout and weigh_input:
+            raise ValueError("Experts: dropout and weigh_input exclude each other")
         self.activation, self.backend, self.dropout = activation, backend, dropout
+        self.weigh_input = weigh_input
         self.gated = get_activation(activation).gated
         rows = 2 * hidden_dim if self.gated else hidden_dim
         self._in = "gate_up_proj" if self.gated else "up_proj"
@@ -142,7 +147,17 @@ class Experts(nn.Module):
             return x * routing.weight.sum().to(x.dtype)  # no tokens, but gradients go back all the same
         if self.dropout and self.training:
             return self._with_dropout(x, routing)
-        return moe_mlp(x, w_in, w_out, routing, self.activation, self.backend, b_in=self.b_in, b_out=self.b_out)
+        token = routing.token_index
+        if self.weigh_input:
+            # Every assignment is a token of its own, weighed before the experts.
+            rows = x.index_select(0, token) * routing.weight[:, None].to(x.dtype)
+            each = torch.arange(token.numel(), device=token.device)
+            routing = Routing(each, routing.offsets, torch.ones_like(routing.weight), token.numel())
+        else:
+            rows = x
+        b_in, b_out = self.b_in, self.b_out
+        y = moe_mlp(rows, w_in, w_out, routing, self.activation, self.backend, b_in=b_in, b_out=b_out)
+        return y.new_zeros(x.shape).index_add(0, token, y) if self.weigh_input else y
 
     def _with_dropout(self, x: Tensor, routing: Routing) -> Tensor:
         """The same with units dropped, one expert at a time, through autograd."""

@@ -183,6 +183,6 @@ class Save:
 
     def __call__(self, save_directory: Any, **options: Any) -> None:
         """As `zoo.save_pretrained`."""
-        from .folder import save_pretrained
+        from .dispatch import save_pretrained
 
         save_pretrained(self.model, save_directory, **options)

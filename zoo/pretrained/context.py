@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..moe import MoE
+from ..moe import IsolatedMoE, MoE
 from ..moe.routers import MoEPlusPlusRouter, TopKRouter
 from ..moe.routers.moe_plus_plus import GatingResidual
 
@@ -30,22 +30,63 @@ class _Link:
 def pass_context(model: Any) -> None:
     """Make every `MoE` of a transformers causal language model receive mask and token_ids where a caller gave them.
 
-    Gates that hear the layer below, MoE++'s, get a `GatingResidual` each forward pass. Anything else that a gate may
-    want, such as a domain, a caller gives as model(..., moe_context={"domain": ...}).
+    In a vision-language model that is its language model, which is called with embeddings: token ids come from the
+    whole model's call, and with them each token's modality, 0 for text and 1 for what was seen. Gates that hear the
+    layer below, MoE++'s, get a `GatingResidual` each forward pass. Anything else that a gate may want, such as a
+    domain, a caller gives as model(..., moe_context={"domain": ...}).
     """
-    base = model.model
-    if any(isinstance(getattr(layer.mlp, "router", None), MoEPlusPlusRouter) for layer in base.layers):
+    base = decoder_of(model)
+    if any(isinstance(getattr(moe_of(layer), "router", None), MoEPlusPlusRouter) for layer in base.layers):
         base.register_forward_pre_hook(_hear_below, with_kwargs=True)
+    if model.config.get_text_config() is not model.config:
+        model.register_forward_pre_hook(_tell_tokens, with_kwargs=True)
+    if any(isinstance(moe_of(layer), IsolatedMoE) for layer in base.layers):
+        base.register_forward_pre_hook(_tell_modality, with_kwargs=True)
     base.register_forward_pre_hook(_put, with_kwargs=True)
     for layer in base.layers:
-        if isinstance(layer.mlp, MoE):
+        moe: Any = moe_of(layer)
+        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
+        if moe is not None:
             # One plain object in both, so that deepcopy and pickle keep the pair together.
             link: Any = _Link()
-            layer.self_attn._moe_link = layer.mlp._moe_link = link
-            layer.self_attn.register_forward_pre_hook(_take, with_kwargs=True)
-            layer.mlp.register_forward_pre_hook(_use, with_kwargs=True)
+            attention._moe_link = moe._moe_link = link
+            attention.register_forward_pre_hook(_take, with_kwargs=True)
+            moe.register_forward_pre_hook(_use, with_kwargs=True)
         else:
-            layer.self_attn.register_forward_pre_hook(_drop, with_kwargs=True)
+            attention.register_forward_pre_hook(_drop, with_kwargs=True)
+
+
+def decoder_of(model: Any) -> Any:
+    """The module with the decoder layers of a transformers model: its base, or the language model inside."""
+    decoder = model.get_decoder()
+    # Llama 4 gives its whole causal language model, which gives itself.
+    return decoder if hasattr(decoder, "layers") else getattr(decoder, "model", decoder)
+
+
+def moe_of(layer: nn.Module) -> MoE | IsolatedMoE | None:
+    """The sparse module of a decoder layer, None for a dense one."""
+    return next((child for child in layer.children() if isinstance(child, (MoE, IsolatedMoE))), None)
+
+
+def _tell_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        return args, kwargs
+    config = model.config
+    seen = [getattr(config, name, None) for name in ("image_token_id", "image_token_index", "video_token_id")]
+    modality = torch.zeros_like(ids)
+    for token in {token for token in seen if token is not None}:
+        modality = modality.masked_fill(ids == token, 1)
+    return args, {**kwargs, KEY: {"token_ids": ids, "modality": modality, **(kwargs.get(KEY) or {})}}
+
+
+def _tell_modality(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """ERNIE's processor says whose experts a token is for, those around an image too; without it all are text's."""
+    kinds = kwargs.get("moe_mm_token_type_ids")
+    return args, {
+        **kwargs,
+        KEY: {**(kwargs.get(KEY) or {}), "modality": None if kinds is None else kinds.bool().long()},
+    }
 
 
 def _hear_below(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -90,12 +131,14 @@ def _use(moe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
         context = {key: value for key, value in context.items() if key != "mask"}
     if "record_logits" in context:
         context = {key: value for key, value in context.items() if key != "record_logits"}
-        _record_logits(moe, args[0])
+        _record_logits(moe, args[0], context.get("modality"))
     return args, {**context, **kwargs}
 
 
-def _mask_is_idle(moe: MoE) -> bool:
+def _mask_is_idle(moe: MoE | IsolatedMoE) -> bool:
     """Whether padding changes nothing for real tokens, nor anything that is counted: then all is as in transformers."""
+    if isinstance(moe, IsolatedMoE):
+        return all(_mask_is_idle(part) for part in moe.parts)  # type: ignore[arg-type]
     # A gate with a forward pass of its own may look at other tokens than the one it routes.
     by_itself = isinstance(moe.router, TopKRouter) and type(moe.router).forward is TopKRouter.forward
     dropless = by_itself and moe.router.capacity is None
@@ -103,8 +146,7 @@ def _mask_is_idle(moe: MoE) -> bool:
 
 
 def _check_logits(base: Any) -> None:
-    for moe in (module for module in base.modules() if isinstance(module, MoE)):
-        router = moe.router
+    for router in (m.router for m in base.modules() if isinstance(m, MoE)):
         if not isinstance(router, TopKRouter):
             raise ValueError(
                 f"output_router_logits: {type(router).__name__} has no logits for transformers' auxiliary loss; "
@@ -112,13 +154,25 @@ def _check_logits(base: Any) -> None:
             )
 
 
-def _record_logits(moe: Any, x: Tensor) -> None:
+def _record_logits(moe: Any, x: Tensor, modality: Tensor | None) -> None:
     """Give transformers the router's logits, where it collects outputs for a caller."""
     from transformers.utils.output_capturing import _active_collector
 
     wanted = _active_collector.get()
-    if wanted is not None and "router_logits" in wanted:
-        router = moe.router
-        x = x.reshape(-1, x.shape[-1]).to(router.dtype or x.dtype)
-        bias = None if router.bias is None else router.bias.to(x.dtype)
-        wanted["router_logits"].append(F.linear(x, router.weight.to(x.dtype), bias))
+    if wanted is None or "router_logits" not in wanted:
+        return
+    if not isinstance(moe, IsolatedMoE):
+        wanted["router_logits"].append(_logits(moe.router, x))
+        return
+    found = _logits(moe.parts[0].router, x)
+    for number, part in enumerate(moe.parts):
+        if modality is not None:
+            own = modality.eq(number).reshape(-1, 1)
+            found = torch.where(own, _logits(part.router, x), found)
+    wanted["router_logits"].append(found)
+
+
+def _logits(router: Any, x: Tensor) -> Tensor:
+    x = x.reshape(-1, x.shape[-1]).to(router.dtype or x.dtype)
+    bias = None if router.bias is None else router.bias.to(x.dtype)
+    return F.linear(x, router.weight.to(x.dtype), bias)

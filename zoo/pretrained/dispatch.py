@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import folder as language
-from . import hub, recommendation, vision_language
+from . import hub, image_text, recommendation, vision_language
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
@@ -20,11 +20,11 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     """A published checkpoint as a model on our layers, in eval mode.
 
     source: a folder, or a hub repository id (then revision, cache_dir, local_files_only and token are the hub's), in
-    transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`), timm's (as
-    `zoo.pretrained.vision.from_timm`) or our own of a recommendation model (`zoo.pretrained.recommendation.load`) or a
-    LIMoE (`zoo.pretrained.vision_language.load`); or the prefix of an original V-MoE checkpoint (`from_vmoe`). All take
-    dtype and device, all but those of recommendation router, losses, capacity and backend. Raises what these do, naming
-    file and tensor.
+    transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`; or one from images to
+    text, as `zoo.pretrained.image_text.from_pretrained`), timm's (as `zoo.pretrained.vision.from_timm`) or our own of a
+    recommendation model (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or
+    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation
+    router, losses, capacity and backend. Raises what these do, naming file and tensor.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
@@ -36,6 +36,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         return recommendation.load(path, **options)
     if vision_language.is_vision_language(path):
         return vision_language.load(path, **options)
+    if image_text.is_image_text(path):
+        return image_text.from_pretrained(path, **options)
     return language.from_pretrained(path, **options)
 
 
@@ -49,9 +51,9 @@ def save_pretrained(
     """Write a model in its family's own published layout: transformers', timm's (one file always), or ours of
     recommendation models and LIMoE.
 
-    See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.vision.save_timm`, `zoo.pretrained.recommendation.save`
-    and `zoo.pretrained.vision_language.save`. Nothing half written is left behind, and a folder that is not empty is
-    only written to with `overwrite`.
+    See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.image_text.save`, `zoo.pretrained.vision.save_timm`,
+    `zoo.pretrained.recommendation.save` and `zoo.pretrained.vision_language.save`. Nothing half written is left behind,
+    and a folder that is not empty is only written to with `overwrite`.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     made: Any = getattr(model, "made_with", None)
@@ -61,6 +63,8 @@ def save_pretrained(
         return recommendation.save(model, folder, overwrite=overwrite)
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)
+    if image_text.is_wrapper(model):
+        return image_text.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     return language.save_pretrained(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from ..moe import MoE
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
+
+if TYPE_CHECKING:
+    from .sparse_blocks import SparseBlock
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def check_router(name: str, router: Any, family: Family, config: Any) -> None:
+def check_router(name: str, router: Any, family: Family | SparseBlock, config: Any) -> None:
     """Raise ValueError unless transformers, reading `config`, would route as `router` does.
 
     Capacity, losses, noise and jitter have no place in a checkpoint: they belong to training, and are not compared.

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..gates import gate_factory
 from ..moe import Capacity, Experts, MoE, Router
 from .adopt import Save
-from .context import pass_context
+from .context import decoder_of, pass_context
 from .dense_mlps import DenseMLP, activation_attribute, blocks_with_mlps, expert_parameter, is_mlp, recognise
 from .placement import moe_layers
 
@@ -232,8 +232,9 @@ def _finish_transformers(model: Any) -> None:
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return
     model.save_pretrained = Save(model)
-    layers = getattr(getattr(model, "model", None), "layers", None)
+    decoder = decoder_of(model)
+    layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList) and all(hasattr(m, "self_attn") and hasattr(m, "mlp") for m in layers):
-        parameters = [inspect.signature(m.forward).parameters.values() for m in (model.model, *layers)]
+        parameters = [inspect.signature(m.forward).parameters.values() for m in (decoder, *layers)]
         if all(any(p.kind is p.VAR_KEYWORD for p in found) for found in parameters):
             pass_context(model)

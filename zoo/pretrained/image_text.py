@@ -1,0 +1,178 @@
+"""Vision-language models: transformers' own, read from a folder, with our layers in the language model, and back.
+
+transformers reads and writes the files, because what a checkpoint calls a tensor differs for every wrapper, and it
+knows them all; what is missing, surplus or of another shape is an error here, not a warning.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..gates import gate_factory
+from ..nearest import unknown
+from . import adopt
+from . import folder as files
+from .context import decoder_of, pass_context
+from .language import resolve_dtype
+from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
+from .staging import staged
+
+# Experts that are not ours whole may still run on our kernels, behind transformers' own routers.
+IMPLEMENTATION = "zoo"
+
+
+def is_image_text(folder: Path) -> bool:
+    """Whether a folder's config.json is one of a model that transformers counts among those from images to text."""
+    try:
+        config = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ("vision_config" in config or config.get("model_type") in known_types())
+
+
+@functools.cache
+def known_types() -> dict[str, str]:
+    """transformers' model types from images and text to text, and the class of each."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
+
+    return {kind: found if isinstance(found, str) else found[0] for kind, found in names.items()}
+
+
+def class_of(model_type: str, where: str = "") -> Any:
+    """transformers' class of a vision-language model type; raises ValueError naming the nearest ones."""
+    import transformers
+
+    if model_type not in known_types():
+        raise unknown(f"vision-language family{where}", str(model_type), known_types())
+    return getattr(transformers, known_types()[model_type])
+
+
+def from_pretrained(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str | None = "auto",
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+    router: Any = None,
+    losses: Mapping[str, Any] | None = None,
+    capacity: Any = None,
+    attn_implementation: str | None = None,
+) -> Any:
+    """A published vision-language checkpoint as transformers' model, the sparse blocks of its language model on `MoE`.
+
+    Options are those of `zoo.pretrained.folder.from_pretrained`. A dense model is transformers' own as it is, for
+    `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts behind
+    transformers' own routers on our kernels where they can.
+
+    Raises ValueError for an unknown family, a quantised checkpoint, missing or surplus keys or a wrong shape, and for
+    gates or losses where no block of ours would have them; FileNotFoundError where there are no weights.
+    """
+    raw = files._read_json(folder / files.CONFIG)
+    found = class_of(str(raw.get("model_type")), where=f" in {folder / files.CONFIG}")
+    files._refuse_quantized(raw, folder)
+    files._entries(folder)  # names the file that is missing or damaged
+    device = torch.device(device) if device is not None else torch.get_default_device()
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    dtype = resolve_dtype(dtype) if dtype != "auto" else "auto"
+    if device.type == "meta":
+        config = found.config_class.from_pretrained(folder)
+        with torch.device("meta"):
+            model = found._from_config(config, dtype=config.dtype if dtype == "auto" else dtype, **options)
+    else:
+        model = _read(found, folder, dtype, options)
+    model = put_layers(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
+    model.name_or_path = str(folder)
+    return model if device.type == "meta" else model.to(device)
+
+
+def _read(found: Any, folder: Path, dtype: Any, options: dict[str, Any]) -> Any:
+    with torch.device("cpu"):
+        model, report = found.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+    label = model.config.model_type
+    if wrong := sorted(report["mismatched_keys"]):
+        key, theirs, ours = wrong[0]
+        raise ValueError(f"{folder}: tensor {key} has shape {list(theirs)}, expected {list(ours)} ({label})")
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder}: {files._some(missing)} missing; {label} needs them")
+    if surplus := sorted(report["unexpected_keys"]):
+        raise ValueError(f"{folder}: {files._some(surplus)} unknown to {label} as {files.CONFIG} describes it")
+    return model
+
+
+def put_layers(
+    model: Any,
+    *,
+    backend: str = "auto",
+    router: Any = None,
+    losses: Mapping[str, Any] | None = None,
+    capacity: Any = None,
+) -> Any:
+    """The model with its sparse blocks on our layers, changed in place; options as in `from_pretrained`."""
+    given = adopt.gate_arguments(losses, capacity)
+    row, config = row_of(model), decoder_of(model).config
+    make = None
+    if router is not None and row is not None:
+        k = row.router(config).get("k")
+
+        def make(dim: int, num_experts: int) -> Any:
+            return gate_factory(router, dim, num_experts, k=k, **given)
+
+    if adopt_blocks(model, make, given, backend):
+        pass_context(model)
+        model.save_pretrained = adopt.Save(model)
+        return model
+    if router is not None or given:
+        raise ValueError(
+            f"{config.model_type}: router, losses and capacity are for sparse blocks of ours, and there are none"
+        )
+    use_our_kernels(model)
+    return model
+
+
+def use_our_kernels(model: Any) -> None:
+    """Let experts that stay behind transformers' own routers run on our kernels, where it lets them."""
+    from ..models.transformers_experts import activation_of
+
+    for module in model.modules():
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
+            try:
+                activation_of(module)
+            except ValueError:
+                continue
+            module.config._experts_implementation = IMPLEMENTATION
+
+
+def save(
+    model: Any, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", overwrite: bool = False
+) -> None:
+    """Write a vision-language model in its family's own published layout, so that plain transformers loads it.
+
+    Raises ValueError for gates that the layout cannot express, and FileExistsError for a folder that is not empty.
+    """
+    limit = files._bytes(max_shard_size)
+    check_gates(model)
+    state = dict(tensors_of_transformers(model)) if row_of(model) is not None else model.state_dict()
+    with staged(folder, overwrite) as staging:
+        type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
+
+
+def is_wrapper(model: nn.Module) -> bool:
+    """Whether a model of ours has a language model inside, rather than being one."""
+    config: Any = getattr(model, "config", None)
+    return hasattr(config, "get_text_config") and config.get_text_config() is not config
