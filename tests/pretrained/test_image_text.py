@@ -15,8 +15,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import zoo
-from zoo.models.registry import describe_model
 from zoo.models.image_text import MODELS, OUTSIDE, configuration
+from zoo.models.registry import describe_model
 from zoo.moe import IsolatedMoE, MoE
 from zoo.pretrained.context import decoder_of
 from zoo.pretrained.image_text import class_of

@@ -83,7 +83,7 @@ def test_a_wrong_name_lists_the_nearest_known_ones(args, told, capsys):
 
 def test_models_are_listed_by_pattern(capsys):
     assert main(["models"]) == 0
-    assert capsys.readouterr().out.split() == zoo.list_models()
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == zoo.list_models()
     assert main(["models", "*mixtral*"]) == 0
     assert capsys.readouterr().out.split() == [
         "language/mixtral_8x22b",

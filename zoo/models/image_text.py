@@ -1,4 +1,4 @@
-"""Vision-language models: transformers' families from images to text on our MoE layers, by name; and MoE-LLaVA.
+"""Models from images and text to text: transformers' families on our MoE layers, by name.
 
 MODELS is data: a family (transformers' model_type) and the fields of its configuration, nested as there. The tiny ones
 have all parts of their family and a vocabulary of 256; the real ones have the published sizes, and build under

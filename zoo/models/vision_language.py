@@ -1,6 +1,6 @@
-"""Vision-language models: LIMoE, one tower for images and text.
+"""Vision-language models: LIMoE, one tower for images and text, and the models of `image_text` that write text.
 
-MODELS is data: the kind of a model, and its arguments.
+MODELS is data: the kind of a model, or transformers' family, and its arguments.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..nearest import unknown
+from . import image_text
 from .vision import VMOE_SIZES
 
 if TYPE_CHECKING:
@@ -41,14 +42,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts": 8,
         },
     ),
+    **image_text.MODELS,
 }
 
 
 def build(name: str, **overrides: Any) -> nn.Module:
-    """The model called `name`; overrides are those of `zoo.models.limoe.LIMoE`.
+    """The model called `name`; overrides are those of `zoo.models.limoe.LIMoE`, or of `zoo.models.image_text.build`.
 
     Raises ValueError naming the nearest arguments for an unknown one.
     """
+    if name in image_text.MODELS:
+        return image_text.build(name, **overrides)
     import inspect
 
     from .limoe import LIMoE
@@ -61,3 +65,8 @@ def build(name: str, **overrides: Any) -> nn.Module:
     model: Any = LIMoE(**{**arguments, **overrides})
     model.made_with = {"network": f"vision_language/{name}", "overrides": overrides}  # for `zoo.save_pretrained`
     return model
+
+
+def describe(name: str) -> str:
+    """What `zoo models` says of a model."""
+    return image_text.describe(name) if name in image_text.MODELS else ""

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..gates import gate_factory
 from ..nearest import unknown
+from ..parallel.parts import is_spread, whole_state
 from . import adopt
 from . import folder as files
 from .context import decoder_of, pass_context
@@ -25,8 +26,7 @@ from .language import resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
 from .staging import staged
 
-# Experts that are not ours whole may still run on our kernels, behind transformers' own routers.
-IMPLEMENTATION = "zoo"
+IMPLEMENTATION = "zoo"  # the name of our kernels in transformers, which `import zoo` registers
 
 
 def is_image_text(folder: Path) -> bool:
@@ -146,16 +146,21 @@ def put_layers(
 
 
 def use_our_kernels(model: Any) -> None:
-    """Let experts that stay behind transformers' own routers run on our kernels, where it lets them."""
-    from ..models.transformers_experts import activation_of
+    """Let experts that stay behind transformers' own routers run on our kernels, where these compute what they do."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    ours = ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION]
     for module in model.modules():
-        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed"):
-            try:
-                activation_of(module)
-            except ValueError:
-                continue
-            module.config._experts_implementation = IMPLEMENTATION
+        if not hasattr(module, "_apply_gate") or not hasattr(module, "is_transposed"):
+            continue
+        token = module.down_proj.new_zeros(1, module.down_proj.shape[2 if module.is_transposed else 1])
+        first = token.new_zeros(1, 1)
+        try:
+            with torch.no_grad():
+                ours(module, token, first.long(), first)
+        except ValueError:
+            continue
+        module.config._experts_implementation = IMPLEMENTATION
 
 
 def save(
@@ -163,11 +168,17 @@ def save(
 ) -> None:
     """Write a vision-language model in its family's own published layout, so that plain transformers loads it.
 
+    A model in parts is put together by all its processes, which call this together, and written by the first.
     Raises ValueError for gates that the layout cannot express, and FileExistsError for a folder that is not empty.
     """
     limit = files._bytes(max_shard_size)
     check_gates(model)
-    state = dict(tensors_of_transformers(model)) if row_of(model) is not None else model.state_dict()
+    whole = None
+    if is_spread(model):
+        whole = whole_state(model)
+        if torch.distributed.get_rank():
+            return
+    state = model.state_dict() if row_of(model) is None else dict(tensors_of_transformers(model, whole))
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
 

@@ -7,7 +7,7 @@ One row a language model; everything else, vision towers and projectors too, sta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,16 +186,16 @@ def _submodule_tensor(module: Any, path: str) -> Tensor | None:
     return module
 
 
-def tensors_of_transformers(model: Any) -> Iterator[tuple[str, Tensor]]:
+def tensors_of_transformers(model: Any, state: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of all that transformers' own model would hold; raises ValueError for what it has no place for.
 
-    Transposed weights are copies.
+    Transposed weights are copies. `state` is the model's own, or what it would be in one process.
     """
     row = row_of(model)
     assert row is not None
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (MoE, IsolatedMoE))}
     blocks = {name: m for name, m in blocks.items() if ".parts." not in name}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if state is None else state).items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if block is None:
             yield name, tensor
