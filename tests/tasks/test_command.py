@@ -89,6 +89,7 @@ def test_models_are_listed_by_pattern(capsys):
         "language/mixtral_8x22b",
         "language/mixtral_8x7b",
         "language/mixtral_tiny",
+        "vision_language/llava_mixtral_tiny",
     ]
 
 

@@ -160,6 +160,9 @@ def use_our_kernels(model: Any) -> None:
                 ours(module, token, first.long(), first)
         except ValueError:
             continue
+        except RuntimeError:
+            if not token.is_meta:  # nothing can be computed there, but what is not supported is refused before
+                raise
         module.config._experts_implementation = IMPLEMENTATION
 
 
