@@ -294,6 +294,61 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "audio_config": None,
         },
     ),
+    "moe_llava_tiny": (
+        "moe_llava",
+        {
+            "image_token_index": 250,
+            "image_seq_length": 16,
+            "text_config": {**_TEXT, "model_type": "phi", "num_hidden_layers": 4, "intermediate_size": 96},
+            "vision_config": _CLIP,
+        },
+    ),
+    # Table 2 of MoE-LLaVA (2401.15947), each with four experts in every other layer, two a token.
+    "moe_llava_stablelm_1.6b_4e": (
+        "moe_llava",
+        {
+            "image_token_index": 100351,
+            "text_config": {
+                "model_type": "stablelm",
+                "vocab_size": 100352,
+                "hidden_size": 2048,
+                "intermediate_size": 5632,
+                "num_hidden_layers": 24,
+                "use_qkv_bias": True,
+            },
+            "vision_config": _CLIP_L_336,
+        },
+    ),
+    "moe_llava_qwen_1.8b_4e": (
+        "moe_llava",
+        {
+            "image_token_index": 151935,
+            "text_config": {
+                "model_type": "qwen2",
+                "vocab_size": 151936,
+                "hidden_size": 2048,
+                "intermediate_size": 5504,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 16,
+            },
+            "vision_config": _CLIP_L_336,
+        },
+    ),
+    "moe_llava_phi2_2.7b_4e": (
+        "moe_llava",
+        {
+            "image_token_index": 51199,
+            "text_config": {
+                "model_type": "phi",
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_hidden_layers": 32,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.4},
+            },
+            "vision_config": _CLIP_L_336,
+        },
+    ),
     "qwen3_vl_30b_a3b": (
         "qwen3_vl_moe",
         {
@@ -410,17 +465,21 @@ def build(
     """The model called `name` with fresh weights: transformers' class of its family, its sparse blocks on `MoE`.
 
     router, losses, capacity and backend are as in `zoo.models.language.build`. All other keywords are fields of the
-    family's configuration; a mapping, such as text_config={"num_hidden_layers": 4}, changes only what it names.
+    family's configuration; a mapping, such as text_config={"num_hidden_layers": 4}, changes only what it names. A
+    MoE-LLaVA is a llava, upcycled with the options `moe` of `zoo.models.moe_llava.sparse`.
     Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..pretrained import image_text
     from ..pretrained.language import resolve_dtype
+    from . import moe_llava
 
+    moe = fields.pop("moe", None) or {} if MODELS[name][0] == "moe_llava" else None
     config = configuration(name, **fields)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     found = image_text.class_of(config.model_type)
     model = found._from_config(config, dtype=resolve_dtype(dtype), **options)
-    return image_text.put_layers(model, backend=backend, router=router, losses=losses, capacity=capacity)
+    given = {"backend": backend, "router": router, "losses": losses, "capacity": capacity}
+    return image_text.put_layers(model, **given) if moe is None else moe_llava.sparse(model, **given, **moe)
 
 
 def describe(name: str) -> str:
@@ -436,7 +495,7 @@ def configuration(name: str, **fields: Any) -> Any:
     if name not in MODELS:
         raise unknown("vision-language model", name, MODELS)
     model_type, preset = MODELS[name]
-    config_class = class_of(model_type).config_class
+    config_class = class_of("llava" if model_type == "moe_llava" else model_type).config_class
     plain = config_class(**preset)
     for field, value in fields.items():
         _check_field(plain, field)

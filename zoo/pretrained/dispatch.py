@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import folder as language
-from . import hub, image_text, recommendation, vision_language
+from . import hub, image_text, moe_llava, recommendation, vision_language
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
@@ -21,10 +21,11 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
 
     source: a folder, or a hub repository id (then revision, cache_dir, local_files_only and token are the hub's), in
     transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`; or one from images to
-    text, as `zoo.pretrained.image_text.from_pretrained`), timm's (as `zoo.pretrained.vision.from_timm`) or our own of a
-    recommendation model (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or
-    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation
-    router, losses, capacity and backend. Raises what these do, naming file and tensor.
+    text, as `zoo.pretrained.image_text.from_pretrained`), MoE-LLaVA's (`zoo.pretrained.moe_llava.from_pretrained`),
+    timm's (`zoo.pretrained.vision.from_timm`) or our own of a recommendation model
+    (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or the prefix of an
+    original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation router, losses,
+    capacity and backend. Raises what these do, naming file and tensor.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
@@ -36,6 +37,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         return recommendation.load(path, **options)
     if vision_language.is_vision_language(path):
         return vision_language.load(path, **options)
+    if moe_llava.is_moe_llava(path):
+        return moe_llava.from_pretrained(path, **options)
     if image_text.is_image_text(path):
         return image_text.from_pretrained(path, **options)
     return language.from_pretrained(path, **options)

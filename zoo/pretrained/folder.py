@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def save_pretrained(
             return
     with staged(folder, overwrite) as staging:
         _write_configs(model, config, family, staging)
-        _write_weights(model, family, staging, limit, state)
+        parameters = sum(p.numel() for p in model.parameters())
+        write_weights(tensors_on_disk(model, family, state=state), parameters, staging, limit)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -247,10 +248,11 @@ def _write_configs(model: Any, config: Any, family: Family, folder: Path) -> Non
         model.generation_config.save_pretrained(folder)
 
 
-def _write_weights(model: Any, family: Family, folder: Path, limit: int, state: Mapping[str, Tensor] | None) -> None:
+def write_weights(tensors: Iterable[tuple[str, Tensor]], parameters: int, folder: Path, limit: int) -> None:
+    """One file of weights, or several of at most `limit` bytes and their index, as transformers names them."""
     shards: list[list[tuple[str, Tensor]]] = [[]]
     filled = total = 0
-    for key, tensor in tensors_on_disk(model, family, state=state):
+    for key, tensor in tensors:
         size = tensor.numel() * tensor.itemsize
         if filled and filled + size > limit:
             shards.append([])
@@ -264,7 +266,6 @@ def _write_weights(model: Any, family: Family, folder: Path, limit: int, state: 
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard)
         weight_map.update(dict.fromkeys((key for key, _ in shard), name))
-    parameters = sum(p.numel() for p in model.parameters())
     index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return None

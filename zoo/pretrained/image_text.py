@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..gates import gate_factory
+from ..moe import MoE
 from ..nearest import unknown
 from ..parallel.parts import is_spread, whole_state
-from . import adopt
+from . import adopt, moe_llava
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
@@ -171,9 +172,12 @@ def save(
 ) -> None:
     """Write a vision-language model in its family's own published layout, so that plain transformers loads it.
 
-    A model in parts is put together by all its processes, which call this together, and written by the first.
+    An upcycled LLaVA is written as `zoo.pretrained.moe_llava.save` does. A model in parts is put together by all its
+    processes, which call this together, and written by the first.
     Raises ValueError for gates that the layout cannot express, and FileExistsError for a folder that is not empty.
     """
+    if row_of(model) is None and any(isinstance(module, MoE) for module in model.modules()):
+        return moe_llava.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     limit = files._bytes(max_shard_size)
     check_gates(model)
     whole = None
@@ -184,6 +188,7 @@ def save(
     state = model.state_dict() if row_of(model) is None else dict(tensors_of_transformers(model, whole))
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
+    return None
 
 
 def is_wrapper(model: nn.Module) -> bool:

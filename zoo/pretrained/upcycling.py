@@ -41,10 +41,10 @@ def upcycle(
     Works on any backbone whose MLPs `zoo.pretrained.dense_mlps` knows: timm's ViT, Swin, ConvNeXt and their like,
     transformers' Llama, Mistral, Qwen, Phi, GPT-2, OPT, T5, SigLIP and their like. The given model stays as it is.
 
-    layers are those of `moe_layers`, counted over the blocks that have an MLP, in a submodule of the model where
-    `within` names one ("language_model"). router is a name, class, function or mapping as in `create_model`; k
-    (two by default), normalize, capacity (a `Capacity`, its arguments or its factor) and losses are for gates that have
-    such arguments.
+    layers are those of `moe_layers`, counted over the blocks that have an MLP: those of a submodule where `within`
+    names one ("model.vision_tower"), of the language model in a vision-language model, or of all. router is a name,
+    class, function or mapping as in `create_model`; k (two by default), normalize, capacity (a `Capacity`, its
+    arguments or its factor) and losses are for gates that have such arguments.
     With combine weights normalised and no drops (top-k without capacity, the default) the model gives the dense model's
     outputs. The paper normalises in vision, with router="ExpertChoiceRouter" and capacity=2, and not in language.
     The router starts from N(0, router_std^2); experts are copies, plus N(0, (noise * s)^2) where s is the standard
@@ -54,8 +54,8 @@ def upcycle(
 
     Dropout outside the MLP stays, and that of hidden units and outputs alike (timm); that of only one of them is left
     out with a warning (GPT-2, T5). New parameters take dtype, device, training mode and requires_grad of those they
-    replace. `zoo.save_pretrained` writes upcycled timm models, and upcycled Llama, Mistral and Qwen3 in the layouts of
-    Mixtral and Qwen3-MoE, where these can express the gates.
+    replace. `zoo.save_pretrained` writes upcycled timm models, upcycled Llama, Mistral and Qwen3 in the layouts of
+    Mixtral and Qwen3-MoE, and an upcycled LLaVA in MoE-LLaVA's, where these can express the gates.
 
     Raises ValueError naming what does not fit: no MLP, a layer that is sparse already, an activation that the experts
     do not have, an MLP that computes something else, sizes that do not divide.
@@ -64,6 +64,7 @@ def upcycle(
     if num_experts < 1 or granularity < 1:
         raise ValueError(f"upcycle: num_experts={num_experts} and granularity={granularity} must be at least 1")
     k = min(2, num_experts) if k is None else k
+    within = within or _language_model(model)
     blocks = list(blocks_with_mlps(model, within))
     if not blocks:
         place = f" under {within!r}" if within else ""
@@ -150,6 +151,14 @@ def _counterpart(name: str, dense: nn.Module) -> tuple[str, nn.Module]:
         if isinstance(module, MoE) or is_mlp(module):
             return candidate, module
     raise ValueError(f"upcycle_optimizer: the dense model has no MLP where {name} is")
+
+
+def _language_model(model: Any) -> str:
+    """The name of the language model inside a vision-language one, else an empty string."""
+    if not hasattr(model, "get_decoder") or not hasattr(getattr(model, "config", None), "vision_config"):
+        return ""
+    decoder = decoder_of(model)
+    return next(name for name, module in model.named_modules() if module is decoder)
 
 
 def _capacity(capacity: Any) -> Capacity:
