@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 import zoo
 from zoo.models.image_text import configuration
-from zoo.models.moe_llava import sparse, stage
+from zoo.models.moe_llava import sparse, stage, with_lora_experts
 from zoo.moe import MoE
 from zoo.moe.routers import GShardRouter, TopKRouter
 from zoo.pretrained.context import decoder_of
@@ -326,3 +326,33 @@ def test_what_has_no_layout_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="no place for TopKRouter with k=2"):
         zoo.save_pretrained(zoo.upcycle(dense(), layers=[0], num_experts=2), tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lora_experts_stand_beside_frozen_mlps():
+    torch.manual_seed(0)
+    model, inputs = dense("llama"), batch("llava", padding=2)
+    made = with_lora_experts(model, "every-2", num_experts=3, rank=4)
+    torch.testing.assert_close(made(**inputs).logits, model(**inputs).logits)
+    stem = "model.language_model.layers"
+    parts = ("router.weight", "experts.a", "experts.b")
+    assert trained(made) == {f"{stem}.{i}.mlp.{part}" for i in (1, 3) for part in parts}
+    optimizer = torch.optim.AdamW([p for p in made.parameters() if p.requires_grad], lr=1e-2)
+    before = {name: p.detach().clone() for name, p in made.named_parameters()}
+    losses = []
+    for _ in range(6):
+        with zoo.moe.record(made.train()) as step:
+            loss = made(**inputs, labels=inputs["input_ids"]).loss
+        optimizer.zero_grad()
+        (loss + step.losses()["switch"]).backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert {name for name, p in made.named_parameters() if not torch.equal(p, before[name])} == trained(made)
+    # A token that is not padding has one expert a layer.
+    assert {len(r.token_index) for calls in step.routings.values() for r in calls} == {
+        int(inputs["attention_mask"].sum())
+    }
+    total, active = zoo.models.count_parameters(made)
+    assert total - active == 2 * 2 * (2 * 4 * 64)
+    with pytest.raises(ValueError, match=r"layers.1.mlp is a mixture of experts already"):
+        with_lora_experts(made, [1])

@@ -13,6 +13,7 @@ from .dispatch_static import StaticExpertParallel
 from .experts import MLP, Experts
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
+from .lora import LoRAExperts
 from .peer import PEER, NeuronExperts
 from .routers import Router
 from .routing import Routing
@@ -35,6 +36,7 @@ __all__ = [
     "HierarchicalExpertParallel",
     "IsolatedMoE",
     "KeyValues",
+    "LoRAExperts",
     "MixtureOfDepths",
     "MoA",
     "MoE",
