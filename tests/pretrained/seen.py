@@ -8,7 +8,7 @@ import torch
 
 IMAGE, START, END = 250, 252, 253
 # How many tokens an image of the tiny models takes.
-TOKENS = {"llava": 16, "llava_next": 16, "deepseek_ocr2": 145}
+TOKENS = {"llava": 16, "llava_next": 16, "deepseek_ocr2": 145, "unlimited_ocr": 21}
 AROUND = ("qwen3_vl_moe", "qwen3_5_moe", "glm4v_moe", "ernie4_5_vl_moe")
 
 
@@ -53,4 +53,6 @@ def pixels(family: str, ids: torch.Tensor, generator: torch.Generator) -> dict[s
         return {"pixel_values": draw(16 * n, 3, 4, 4), "image_grid_thw": grid}
     if family == "deepseek_ocr2":
         return {"pixel_values": draw(n, 3, 192, 192)}
+    if family == "unlimited_ocr":
+        return {"pixel_values": draw(n, 3, 64, 64)}
     return {"pixel_values": draw(n, 3, 16, 16)}

@@ -128,6 +128,43 @@ def test_transformers_own_auxiliary_loss_is_transformers(checkpoints, name):
     torch.testing.assert_close(a.loss, b.loss, rtol=1e-5, atol=1e-5)
 
 
+MIXTRAL = {**MODELS["llava_mixtral_tiny"][1]["text_config"]}
+QWEN2 = {**MIXTRAL, "model_type": "qwen2_moe", "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+PIXTRAL = {**MODELS["llava_mixtral_tiny"][1]["vision_config"], "model_type": "pixtral", "head_dim": 16}
+TILES = {"image_grid_pinpoints": [[16, 16]], "vision_config": MODELS["llava_mixtral_tiny"][1]["vision_config"]}
+# How many tokens an image takes: LLaVA-NeXT's whole and one tile, with a line break after each of its rows.
+WRAPPERS = {
+    "llava_next": ({"text_config": QWEN2, **TILES}, 16 + 4 * 5, (2, 2, 3, 16, 16)),
+    "mistral3": ({"text_config": MIXTRAL, "vision_config": PIXTRAL, "spatial_merge_size": 2}, 4, (2, 3, 16, 16)),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_any_wrapper_takes_any_language_model_of_ours(wrapper, tmp_path):
+    fields, tokens, shape = WRAPPERS[wrapper]
+    torch.manual_seed(0)
+    found = class_of(wrapper)
+    expected = found._from_config(found.config_class(image_token_index=IMAGE, **fields)).eval()
+    for parameter in expected.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(std=0.2)
+    expected.save_pretrained(tmp_path / "a")
+    ours = zoo.from_pretrained(tmp_path / "a", losses={"switch": 0.01})
+    ids = torch.cat([torch.randint(0, 240, (2, 3)), torch.full((2, tokens), IMAGE), torch.randint(0, 240, (2, 3))], 1)
+    sizes = torch.tensor([[16, 16]] * 2)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(shape), "image_sizes": sizes}
+    assert error(ours(**inputs).logits, expected(**inputs).logits) < 1e-5
+    assert torch.equal(ours.generate(**inputs, **GENERATE), expected.generate(**inputs, **GENERATE))
+    with zoo.moe.record(ours.train()) as step:
+        ours(**inputs)
+    step.losses()["switch"].backward()
+    assert all(moe.router.weight.grad.abs().max() > 0 for moe in moes(ours))
+    zoo.save_pretrained(ours, tmp_path / "b")
+    before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
 def test_our_loss_is_the_familys_own_where_there_is_one_layer(tmp_path):
     """transformers averages over the layers inside the product, we over each: with one layer they are the same."""
     torch.manual_seed(0)

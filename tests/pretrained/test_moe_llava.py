@@ -20,7 +20,7 @@ from zoo.moe import MoE
 from zoo.moe.routers import GShardRouter, TopKRouter
 from zoo.pretrained.context import decoder_of
 from zoo.pretrained.image_text import class_of
-from zoo.pretrained.moe_llava import KINDS
+from zoo.pretrained.moe_llava_names import KINDS
 
 E, LAYERS = 3, [0, 2]
 GENERATE = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..moe import MoE
 from ..moe.routers import GShardRouter, TopKRouter
@@ -22,50 +21,11 @@ from . import adopt, hub
 from . import folder as files
 from .context import decoder_of
 from .language import resolve_dtype
+from .moe_llava_names import KINDS, PUBLISHED, RENAMED, TOWER, TOWERS, tensors_on_disk
 from .staging import staged
 from .tensorfile import DTYPES
 from .upcycling import upcycle
 
-# The authors' model_type: transformers', its class prefix there, and the layers of an MLP.
-GATED = ("gate_proj", "up_proj", "down_proj")
-KINDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
-    "moe_llava_phi": ("phi", "Phi", ("fc1", "fc2")),
-    "moe_llava_stablelm": ("stablelm", "Stablelm", GATED),
-    "moe_llava_qwen1_5": ("qwen2", "Qwen1_5", GATED),
-    "moe_llava_llama": ("llama", "Llama", GATED),
-    "moe_llava_mistral": ("mistral", "Mistral", GATED),
-}
-PUBLISHED = {text: kind for kind, (text, _, _) in KINDS.items()}
-# StableLM's own code called these otherwise.
-RENAMED = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
-TOWERS: dict[str, dict[str, Any]] = {
-    "openai/clip-vit-large-patch14-336": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-    },
-    "google/siglip-so400m-patch14-384": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-    },
-}
-PREFIXES = {
-    "model.language_model.": "model.",
-    "model.multi_modal_projector.linear_1.": "model.mm_projector.image_spatial_proj.0.",
-    "model.multi_modal_projector.linear_2.": "model.mm_projector.image_spatial_proj.2.",
-    "model.vision_tower.": "model.image_tower.image_tower.vision_model.",
-}
-TOWER = PREFIXES["model.vision_tower."]
 UNREAD = re.compile(r".*(\.rotary_emb\..*|\.position_ids)")
 
 
@@ -241,46 +201,6 @@ def _fill(model: Any, entries: dict[str, Any], folder: Path, own_gates: bool) ->
             entries[key].check(target)
         for key, target in targets.items():
             entries[key].read_into(target)
-
-
-def tensors_on_disk(
-    model: Any, gates: bool = True, state: Mapping[str, Tensor] | None = None
-) -> Iterator[tuple[str, Tensor]]:
-    """Name on disk and tensor, a view into the stacked weights, of all that a checkpoint of `model` holds."""
-    names = KINDS[PUBLISHED[decoder_of(model).config.model_type]][2]
-    blocks = [name for name, module in model.named_modules() if isinstance(module, MoE)]
-    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, tensor in (model.state_dict() if state is None else state).items():
-        if name in tied:
-            continue
-        block = next((b for b in blocks if name.startswith(f"{b}.")), None)
-        if block is not None:
-            stem = f"{_renamed(block)}.deepspeed_moe"
-            yield from _block(stem, name.removeprefix(f"{block}."), tensor, names, gates)
-        else:
-            yield _renamed(name), tensor
-
-
-def _renamed(name: str) -> str:
-    ours = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    return PREFIXES[ours] + name.removeprefix(ours) if ours else name
-
-
-def _block(stem: str, name: str, tensor: Tensor, names: tuple[str, ...], gates: bool) -> Iterator[tuple[str, Tensor]]:
-    *into, down = names
-    if name == "router.weight":
-        if gates:
-            yield f"{stem}.gate.wg.weight", tensor
-        return
-    part, bias = name.removeprefix("experts."), name.endswith("_bias")
-    where = {"gate_up_proj": into, "up_proj": into, "down_proj": [down]}.get(part.removesuffix("_bias"))
-    if where is None:
-        if gates:
-            raise ValueError(f"{stem}: MoE-LLaVA's layout has no place for the tensor {name}")
-        return
-    for e, expert in enumerate(tensor):
-        for projection, rows in zip(where, expert.chunk(len(where))):
-            yield f"{stem}.experts.deepspeed_experts.{e}.{projection}.{'bias' if bias else 'weight'}", rows
 
 
 def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrite: bool = False) -> None:
