@@ -33,7 +33,8 @@ def takes_any_size(name: str) -> bool:
     from zoo.models.vision import register_models
 
     register_models()
-    return timm.is_model(name) and not timm.get_pretrained_cfg(name).fixed_input_size
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    return known is not None and not known.fixed_input_size
 
 
 class VisionTask(Task):
