@@ -225,6 +225,12 @@ class Task(LightningModule):
         for text in predictions:
             print(text)
 
+    def rebuilt(self, state: Mapping[str, Tensor]) -> Any:
+        """The model in one process, from what its parts were put together to."""
+        model = self.build()
+        model.load_state_dict(state)
+        return model
+
     def on_fit_end(self) -> None:
         """Export, where asked for; a model in parts is put together first."""
         if not self.hparams["export"]:
@@ -234,7 +240,4 @@ class Task(LightningModule):
         state = whole_state(model) if spread else {}
         if not self.trainer.is_global_zero:
             return
-        if spread:
-            model = self.build()
-            model.load_state_dict(state)
-        zoo.save_pretrained(model, self.hparams["export"])
+        zoo.save_pretrained(self.rebuilt(state) if spread else model, self.hparams["export"])

@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
 
     raise SystemExit(main("vision"))
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -236,6 +237,12 @@ class VisionTask(Task):
             for index, label, chance in zip(batch["index"].tolist(), best.tolist(), chances.tolist())
             if index >= 0
         ]
+
+    def rebuilt(self, state: Mapping[str, Tensor]) -> Any:
+        """As of any task; what timm notes of a model goes along."""
+        model = super().rebuilt(state)
+        model.pretrained_cfg.update(**dict(self.model.pretrained_cfg))
+        return model
 
     def on_fit_end(self) -> None:
         """Export the model with the names of its classes, where asked for."""

@@ -6,6 +6,7 @@ Processes are copies of this one, which has imported everything; each runs the c
 from __future__ import annotations
 
 import csv
+import importlib
 import logging
 import os
 import signal
@@ -195,3 +196,32 @@ def test_a_step_with_such_a_gradient_is_left_out(text: str, tmp_path: Path) -> N
 def test_sizes_that_do_not_make_the_world_stop_a_run_before_it_begins(text: str, tmp_path: Path) -> None:
     with pytest.raises(mp.ProcessRaisedException, match="2 processes cannot be split as expert 3"):
         start(2, [*arguments(text, tmp_path, 2), *spread(expert=3)])
+
+
+OTHERS = {
+    "vision": ("vision/vmoe_digits.yaml", "val/top1", ["--model.overrides.embed_dim=16"]),
+    "vision_language": (
+        "vision_language/limoe_digits.yaml",
+        "val/zero_shot_top1",
+        ["--data.pictures={val: 20, test: 9}"],
+    ),
+}
+
+
+@pytest.mark.parametrize("domain", OTHERS)
+def test_other_domains_train_and_export_too(domain: str, tmp_path: Path) -> None:
+    config, figure, small = OTHERS[domain]
+    importlib.import_module(f"tasks.{domain}")  # once, before the processes begin
+    args = [domain, "fit", "--config", str(CONFIG.parents[1] / config), *small, *spread(expert=2)]
+    args += ["--trainer.max_steps=3", "--trainer.val_check_interval=3", "--trainer.accelerator=cpu"]
+    args += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    args += ["--trainer.default_root_dir", str(tmp_path), "--model.export", str(tmp_path / "model")]
+    args += ["--data.batch_size=16", "--trainer.limit_val_batches=2"]
+    start(2, args)
+    with (tmp_path / domain / "version_0" / "metrics.csv").open() as file:
+        (reached,) = [float(row[figure]) for row in csv.DictReader(file) if row.get(figure)]
+    assert 0 <= reached <= 1
+    model = zoo.from_pretrained(tmp_path / "model")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    if domain == "vision":
+        assert model.pretrained_cfg["label_names"] == list("0123456789")
