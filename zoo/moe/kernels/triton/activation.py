@@ -37,24 +37,28 @@ def constants(activation: str) -> dict[str, object]:
 
 @triton.jit
 def value_and_slope(x: tl.tensor, FORM: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """f(x) and f'(x); what a caller does not use is never computed."""
+    """f(x) and f'(x); what a caller does not use is never computed.
+
+    1 - sigmoid(x) is sigmoid(-x): the difference would have no correct digits left where sigmoid(x) is nearly 1.
+    """
     if FORM == "silu":
         s = tl.sigmoid(x)
         value = x * s
-        slope = s * (1 + x * (1 - s))
+        slope = s * (1 + x * tl.sigmoid(-x))
     elif FORM == "sharp_silu":
         s = tl.sigmoid(x * ALPHA)
         value = x * s
-        slope = s * (1 + x * ALPHA * (1 - s))
+        slope = s * (1 + x * ALPHA * tl.sigmoid(-x * ALPHA))
     elif FORM == "gelu":
         cdf = 0.5 * (1 + tl.erf(x * SQRT_HALF))
         value = x * cdf
         slope = cdf + x * tl.exp(-0.5 * x * x) * INV_SQRT_2PI
     elif FORM == "gelu_tanh":
         # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        s = tl.sigmoid((x + 0.044715 * x * x * x) * TWO_SQRT_2_PI)
+        z = (x + 0.044715 * x * x * x) * TWO_SQRT_2_PI
+        s = tl.sigmoid(z)
         value = x * s
-        slope = s * (1 + x * (1 - s) * TWO_SQRT_2_PI * (1 + 0.134145 * x * x))
+        slope = s * (1 + x * tl.sigmoid(-z) * TWO_SQRT_2_PI * (1 + 0.134145 * x * x))
     elif FORM == "relu":
         # Written so that NaN stays NaN.
         value = tl.where(x <= 0, 0.0, x)
