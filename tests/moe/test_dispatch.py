@@ -327,6 +327,7 @@ def test_shared_expert_and_chunks_run_while_tokens_travel(ranks: Any, world: int
 
 
 def lone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     with pytest.raises(ValueError, match="num_experts must be at least 1, got 0"):
         ExpertParallel(0)

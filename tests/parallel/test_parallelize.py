@@ -262,6 +262,7 @@ def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: st
 
 
 def lone(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     with pytest.raises(ValueError, match=r"a mesh of 2 processes, .* in a world of 1"):

@@ -45,6 +45,7 @@ def facts(model: Any) -> Facts:
 
 def simulate(rank: int, folder: str) -> None:
     """Parallelise without memory, as the first and as another of 256 processes that are not there."""
+    torch.set_num_threads(1)
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     warnings.simplefilter("ignore")
