@@ -54,13 +54,16 @@ class StaticExpertParallel(ExpertParallel):
         each = end // self.size
         splits = _Splits([each] * self.size, [each] * self.size)
         flight = self._depart(rows, splits)
+        weight = routing.weight.new_zeros(end + 1).index_add(0, place, routing.weight)[:end]
+        weights = self._depart(weight, splits)
         if meanwhile is not None:
             meanwhile()
         mine = self.num_experts // self.size
         arrived = _Arrive.apply(*flight).view(self.size, mine, places, -1).transpose(0, 1).reshape(end, -1)
         offsets = torch.arange(mine + 1, dtype=torch.int32, device=device) * (self.size * places)
-        out = experts(arrived, Routing(torch.arange(end, device=device), offsets, arrived.new_ones(end), end))
+        weight = _Arrive.apply(*weights).view(self.size, mine, places).transpose(0, 1).reshape(end)
+        out = experts(arrived, Routing(torch.arange(end, device=device), offsets, weight, end))
         out = out.view(mine, self.size, places, -1).transpose(0, 1).reshape(end, -1)
         back = _Arrive.apply(*self._depart(out, splits))
-        weight = routing.weight.where(fits, 0).unsqueeze(-1).to(back.dtype)
-        return back.new_zeros(x.shape).index_add(0, token, back.index_select(0, place.clamp(max=end - 1)) * weight)
+        found = back.index_select(0, place.clamp(max=end - 1)).where(fits.unsqueeze(-1), 0)
+        return back.new_zeros(x.shape).index_add(0, token, found)
