@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from zoo.nearest import unknown
 
@@ -19,6 +20,15 @@ DOMAINS = {
     "recommendation": ("RecommendationTask", "RecommendationData", "multi-task recommendation models"),
     "vision": ("VisionTask", "VisionData", "image classifiers"),
     "vision_language": ("ContrastiveTask", "VisionLanguageData", "models of images and text"),
+}
+
+# Domains with more than one task: the classes by the name that `task` in a config gives, and what each is; the first is
+# that of a config that names none.
+TASKS = {
+    "vision_language": {
+        "contrastive": ("ContrastiveTask", "VisionLanguageData", "one space for images and text, as LIMoE's"),
+        "instruction": ("InstructionTask", "InstructionData", "answers about images, as MoE-LLaVA's"),
+    }
 }
 
 SUBCOMMANDS = {
@@ -38,22 +48,35 @@ def main(domain: str, argv: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in SUBCOMMANDS:
             raise unknown(f"subcommand of zoo {domain}", args[0], SUBCOMMANDS)
-        for path in _config_files(args):
-            _check_config(path)
+        configs = [_checked_config(path) for path in _config_files(args)]
+        task, data, _ = _classes(domain, args, configs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     from tasks.lightning_cli import run
 
-    task, data, _ = DOMAINS[domain]
     module = import_module(f"tasks.{domain}")
     return run(domain, getattr(module, task), getattr(module, data), args)
+
+
+def _classes(domain: str, args: Sequence[str], configs: Sequence[dict[str, Any]]) -> tuple[str, str, str]:
+    """The row of DOMAINS, or of TASKS for the task that the options or the last config with one name."""
+    if domain not in TASKS:
+        return DOMAINS[domain]
+    named = [config["task"] for config in configs if "task" in config] + _values(args, "--task")
+    name = str(named[-1]) if named else next(iter(TASKS[domain]))
+    if name not in TASKS[domain]:
+        raise unknown(f"task of zoo {domain}", name, TASKS[domain])
+    return TASKS[domain][name]
 
 
 def usage(domain: str) -> str:
     """Help for a task, without its options."""
     lines = [f"  {name:<10}{text}" for name, text in SUBCOMMANDS.items()]
+    if domain in TASKS:
+        lines += ["", "tasks, --task NAME or task: NAME in a config; the first by default:"]
+        lines += [f"  {name:<13}{text}" for name, (_, _, text) in TASKS[domain].items()]
     return "\n".join(
         [
             f"usage: zoo {domain} SUBCOMMAND --config FILE [--KEY VALUE ...]",
@@ -70,12 +93,17 @@ def usage(domain: str) -> str:
 
 def _config_files(args: Sequence[str]) -> list[str]:
     """Values of --config and -c."""
-    files = [value for flag, value in pairwise(args) if flag in ("--config", "-c")]
-    return files + [a.partition("=")[2] for a in args if a.startswith("--config=")]
+    return _values(args, "--config", "-c")
 
 
-def _check_config(name: str) -> None:
-    """Raise ValueError when a config file does not exist, or is not YAML with sections."""
+def _values(args: Sequence[str], *flags: str) -> list[str]:
+    """What follows a flag, or an equals sign after its first name."""
+    after = [value for flag, value in pairwise(args) if flag in flags]
+    return after + [a.partition("=")[2] for a in args if a.startswith(f"{flags[0]}=")]
+
+
+def _checked_config(name: str) -> dict[str, Any]:
+    """What a config file says; raises ValueError when it does not exist, or is not YAML with sections."""
     path = Path(name)
     if not path.is_file():
         siblings = path.parent if path.parent.is_dir() else Path("configs")
@@ -89,3 +117,4 @@ def _check_config(name: str) -> None:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected sections model, data and trainer, got {type(content).__name__}")
+    return content

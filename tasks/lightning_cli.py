@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import SaveLast
+from tasks.cli import TASKS
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
@@ -108,7 +109,7 @@ class TaskCLI(LightningCLI):
         data: type[LightningDataModule],
         args: list[str],
     ) -> None:
-        self.domain, self._only = domain, subcommand
+        self.domain, self._only, self._task = domain, subcommand, task
         # Only the one that was asked for: building the parsers of all four takes seconds.
         named = {subcommand: LightningCLI.subcommands()[subcommand]}
         self.subcommands = lambda: named  # type: ignore[method-assign]
@@ -123,6 +124,12 @@ class TaskCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
         )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The task's name, where the domain has several; `tasks.cli` has chosen the classes by it."""
+        if tasks := TASKS.get(self.domain):
+            own = next((name for name, row in tasks.items() if row[0] == self._task.__name__), None)
+            parser.add_argument("--task", default=own, help=f"one of {', '.join(tasks)}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`; sys.argv is what data parallelism starts more processes with, and stays as it is."""

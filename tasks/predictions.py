@@ -1,4 +1,4 @@
-"""The file that classifying images leaves."""
+"""The file that predictions about images leave."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 
 def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
-    """Write rows {path, class, probability} of all processes, a list a batch, to a new CSV file; call it on all."""
+    """Write rows with the same keys of all processes, a list a batch, to a new CSV file; call it on all."""
     parts: list[Any] = [predictions]
     if trainer.world_size > 1:
         parts = [None] * trainer.world_size
@@ -22,10 +22,10 @@ def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", newline="") as out:
-        writer = csv.DictWriter(out, ["path", "class", "probability"])
+        writer = csv.DictWriter(out, list(found[0]) if found else [])
         writer.writeheader()
         writer.writerows(found)
-    print(f"{len(found)} images classified in {path}")
+    print(f"{len(found)} rows in {path}")
 
 
 def check_predictions(file: str, wanted: bool) -> None:

@@ -1,4 +1,6 @@
-"""Vision-language models: train LIMoE on images with texts, evaluate it without training on classes, and use it.
+"""Vision-language models: LIMoE trained on images with texts, and MoE-LLaVA and others on answers about images.
+
+Contrastive pre-training is here, instruction tuning in `tasks.instruction`.
 
 python -m tasks.vision_language fit --config configs/vision_language/limoe_digits.yaml
 """
@@ -19,6 +21,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import zoo
+from tasks.instruction import InstructionTask
+from tasks.instruction_data import InstructionData
 from tasks.modalities import ModalityShares
 from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task
@@ -27,7 +31,7 @@ from tasks.zero_shot import class_embeddings, retrieval
 from zoo.data.images_rows import IGNORE
 from zoo.models.contrastive import contrastive_loss
 
-__all__ = ["ContrastiveTask", "VisionLanguageData"]
+__all__ = ["ContrastiveTask", "InstructionData", "InstructionTask", "VisionLanguageData"]
 
 SHARES = "modalities.json"  # beside a run's logs, for `zoo report`
 

@@ -93,21 +93,23 @@ def test_a_cache_gives_what_the_whole_sequence_gives(attention: dict[str, Any], 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_neither_padding_nor_other_documents_are_seen(options: dict[str, Any], implementation: str) -> None:
     model = small(attn_implementation=implementation, **options).eval()
+    # transformers' eager attention takes its softmax in float32, whatever the model's dtype.
+    close = {"rtol": 1e-4, "atol": 1e-5} if implementation == "eager" else {"rtol": 1e-7, "atol": 1e-7}
     one, two = tokens(1, 4), tokens(1, 6)
     apart = torch.cat([model(one, use_cache=False).logits, model(two, use_cache=False).logits], dim=1)
     positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
     packed = model(torch.cat([one, two], dim=1), position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(packed, apart)
+    torch.testing.assert_close(packed, apart, **close)
     # Two such rows, of which depth chooses unequal numbers of tokens.
     rows = [torch.cat(pair, dim=1) for pair in ((one, two), (two, one))]
     positions = torch.cat([positions, torch.cat([torch.arange(6), torch.arange(4)])[None]])
     both = model(torch.cat(rows), position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(both, torch.cat([apart, torch.cat([apart[:, 4:], apart[:, :4]], dim=1)]))
+    torch.testing.assert_close(both, torch.cat([apart, torch.cat([apart[:, 4:], apart[:, :4]], dim=1)]), **close)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     both = torch.cat([torch.cat([tokens(1, 2), one], 1), two])
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     padded = model(both, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(torch.cat([padded[:1, 2:], padded[1:]], dim=1), apart)
+    torch.testing.assert_close(torch.cat([padded[:1, 2:], padded[1:]], dim=1), apart, **close)
 
 
 @every_layer

@@ -158,25 +158,33 @@ class Scenes:
         """The same number for pictures whose captions mean the same."""
         return self.scene(index).key
 
-    def conversation(self, index: int, turns: int = 3) -> dict[str, Any]:
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of a picture."""
+        return self.grid * CELL, self.grid * CELL
+
+    def conversation(self, index: int, turns: int = 3, asked: str = "") -> dict[str, Any]:
         """A record as LLaVA has them: "id", and "conversations" of {"from": "human" or "gpt", "value": text}.
 
-        The first question begins with "<image>" and a line end; which `turns` questions are asked depends on the seed
-        and the number of the picture. Half of the digits that are asked about are on the picture.
+        The first question begins with "<image>" and a line end; which `turns` questions are asked, of those that begin
+        with `asked`, depends on the seed and the number of the picture. Half of the digits that are asked about are on
+        the picture. Raises ValueError where there are fewer questions.
         """
         import numpy as np
 
         random = np.random.default_rng([self.seed, SPLITS.index(self.split), index, 1])
         scene = self.scene(index)
-        asked = scene.questions()
+        questions = [pair for pair in scene.questions() if pair[0].startswith(asked)]
+        if len(questions) < turns:
+            raise ValueError(f"{self.name(index)}: {turns} questions wanted, {len(questions)} begin with {asked!r}")
         present = {PLURALS[d] for d in scene.digits} | {NUMBERS[d] for d in scene.digits}
-        by_digit = [(q, a) for q, a in asked if {*words(q)} & {*NUMBERS, *PLURALS}]
+        by_digit = [(q, a) for q, a in questions if {*words(q)} & {*NUMBERS, *PLURALS}]
         there = [pair for pair in by_digit if {*words(pair[0])} & present]
         absent = [pair for pair in by_digit if pair not in there]
-        rest = [pair for pair in asked if pair not in by_digit]
+        rest = [pair for pair in questions if pair not in by_digit]
         talk = []
         for turn in range(turns):
-            pool = (rest, there, absent)[int(random.choice(3, p=[0.5, 0.25, 0.25]))] or rest
+            pool = (rest, there, absent)[int(random.choice(3, p=[0.5, 0.25, 0.25]))] or rest or there or absent
             question, answer = pool.pop(int(random.integers(len(pool))))
             talk.append({"from": "human", "value": f"{IMAGE_TOKEN}\n{question}" if turn == 0 else question})
             talk.append({"from": "gpt", "value": answer})

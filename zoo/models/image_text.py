@@ -31,20 +31,22 @@ def build(
 
     router, losses, capacity and backend are as in `zoo.models.language.build`. All other keywords are fields of the
     family's configuration; a mapping, such as text_config={"num_hidden_layers": 4}, changes only what it names. A
-    MoE-LLaVA is a llava, upcycled with the options `moe` of `zoo.models.moe_llava.sparse`.
+    MoE-LLaVA is a llava, upcycled with the options `moe` of `zoo.models.moe_llava.sparse`, or with moe=False as it is.
     Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..pretrained import image_text
     from ..pretrained.language import resolve_dtype
     from . import moe_llava
 
-    moe = fields.pop("moe", None) or {} if MODELS[name][0] == "moe_llava" else None
+    moe: Any = fields.pop("moe", {}) if MODELS[name][0] == "moe_llava" else False
     config = configuration(name, **fields)
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     found = image_text.class_of(config.model_type)
     model = found._from_config(config, dtype=resolve_dtype(dtype), **options)
     given = {"backend": backend, "router": router, "losses": losses, "capacity": capacity}
-    return image_text.put_layers(model, **given) if moe is None else moe_llava.sparse(model, **given, **moe)
+    if moe is False:
+        return image_text.put_layers(model, **given)
+    return moe_llava.sparse(model, **given, **(moe or {}))
 
 
 def describe(name: str) -> str:

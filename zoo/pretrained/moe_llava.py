@@ -79,6 +79,10 @@ def from_pretrained(
         if not any(key.startswith(TOWER) for key in entries):
             entries |= _tower_entries(tower, raw, folder)
         _fill(model, entries, folder, own_gates=router is None)
+    if (folder / files.GENERATION).exists():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = str(folder)
     return model.eval()
 
@@ -103,7 +107,7 @@ def _config(raw: Mapping[str, Any], folder: Path, tower: Path | None, image_toke
     fields = {RENAMED.get(name, name): value for name, value in raw.items() if name not in own}
     fields = {name: value for name, value in fields.items() if not re.match(r"mm_|image_|video_|tune_|use_mm", name)}
     text = AutoConfig.for_model(KINDS[kind][0], **fields)
-    token = text.vocab_size - 1 if image_token_id is None else image_token_id
+    token = raw.get("image_token_index", text.vocab_size - 1) if image_token_id is None else image_token_id
     return LlavaConfig(
         text_config=text,
         vision_config=_vision_config(raw, where, tower),
@@ -226,6 +230,7 @@ def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrit
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "moe": {"moe_enable": True, "moe_mode": "custom", "moe_layers_idx": layers, "ep_size": 1, **_said(moes)},
         "image_projector_type": "mlp2x_gelu",
+        "image_token_index": config.image_token_index,
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_image_tower": next((n for n, c in TOWERS.items() if _is(config.vision_config, c)), None),
         "mm_vision_select_layer": config.vision_feature_layer,

@@ -1,0 +1,232 @@
+"""Instruction tuning: vision-language models trained on the answers of conversations about images.
+
+python -m tasks.vision_language fit --config configs/vision_language/moe_llava_digits.yaml
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import zoo
+from tasks.answering import answer, open_image
+from tasks.predictions import check_predictions, write_predictions
+from tasks.training import Overrides, Task
+from zoo.data.packing import IGNORE, flash_lengths
+from zoo.models import moe_llava
+from zoo.pretrained import llava
+
+BESIDE = ("labels", "answers", "real")  # what a batch holds besides the model's inputs
+
+
+class InstructionTask(Task):
+    """Instruction tuning of a model from images and text to text; only answers are trained.
+
+    Args:
+        network: the name of a model of ours ("vision_language/moe_llava_tiny", see `zoo models`), or a module.
+        pretrained: a folder or hub repository to start from instead, or those of the parts of a LLaVA that a fresh
+            projector joins: {"language_model": ..., "vision_tower": ...} (`zoo.pretrained.llava.join`).
+        overrides: fields of the model's configuration to change, or keywords of `zoo.from_pretrained`;
+            {"moe": false} makes the dense twin of a MoE-LLaVA.
+        router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}; the family's own by default.
+        losses: auxiliary losses by name with their weights; the family's own by default.
+        capacity: places an expert, a factor or the arguments of `zoo.moe.Capacity`.
+        sparse: give a dense model experts, copies of its MLPs: options of `zoo.models.moe_llava.sparse`, {} for
+            MoE-LLaVA's own.
+        lora_experts: give it LLaVA-MoLE's experts and train them alone: options of
+            `zoo.models.moe_llava.with_lora_experts`.
+        stage: which parameters to train, as in MoE-LLaVA's stage 1 (the projector), 2 (all but the vision tower) or 3
+            (MLPs and gates); all by default.
+        max_new_tokens: length of what `predict` answers.
+        predictions: the file that `predict` writes: path, question and answer.
+        training: arguments of `tasks.training.Task`: learning rate, schedule and so on.
+    """
+
+    unit = "tokens"
+
+    def __init__(
+        self,
+        network: str | nn.Module = "vision_language/moe_llava_tiny",
+        pretrained: str | dict[str, str] | None = None,
+        overrides: Overrides | None = None,
+        router: dict[str, Any] | str | None = None,
+        losses: dict[str, Any] | None = None,
+        capacity: float | dict[str, Any] | None = None,
+        sparse: dict[str, Any] | None = None,
+        lora_experts: dict[str, Any] | None = None,
+        stage: Literal[1, 2, 3] | None = None,
+        max_new_tokens: int = 32,
+        predictions: str = "answers.csv",
+        **training: Any,
+    ) -> None:
+        super().__init__(network, **training)
+        self.overrides: dict[str, Any] = dict(overrides or {})
+        self._subcommand = "fit"
+        if isinstance(pretrained, dict) and set(pretrained) != {"language_model", "vision_tower"}:
+            raise ValueError(
+                f"pretrained: expected a folder, or language_model and vision_tower, got {', '.join(pretrained)}"
+            )
+        if lora_experts is not None and (stage is not None or sparse is not None):
+            raise ValueError(
+                "lora_experts are trained alone, on a dense model: give neither stage nor sparse with them"
+            )
+        if lora_experts is not None and self.hparams["export"]:
+            raise ValueError("export: LoRA experts have no published layout; a checkpoint keeps them")
+        if sparse is None and pretrained is None and stage == 3 and self.overrides.get("moe") is False:
+            raise ValueError("stage 3 trains experts: give sparse, or a pretrained model that has them")
+
+    def build(self) -> nn.Module:
+        """The model that the arguments describe, fresh or pretrained, with the gradients of its stage."""
+        h = self.hparams
+        given = {name: h[name] for name in ("router", "losses", "capacity") if h[name] is not None}
+        upcycled = given if h["sparse"] is not None else {}
+        own = {**self.overrides, **({} if upcycled else given)}
+        # The trainer's precision decides, not the checkpoint's: bfloat16 weights hardly move under AdamW.
+        kind = {"dtype": torch.get_default_dtype()}
+        if isinstance(h["pretrained"], dict):
+            model: Any = llava.join(**{**h["pretrained"], **kind, **own})
+        elif h["pretrained"]:
+            model = zoo.from_pretrained(h["pretrained"], **{**kind, **own})
+        else:
+            assert isinstance(self.network, str)
+            model = zoo.create_model(self.network, **own)
+        if not hasattr(model, "generate") or getattr(model.config, "vision_config", None) is None:
+            raise ValueError(f"{type(model).__name__} is no model from images to text")
+        if h["sparse"] is not None:
+            model = moe_llava.sparse(model, **{**upcycled, **h["sparse"]})
+        if h["lora_experts"] is not None:
+            return moe_llava.with_lora_experts(model, **h["lora_experts"])
+        return model if h["stage"] is None else moe_llava.stage(model, h["stage"])
+
+    def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
+        """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        self._subcommand = subcommand
+        super().check_run(trainer, data, subcommand, checkpoint)
+
+    def check(self, data: Any) -> None:
+        """Build the model without memory: raises what is wrong with the arguments before any work is done."""
+        check_predictions(self.hparams["predictions"], bool(data.show))
+        if isinstance(self.hparams["pretrained"], str):
+            with torch.device("meta"):
+                self.check_model(self.build(), data)
+        super().check(data)
+
+    def check_model(self, model: Any, data: Any) -> None:
+        """Raise ValueError for what of the data does not fit the model: vocabulary, images, length."""
+        trainer = self._trainer
+        running = trainer.state.fn if trainer else None
+        subcommand = self._subcommand if running is None else running.value
+        data.fit_to(model, {"fit": "train", "validate": "val", "test": "test"}.get(subcommand))
+
+    def configure_model(self) -> None:
+        """Build the model, and let the data fit its processor to it; Lightning calls this."""
+        data = getattr(self._trainer, "datamodule", None)
+        if self.model is None:
+            self.model = self.build()
+        if data is not None:
+            self.check_model(self.model, data)
+            self.model.config.image_token_id = data.chat.processor.image_token_id
+            _stop_at(self.model.generation_config, data.chat.end)
+        self.prepare_model(self._recompute_layers)
+
+    def _recompute_layers(self) -> None:
+        with warnings.catch_warnings():
+            # Its successor is younger than the oldest transformers that we run on.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def count(self, batch: dict[str, Tensor]) -> int:
+        """Tokens in a batch, those of images and padding among them."""
+        return batch["input_ids"].numel()
+
+    def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits [N, V] float32 before each of the N tokens of answers, and these tokens [N]."""
+        inputs = {name: value for name, value in batch.items() if name not in BESIDE}
+        if "real" in batch:  # packed: no attention mask, so gates are told what is padding
+            inputs["moe_context"] = {"mask": batch["real"].bool()}  # type: ignore[assignment]
+            if "flash" in str(self.model.config._attn_implementation):
+                inputs |= flash_lengths(batch["position_ids"])
+        # A token is foretold at the place before it. Places before no answer in any row do not pass the head.
+        after = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
+        if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+            columns = (after != IGNORE).any(0).nonzero().flatten()
+            inputs["logits_to_keep"] = columns
+            after = after[:, columns]
+        logits = self.model(**inputs, use_cache=False).logits
+        wanted = after != IGNORE
+        return logits[wanted].float(), after[wanted]
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Mean negative log-likelihood of the answers' tokens, of all processes together, plus auxiliary losses."""
+        with zoo.moe.record(self.model) as step:
+            logits, targets = self.logits(batch)
+        nats = F.cross_entropy(logits, targets, reduction="sum")
+        number = torch.tensor(float(len(targets)), device=nats.device)
+        # Every answer token weighs the same, whichever process it is on: gradients are averaged over processes.
+        mean = nats / self.trainer.strategy.reduce(number, reduce_op="mean").clamp(min=1)
+        self.log("loss", mean.detach(), prog_bar=True, logger=False)
+        self.log("train/loss", mean.detach())
+        return self.with_auxiliary(mean, step)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Add to the sums of an evaluation."""
+        with zoo.moe.record(self.model) as step:
+            logits, targets = self.logits(batch)
+        wrong = logits.argmax(-1) != targets
+        # An answer's number in the batch: a row has fewer answers than tokens.
+        rows, length = batch["answers"].shape
+        numbers = batch["answers"] + torch.arange(rows, device=targets.device)[:, None] * (length + 1)
+        numbers = F.pad(numbers[:, 1:], (0, 1))[F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE) != IGNORE]
+        answers, place = numbers.unique(return_inverse=True)
+        missed = torch.zeros(len(answers), device=targets.device).index_add(0, place, wrong.float())
+        nats = F.cross_entropy(logits.double(), targets, reduction="sum")
+        counts = (len(targets), wrong.sum(), len(answers), (missed == 0).sum())
+        self.add_to_evaluation(step, torch.stack([nats, *(torch.as_tensor(c).to(nats) for c in counts)]))
+
+    test_step = validation_step
+
+    def evaluated(self, sums: list[float]) -> tuple[dict[str, float], str]:
+        """Loss and perplexity a token, tokens foretold, and answers of which every token is the likeliest.
+
+        With a dropless gate those are the answers that greedy generation gives.
+        """
+        nats, tokens, wrong, answers, right = sums
+        loss = nats / max(tokens, 1)
+        figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": 1 - wrong / max(tokens, 1)}
+        return {**figures, "answers_right": right / max(answers, 1)}, "answers_right"
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """Path, question and the model's answer."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        processor = data.chat.processor
+        processor.chat_template = data.chat.template
+        found = answer(
+            self.model, processor, [open_image(batch["path"])], batch["question"], self.hparams["max_new_tokens"]
+        )
+        return [{"path": batch["path"], "question": batch["question"], "answer": found}]
+
+    def show_predictions(self, predictions: list[Any]) -> None:
+        """Write the file of answers, those of all processes."""
+        write_predictions(self.hparams["predictions"], self.trainer, predictions)
+
+    def on_fit_end(self) -> None:
+        """Export model and processor, where asked for."""
+        super().on_fit_end()
+        if self.hparams["export"] and self.trainer.is_global_zero:
+            chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
+            chat.processor.chat_template = chat.template
+            chat.processor.save_pretrained(self.hparams["export"])
+
+
+def _stop_at(config: Any, token: int | None) -> None:
+    """Let generation end where answers do, besides where it did."""
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if token is not None and token not in known:
+        found = [*(t for t in known if t is not None), token]
+        config.eos_token_id = found if len(found) > 1 else token
