@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .routing import Routing
+from .topology import expert_bounds, expert_links
 
 
 @dataclass
@@ -52,14 +53,17 @@ class ExpertParallel:
         self.num_experts, self.group, self.chunks = num_experts, group, chunks
         self.meanwhile: Callable[[], None] | None = None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        part = -(-num_experts // self.size)
-        self.bounds = [min(part * r, num_experts) for r in range(self.size + 1)]
+        self.bounds = expert_bounds(num_experts, self.size)
         self.traffic = Traffic()
 
     @property
     def own(self) -> slice:
         """The experts that this process holds."""
         return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
+
+    def links(self, within: int = 1) -> list[int]:
+        """How far away each of the E experts is, as `zoo.moe.topology.LINKS`, with `within` processes in a node."""
+        return expert_links(self.bounds, self.rank, within)
 
     def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together.

@@ -39,6 +39,14 @@ class HierarchicalExpertParallel:
         first, inside = self.between.own.start, self.within.own
         return slice(first + inside.start, first + inside.stop)
 
+    def links(self, within: int = 1) -> list[int]:
+        """How far away each of the E experts is, as `zoo.moe.topology.LINKS`; nodes are those of `within` here."""
+        node, own = self.between.own, self.own
+        levels = [2] * self.num_experts
+        levels[node] = [1] * (node.stop - node.start)
+        levels[own] = [0] * (own.stop - own.start)
+        return levels
+
     @property
     def traffic_between(self) -> Traffic:
         """Bytes that this process has sent to other nodes."""

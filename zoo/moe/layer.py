@@ -63,11 +63,13 @@ class MoE(Recorded):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to tokens x [..., D]; keywords go to the router (see `Router`)."""
+        parallel: Any = getattr(getattr(self.experts, "mlp", self.experts), "parallel", None)
+        if parallel is not None:
+            context["parallel"] = parallel  # a loss may ask how far away experts are
         routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
         self._keep(routing)
         tokens = x.reshape(-1, x.shape[-1])
         found: list[Tensor] = []
-        parallel: Any = getattr(getattr(self.experts, "mlp", self.experts), "parallel", None)
         if self.shared is not None and parallel is not None:
             # While tokens travel to experts of other processes.
             shared = self.shared

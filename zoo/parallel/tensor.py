@@ -114,6 +114,10 @@ class SplitTokens:
         y = self.inner(_Whole.apply(x, self.group)[first:last], own, experts)
         return _Gather.apply(y, part, routing.num_tokens, self.group)
 
+    def links(self, within: int = 1) -> list[int]:
+        """How far away each expert is, as `zoo.moe.topology.LINKS`: processes of a tensor group count as one."""
+        return self.inner.links(within)
+
     @property
     def meanwhile(self) -> Callable[[], None] | None:
         """What runs while tokens travel."""
