@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -66,7 +67,16 @@ class HierarchicalExpertParallel:
     def meanwhile(self, work: Callable[[], None] | None) -> None:
         self.between.meanwhile = work
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    @property
+    def later(self) -> list[Callable[[], Tensor]] | None:
+        """Where the function is put that waits for what other nodes send back."""
+        return self.between.later
+
+    @later.setter
+    def later(self, found: list[Callable[[], Tensor]] | None) -> None:
+        self.between.later = found
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Any:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
 
         def inside(rows: Tensor, arrived: Routing) -> Tensor:
