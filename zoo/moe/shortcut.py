@@ -49,15 +49,15 @@ class ShortcutMoE(MoE):
         self._result = later[0] if later else lambda: y
         return found[0] if found else self.shared(x)
 
-    def result(self) -> Tensor:
-        """What experts made of the tokens of the last call, [T, D]; waits for it, and forgets it.
+    def take(self) -> Callable[[], Tensor]:
+        """A function that waits for what experts made of the last call's tokens, [T, D]; forgotten here.
 
         Raises RuntimeError where there was no call since.
         """
         if self._result is None:
             raise RuntimeError("Shortcut: its ShortcutMoE has not run since; the two are called alternately")
         result, self._result = self._result, None
-        return result()
+        return result
 
 
 class Shortcut(nn.Module):
@@ -70,5 +70,5 @@ class Shortcut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """dense(x) and the experts' result, of tokens x [..., D] at the places of those that the experts had."""
-        y = self.dense(x)
-        return y + self._source[0].result().view(x.shape)
+        result = self._source[0].take()  # first: a recomputation for checkpointing may end within the dense MLP
+        return self.dense(x) + result().view(x.shape)
