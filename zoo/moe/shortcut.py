@@ -22,8 +22,8 @@ class ShortcutMoE(MoE):
         x_{l+2} = h_{l+1} + next_dense(n_{l+1}) + sum_e g_e(n_l) f_e(n_l)
     This module is called with n_l and returns dense(n_l); `Shortcut` is called with n_{l+1}. Where experts are spread
     over processes, tokens set out before `dense` runs; results set out after it, while the next block's attention and
-    MLP run, and are waited for by `Shortcut`. Backward their gradients travel likewise. A gate sees a block's attention
-    less than it would in the second block: that is what it costs.
+    MLP run, and are waited for by `Shortcut`. Backward their gradients travel likewise. What it costs: neither gate nor
+    experts see what the second block's attention and the first's MLP add.
 
     Call the two alternately, and put both into one region of activation checkpointing.
     Raises ValueError as `MoE`.
