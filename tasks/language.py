@@ -143,8 +143,8 @@ class LanguageTask(Task):
     Args:
         network: the name of a model of ours ("language/mixtral_tiny", see `zoo models`), or a module.
         pretrained: a folder or hub repository to start from instead.
-        overrides: fields of the model's configuration to change, the kinds of experts, attention and depth
-            (`zoo.models.language.build`), or keywords of `zoo.from_pretrained`.
+        overrides: fields of the model's configuration to change, the kinds of experts, attention, depth and
+            shortcuts (`zoo.models.language.build`), or keywords of `zoo.from_pretrained`.
         router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}, or a list of such for the first
             layers, its last for all the rest; the family's own by default.
         losses: auxiliary losses by name with their weights, such as {"switch": 0.01, "z": 0.001}.

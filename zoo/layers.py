@@ -74,6 +74,29 @@ def depth_factory(spec: Any, depth: int, dim: int) -> tuple[tuple[int, ...], Cal
     return layers, _factory(DepthRouter, arguments, {"dim": dim})
 
 
+def shortcut_layers(spec: Any, depth: int) -> tuple[tuple[int, ...], int | None]:
+    """Which of `depth` blocks add over a shortcut what experts make of the block before (`ShortcutMoE`), and the width.
+
+    spec: True, or {"layers": as in `attention_factory`, "every-2" if not said, "hidden_dim": of the dense MLPs of both
+    blocks, None for what the model has}. Raises ValueError for an unknown argument and where a block would have both
+    ends of a shortcut or the first none, TypeError for what is no mapping.
+    """
+    if not isinstance(spec, Mapping) and spec is not True:
+        raise TypeError(f'shortcut: expected True or a mapping such as {{"layers": "every-2"}}, got {spec!r}')
+    layers, arguments = _placed({} if spec is True else spec, depth, "every-2")
+    for name in arguments:
+        if name != "hidden_dim":
+            raise unknown("argument of shortcut", name, {"layers", "hidden_dim"})
+    if wrong := [i for i in layers if i == 0 or i - 1 in layers]:
+        raise ValueError(
+            f"shortcut: layers {wrong} of {list(layers)} need a layer before them that is not at the end of a shortcut"
+        )
+    hidden = arguments.get("hidden_dim")
+    if hidden is not None and (not isinstance(hidden, int) or hidden < 1):
+        raise ValueError(f"shortcut: hidden_dim must be a width of at least 1, got {hidden!r}")
+    return layers, hidden
+
+
 def _placed(spec: Any, depth: int, default: str = "all") -> tuple[tuple[int, ...], Any]:
     if not isinstance(spec, Mapping):
         return moe_layers(default, depth), spec

@@ -140,6 +140,7 @@ def build(
     experts: Any = None,
     attention: Any = None,
     mixture_of_depths: Any = None,
+    shortcut: Any = None,
     backend: str = "auto",
     dense: bool = False,
     dtype: torch.dtype | str | None = None,
@@ -157,12 +158,15 @@ def build(
         attention  heads as experts: {"name": "MoH", "num_shared_heads": 1, "k": 2}, "SwitchHead", "MoA" with its gate
                    {"name": "MoA", "num_experts": 8, "router": {"name": "TopKRouter", "k": 2}}; "layers" says where
         mixture_of_depths  {"capacity": 0.125, "sampling": "predictor", "layers": "every-2"}
+        shortcut   true or {"layers": "every-2", "hidden_dim": 256}: in pairs of layers the experts read the first and
+                   are added in the second, each of them with a dense MLP (ScMoE, see `ShortcutMoE`) of that width,
+                   config.intermediate_size if not said, in place of the family's shared experts
     (see `zoo.layers`). Such a model has no published layout. backend is that of `moe_mlp`. dense makes the dense twin
     instead (see `dense_twin`). All other keywords are fields of the family's configuration.
     Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..gates import gate_factory, layer_gates
-    from ..layers import attention_factory, depth_factory, experts_factory
+    from ..layers import attention_factory, depth_factory, experts_factory, shortcut_layers
     from ..pretrained import adopt
     from ..pretrained.language import activation_of
 
@@ -190,6 +194,12 @@ def build(
         parts["attention"] = attention_factory(attention, layers, config.hidden_size, heads, head_dim, causal=True)
     if mixture_of_depths is not None:
         parts["depth"] = depth_factory(mixture_of_depths, layers, config.hidden_size)
+    if shortcut is not None and shortcut is not False:
+        if mixture_of_depths is not None:
+            raise ValueError(
+                "shortcut: experts of one layer's tokens cannot be added in a layer that skips some of them"
+            )
+        parts["shortcut"] = shortcut_layers(shortcut, layers)
     return adopt.build(
         config,
         router=make,
@@ -227,7 +237,8 @@ def _check_fields(config_class: Any, fields: Mapping[str, Any]) -> None:
         "capacity",
         "experts",
         "attention",
-        "depth",
+        "mixture_of_depths",
+        "shortcut",
         "backend",
         "dense",
         "dtype",
@@ -251,7 +262,7 @@ def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
 
     dtype = overrides.pop("dtype", None)
     attention = overrides.pop("attn_implementation", None)
-    for name in ("router", "losses", "capacity", "experts", "attention", "mixture_of_depths", "backend"):
+    for name in ("router", "losses", "capacity", "experts", "attention", "mixture_of_depths", "shortcut", "backend"):
         overrides.pop(name, None)
     config: Any
     if isinstance(model, str):

@@ -17,6 +17,7 @@ from .lora import LoRAExperts
 from .peer import PEER, NeuronExperts
 from .routers import Router
 from .routing import Routing
+from .shortcut import Shortcut, ShortcutMoE
 from .slots import Slots
 from .zero_computation import ZeroComputationExperts
 
@@ -45,6 +46,8 @@ __all__ = [
     "PatchMoE",
     "Router",
     "Routing",
+    "Shortcut",
+    "ShortcutMoE",
     "Slots",
     "StaticExpertParallel",
     "Step",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import balance, gate_losses
+from . import balance, gate_losses, topology
 
 # A name in a configuration -> the function, with the options that make it that loss.
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -33,6 +33,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "device_level": balance.device_level,
     "mutual_information": balance.mutual_information,
     "communication": balance.communication,
+    "topology": topology.topology,
     "task_mutual_information": balance.task_mutual_information,
     "local_entropy": balance.local_entropy,
     "global_entropy": balance.global_entropy,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .routing import Routing
+from .topology import expert_bounds, expert_links
 
 
 @dataclass
@@ -40,7 +41,8 @@ class ExpertParallel:
 
     Rows travel while other work is done, forward and backward. What is in `meanwhile` runs between the moment rows set
     out and that they are waited for: `MoE` puts its shared expert there. With chunks=n tokens go in n parts, and the
-    experts take one while the next is on its way.
+    experts take one while the next is on its way. Where `later` is a list, results are not waited for: a call returns
+    rows on their way, which are nothing to look at, and puts into the list the function that waits and gives the sum.
 
     Raises ValueError for fewer than one expert or chunk.
     """
@@ -51,9 +53,9 @@ class ExpertParallel:
                 raise ValueError(f"ExpertParallel: {name} must be at least 1, got {value}")
         self.num_experts, self.group, self.chunks = num_experts, group, chunks
         self.meanwhile: Callable[[], None] | None = None
+        self.later: list[Callable[[], Tensor]] | None = None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        part = -(-num_experts // self.size)
-        self.bounds = [min(part * r, num_experts) for r in range(self.size + 1)]
+        self.bounds = expert_bounds(num_experts, self.size)
         self.traffic = Traffic()
 
     @property
@@ -61,7 +63,11 @@ class ExpertParallel:
         """The experts that this process holds."""
         return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    def links(self, within: int = 1) -> list[int]:
+        """How far away each of the E experts is, as `zoo.moe.topology.LINKS`, with `within` processes in a node."""
+        return expert_links(self.bounds, self.rank, within)
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Any:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together.
 
         `experts` runs the tokens that arrive, with their routing over this process's own experts.
@@ -75,7 +81,7 @@ class ExpertParallel:
         journey = self._set_out(x, routing, parts[0])
         if meanwhile is not None:
             meanwhile()
-        y, backs = x.new_zeros(x.shape), []
+        backs: list[tuple[Tensor, tuple[Tensor, _Flight]]] = []
         for following in (*parts[1:], None):
             trip, rows, weight = journey
             if following is not None:
@@ -84,10 +90,23 @@ class ExpertParallel:
             weight = _Arrive.apply(*weight).index_select(0, trip.order)
             out = experts(rows, Routing(trip.token_index, trip.offsets, weight, rows.shape[0]))
             backs.append((trip.sent, self._depart(out, trip.rows.reversed())))
-        for sent, back in backs:
-            rows = _Arrive.apply(*back)
-            y = y.to(rows.dtype).index_add(0, sent, rows)
-        return y
+
+        def summed() -> Tensor:
+            y = x.new_zeros(x.shape)
+            for sent, back in backs:
+                rows = _Arrive.apply(*back)
+                y = y.to(rows.dtype).index_add(0, sent, rows)
+            return y
+
+        return self._now_or_later(summed, [back[0] for _, back in backs])
+
+    def _now_or_later(self, summed: Callable[[], Tensor], rows: list[Tensor]) -> Any:
+        later, self.later = self.later, None
+        if later is None:
+            return summed()
+        later.append(summed)
+        # FSDP gathers a module's parameters for backward when the gradient of what it returned comes.
+        return rows
 
     def _set_out(
         self, x: Tensor, routing: Routing, tokens: tuple[int, int]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -39,6 +40,14 @@ class HierarchicalExpertParallel:
         first, inside = self.between.own.start, self.within.own
         return slice(first + inside.start, first + inside.stop)
 
+    def links(self, within: int = 1) -> list[int]:
+        """How far away each of the E experts is, as `zoo.moe.topology.LINKS`; nodes are those of `within` here."""
+        node, own = self.between.own, self.own
+        levels = [2] * self.num_experts
+        levels[node] = [1] * (node.stop - node.start)
+        levels[own] = [0] * (own.stop - own.start)
+        return levels
+
     @property
     def traffic_between(self) -> Traffic:
         """Bytes that this process has sent to other nodes."""
@@ -58,7 +67,16 @@ class HierarchicalExpertParallel:
     def meanwhile(self, work: Callable[[], None] | None) -> None:
         self.between.meanwhile = work
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    @property
+    def later(self) -> list[Callable[[], Tensor]] | None:
+        """Where the function is put that waits for what other nodes send back."""
+        return self.between.later
+
+    @later.setter
+    def later(self, found: list[Callable[[], Tensor]] | None) -> None:
+        self.between.later = found
+
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Any:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
 
         def inside(rows: Tensor, arrived: Routing) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class StaticExpertParallel(ExpertParallel):
         self.places = places
         self.dropped: Tensor | None = None
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Any:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
         if routing.num_experts != self.num_experts:
             raise ValueError(
@@ -64,6 +65,11 @@ class StaticExpertParallel(ExpertParallel):
         weight = _Arrive.apply(*weights).view(self.size, mine, places).transpose(0, 1).reshape(end)
         out = experts(arrived, Routing(torch.arange(end, device=device), offsets, weight, end))
         out = out.view(mine, self.size, places, -1).transpose(0, 1).reshape(end, -1)
-        back = _Arrive.apply(*self._depart(out, splits))
-        found = back.index_select(0, place.clamp(max=end - 1)).where(fits.unsqueeze(-1), 0)
-        return back.new_zeros(x.shape).index_add(0, token, found)
+        returning = self._depart(out, splits)
+
+        def summed() -> Tensor:
+            back = _Arrive.apply(*returning)
+            found = back.index_select(0, place.clamp(max=end - 1)).where(fits.unsqueeze(-1), 0)
+            return back.new_zeros(x.shape).index_add(0, token, found)
+
+        return self._now_or_later(summed, [returning[0]])

@@ -63,11 +63,10 @@ class MoE(Recorded):
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to tokens x [..., D]; keywords go to the router (see `Router`)."""
-        routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
-        self._keep(routing)
+        parallel = self._parallel()
+        routing = self._decide(x, context)
         tokens = x.reshape(-1, x.shape[-1])
         found: list[Tensor] = []
-        parallel: Any = getattr(getattr(self.experts, "mlp", self.experts), "parallel", None)
         if self.shared is not None and parallel is not None:
             # While tokens travel to experts of other processes.
             shared = self.shared
@@ -82,6 +81,18 @@ class MoE(Recorded):
         if self.shared_gate is not None:
             beside = torch.sigmoid(self.shared_gate(x)) * beside
         return y + beside
+
+    def _parallel(self) -> Any:
+        """What brings tokens to experts of other processes, None where all are here."""
+        return getattr(getattr(self.experts, "mlp", self.experts), "parallel", None)
+
+    def _decide(self, x: Tensor, context: dict[str, Any]) -> Decision:
+        """The gate's decision on tokens x [..., D]."""
+        if (parallel := self._parallel()) is not None:
+            context["parallel"] = parallel  # a loss may ask how far away experts are
+        routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
+        self._keep(routing)
+        return routing
 
 
 class _Calls:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..moe import Experts, MoE
+from ..moe import Experts, MoE, ShortcutMoE
 from .mesh import Sizes
 from .spread import blocks, spreadable
 from .tensor import planned
@@ -129,7 +129,8 @@ class Facts:
         self.attention = self.heads * head
         self.vocabulary = getattr(config, "vocab_size", 0) or 0
         self.kept = sum(m.in_features for unit in blocks(model) for m in unit.modules() if isinstance(m, nn.Linear))
-        self.layers = len(self.units) - 1
+        # Two layers with a shortcut between them are one block.
+        self.layers = len(self.units) - 1 + sum(isinstance(m, ShortcutMoE) for m in model.modules())
 
     @staticmethod
     def _stack(experts: Experts, router: Any) -> _Stack:

@@ -105,14 +105,23 @@ class SplitTokens:
         self.inner, self.group = inner, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
-    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Tensor:
+    def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Any:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
         ranges = token_ranges(routing.num_tokens, self.size)
         (first, last), part = ranges[self.rank], ranges[0][1]
         weight = _Whole.apply(routing.weight, self.group)
         own = of_tokens(Routing(routing.token_index, routing.offsets, weight, routing.num_tokens), first, last)
+        later, total = self.inner.later, routing.num_tokens
         y = self.inner(_Whole.apply(x, self.group)[first:last], own, experts)
-        return _Gather.apply(y, part, routing.num_tokens, self.group)
+        if later is None:
+            return _Gather.apply(y, part, total, self.group)
+        summed = later.pop()
+        later.append(lambda: _Gather.apply(summed(), part, total, self.group))
+        return y
+
+    def links(self, within: int = 1) -> list[int]:
+        """How far away each expert is, as `zoo.moe.topology.LINKS`: processes of a tensor group count as one."""
+        return self.inner.links(within)
 
     @property
     def meanwhile(self) -> Callable[[], None] | None:
@@ -122,6 +131,15 @@ class SplitTokens:
     @meanwhile.setter
     def meanwhile(self, work: Callable[[], None] | None) -> None:
         self.inner.meanwhile = work
+
+    @property
+    def later(self) -> list[Callable[[], Tensor]] | None:
+        """Where the function is put that waits for results."""
+        return self.inner.later
+
+    @later.setter
+    def later(self, found: list[Callable[[], Tensor]] | None) -> None:
+        self.inner.later = found
 
 
 class _Whole(torch.autograd.Function):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe import MLP, Capacity, DepthRouter, Experts, MoE, Router
+from ..moe import MLP, Capacity, DepthRouter, Experts, MoE, Router, ShortcutMoE
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from .context import pass_context
-from .decoders import put_attention, put_depth
+from .decoders import put_attention, put_depth, put_shortcuts
 from .language import FAMILIES, Family, activation_of, resolve_dtype
 
 RouterFactory = Callable[[], Router]
@@ -46,6 +46,7 @@ def build(
     experts: Callable[[], Any] | None = None,
     attention: tuple[Iterable[int], Callable[[], nn.Module]] | None = None,
     depth: tuple[Iterable[int], Callable[[], DepthRouter]] | None = None,
+    shortcut: tuple[Iterable[int], int | None] | None = None,
     dense: bool = False,
     backend: str = "auto",
     dtype: torch.dtype | str | None = None,
@@ -57,9 +58,10 @@ def build(
 
     `router` makes the gate of one layer (the family's own by default, with `router_args` on top), `experts` its experts
     (gated MLPs by default); attention and depth say which layers have attention experts or a mixture of depths, and
-    what makes one. `dense` puts one dense MLP of the same active width in place of router and experts. Without
-    `initialize` weights are left unset, for a loader to fill. On the meta device nothing is allocated. Raises
-    ValueError for an unknown family or activation.
+    what makes one; shortcut which layers add the experts of the layer before, and the width of dense MLPs there.
+    `dense` puts one dense MLP of the same active width in place of router and experts. Without `initialize` weights are
+    left unset, for a loader to fill. On the meta device nothing is allocated. Raises ValueError for an unknown family
+    or activation, and for a shortcut where no experts are.
     """
     family = family_of(config.model_type)
     config = copy.deepcopy(config)
@@ -68,6 +70,9 @@ def build(
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model = family.classes()[1]._from_config(config, dtype=dtype, **options)
+    ends = () if shortcut is None else tuple(shortcut[0])
+    if shortcut is not None:
+        _make_room(model, ends, shortcut[1] or config.intermediate_size, dtype)
     blocks = [layer.mlp for layer in model.model.layers if hasattr(layer.mlp, "experts")]
     for layer in model.model.layers:
         if layer.mlp in blocks:
@@ -77,14 +82,17 @@ def build(
     if not dense:
         own = {**family.router(config), **(router_args or {})}
         make = router or (lambda: TopKRouter(config.hidden_size, getattr(config, family.num_experts), **own))
-        for layer in model.model.layers:
-            if isinstance(layer.mlp, _Shared):
-                layer.mlp = _moe(config, family, make, layer.mlp.shared, backend, dtype, device, initialize, experts)
+        for i, layer in enumerate(model.model.layers):
+            if isinstance(layer.mlp, _Shared) or i + 1 in ends:
+                beside, kind = (layer.mlp, ShortcutMoE) if i + 1 in ends else (layer.mlp.shared, MoE)
+                layer.mlp = _moe(config, family, make, beside, backend, dtype, device, initialize, experts, kind)
         if attention is not None:
             put_attention(model, *attention)
         pass_context(model)
         if depth is not None:
             put_depth(model, *depth)
+        if ends:
+            put_shortcuts(model, ends)
         model.save_pretrained = Save(model)
     return model.eval() if not initialize else model
 
@@ -99,6 +107,17 @@ class _Shared(nn.Module):
 
 def _shared(block: nn.Module, family: Family) -> nn.Module:
     return _Shared(getattr(block, family.shared) if family.shared else None)
+
+
+def _make_room(model: Any, ends: tuple[int, ...], hidden_dim: int, dtype: torch.dtype) -> None:
+    """Give both layers of each shortcut a dense MLP, on the meta device; ValueError where there would be no experts."""
+    layers = model.model.layers
+    for i in ends:
+        if not hasattr(layers[i].mlp, "experts"):
+            raise ValueError(f"shortcut: layer {i} of {model.config.model_type} has no experts that it could add")
+        for layer in (layers[i - 1], layers[i]):
+            with torch.device("meta"):
+                layer.mlp = MLP(model.config.hidden_size, hidden_dim, activation_of(model.config)).to(dtype)
 
 
 def shared_width(config: Any) -> int:
@@ -140,6 +159,7 @@ def _moe(
     device: torch.device,
     initialize: bool,
     make_experts: Callable[[], Any] | None,
+    kind: type[MoE] = MoE,
 ) -> MoE:
     num_experts, dim = getattr(config, family.num_experts), config.hidden_size
     if make_experts is not None:
@@ -151,7 +171,10 @@ def _moe(
             experts.to(dtype)
     with device:
         router = make()
-        moe = MoE(router, experts, shared=shared, shared_gate=family.shared_gate is not None)
+        if kind is ShortcutMoE:
+            moe: MoE = ShortcutMoE(router, experts, shared)  # type: ignore[arg-type]
+        else:
+            moe = MoE(router, experts, shared=shared, shared_gate=family.shared_gate is not None)
     # Buffers keep their type: the selection bias is float32 in every checkpoint.
     for parameter in (*router.parameters(), *(moe.shared_gate.parameters() if moe.shared_gate else ())):
         parameter.data = parameter.data.to(dtype)

@@ -1,14 +1,15 @@
-"""Attention experts and mixture of depths in the decoder layers of a transformers causal language model."""
+"""Attention experts, mixture of depths and shortcuts in the decoder layers of a transformers causal language model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..moe import DepthRouter, MixtureOfDepths
+from ..moe import DepthRouter, MixtureOfDepths, Shortcut
 from ..moe.routers import MoEPlusPlusRouter
 from .context import KEY
 
@@ -136,6 +137,35 @@ class _Chosen(nn.Module):
         )
 
 
+class DecoderPair(nn.Module):
+    """Two decoder layers with a shortcut from the first to the second (`ShortcutMoE`), to be recomputed together."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    @property
+    def attention_type(self) -> Any:
+        """What transformers asks of a layer with more than one kind of mask in a model."""
+        return self.first.attention_type
+
+    def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
+        """Tokens [B, S, D] to tokens [B, S, D] of two layers, with a decoder layer's keywords."""
+        if not (self.gradient_checkpointing and self.training):
+            return self._both(hidden_states, **keywords)
+        # A layer recomputed alone would miss the other end of the shortcut, and a cache would be filled twice.
+        for layer in (self.first, self.second):
+            layer.gradient_checkpointing = False  # type: ignore[assignment]
+        keywords |= {"past_key_values": None, "use_cache": False}
+        return self._gradient_checkpointing_func(partial(self._both, **keywords), hidden_states)
+
+    def _both(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
+        return self.second(self.first(hidden_states, **keywords), **keywords)
+
+
 def _among(index: Tensor, seen: Tensor | None, mask: Tensor | None) -> Tensor:
     """Which of the tokens at index [B, C] see which, [B, 1, C, C]: as in the whole sequence, and each itself."""
     columns = index[:, None, :].expand(-1, index.shape[1], -1)
@@ -185,3 +215,23 @@ def put_depth(model: Any, layers: Iterable[int], make: Callable[[], DepthRouter]
     model.config.use_cache = False
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.use_cache = False
+
+
+def put_shortcuts(model: Any, ends: Collection[int]) -> None:
+    """Pair the layers of each shortcut, the second at index `ends`; after `pass_context`.
+
+    Raises ValueError where the two layers of a pair do not have the same kind of attention mask.
+    """
+    layers, kinds = list(model.model.layers), getattr(model.config, "layer_types", None)
+    if kinds is not None and len(set(kinds)) > 1:
+        raise ValueError(
+            f"shortcut: layers with several kinds of attention masks, {sorted(set(kinds))}, are not paired"
+        )
+    paired: list[nn.Module] = []
+    for i, layer in enumerate(layers):
+        if i in ends:
+            layer.mlp = Shortcut(layer.mlp, layers[i - 1].mlp)
+            paired[-1] = DecoderPair(layers[i - 1], layer)
+        else:
+            paired.append(layer)
+    model.model.layers = nn.ModuleList(paired)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..moe import Experts, MoE, NeuronExperts
+from ..moe import Experts, MoE, NeuronExperts, ShortcutMoE
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
 from .language import FAMILIES, check_router
@@ -31,6 +31,8 @@ def published_config(model: Any) -> Any:
         part: Any = module.experts if isinstance(module, MoE) else None
         if isinstance(part, Experts) and not isinstance(part, NeuronExperts):
             part = None
+        if isinstance(module, ShortcutMoE):
+            part = module
         if other or part is not None:
             what = type(part if part is not None else next(iter(module.children()))).__name__
             raise TypeError(f"save_pretrained: no published layout has a place for {name}, {what}; keep its state_dict")

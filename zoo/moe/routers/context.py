@@ -44,9 +44,13 @@ def per_token(router: str, context: Mapping[str, Any], name: str, x: Tensor, lim
 def label_sources(
     router: str, context: Mapping[str, Any], x: Tensor, mask: Tensor | None
 ) -> dict[str, Callable[[], Any]]:
-    """The labels that losses may ask for, one a token, made on demand; x is as in `per_token`, mask may be flat."""
+    """What losses may ask for of the context, made on demand: labels, one a token, and what brings tokens to experts.
+
+    x is as in `per_token`, mask may be flat.
+    """
     given = {**context, "mask": mask}
-    return {name: partial(per_token, router, given, name, x) for name in LABELS}
+    labels: dict[str, Callable[[], Any]] = {name: partial(per_token, router, given, name, x) for name in LABELS}
+    return {**labels, "parallel": lambda: context.get("parallel")}
 
 
 def _check_range(router: str, name: str, value: Tensor, limit: int) -> None:
