@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import zoo
 from tasks.answering import answer, open_image
+from tasks.modalities import ModalityShares, keep_shares, log_shares
 from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task
 from zoo.data.packing import IGNORE, flash_lengths
@@ -68,6 +69,7 @@ class InstructionTask(Task):
         super().__init__(network, **training)
         self.overrides: dict[str, Any] = dict(overrides or {})
         self._subcommand = "fit"
+        self._shares = ModalityShares()
         if isinstance(pretrained, dict) and set(pretrained) != {"language_model", "vision_tower"}:
             raise ValueError(
                 f"pretrained: expected a folder, or language_model and vision_tower, got {', '.join(pretrained)}"
@@ -174,10 +176,20 @@ class InstructionTask(Task):
         self.log("train/loss", mean.detach())
         return self.with_auxiliary(mean, step)
 
+    def on_validation_epoch_start(self) -> None:
+        """Start anew."""
+        super().on_validation_epoch_start()
+        self._shares = ModalityShares()
+
+    on_test_epoch_start = on_validation_epoch_start
+
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add to the sums of an evaluation."""
         with zoo.moe.record(self.model) as step:
             logits, targets = self.logits(batch)
+        # Every layer is called once; an image's tokens are modality 0, all others 1.
+        modality = (batch["input_ids"] != self.model.config.image_token_id).long().flatten()
+        self._shares.update(step, [modality])
         wrong = logits.argmax(-1) != targets
         # An answer's number in the batch: a row has fewer answers than tokens.
         rows, length = batch["answers"].shape
@@ -200,6 +212,17 @@ class InstructionTask(Task):
         loss = nats / max(tokens, 1)
         figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": 1 - wrong / max(tokens, 1)}
         return {**figures, "answers_right": right / max(answers, 1)}, "answers_right"
+
+    def modality_shares(self) -> dict[str, Any]:
+        """Which experts the images and texts of the latest evaluation went to, by layer and modality."""
+        return self._shares.compute()
+
+    def _log_evaluation(self, stage: str) -> None:
+        super()._log_evaluation(stage)
+        shares = self.modality_shares()
+        log_shares(self, stage, shares)
+        if stage == "val":
+            keep_shares(self, shares)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
         """Path, question and the model's answer."""

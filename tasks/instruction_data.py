@@ -47,6 +47,7 @@ class InstructionData(LightningDataModule):
         pictures: how many drawn pictures each split has.
         turns: questions about a drawn picture.
         asked: how questions about drawn pictures begin, such as "how many"; any by default.
+        tested: the same of those to validate and test on; as `asked` by default.
         show: images that `predict` shows, files and folders.
         questions: what `predict` asks about each.
     """
@@ -72,6 +73,7 @@ class InstructionData(LightningDataModule):
         pictures: dict[str, int] | None = None,
         turns: int = 3,
         asked: str = "",
+        tested: str | None = None,
         show: list[str] | None = None,
         questions: list[str] | None = None,
     ) -> None:
@@ -83,6 +85,7 @@ class InstructionData(LightningDataModule):
         self.chat_template, self.system, self.length, self.skip = chat_template, system, length, too_long == "skip"
         self.pack, self.keep, self.batch_size, self.num_workers, self.seed = pack, keep, batch_size, num_workers, seed
         self.held_out, self.turns, self.asked = held_out, turns, asked
+        self.tested = asked if tested is None else tested
         self.scenes: dict[str, Any] = {"grid": grid, "digits": tuple(digits), "pictures": pictures, "seed": seed}
         self.show, self.questions = show or [], questions or []
         self._chat: Chat | None = None
@@ -94,9 +97,9 @@ class InstructionData(LightningDataModule):
         if self.source != "digits":
             return open_conversations(self.source, self.images, self.held_out)
         scenes = digit_scenes(**self.scenes, held_out=self.held_out)
-        return Conversations(
-            "digits on a grid", {s: SceneConversations(part, self.turns, self.asked) for s, part in scenes.items()}
-        )
+        asked = {split: self.asked if split == "train" else self.tested for split in scenes}
+        splits = {s: SceneConversations(part, self.turns, asked[s]) for s, part in scenes.items()}
+        return Conversations("digits on a grid", splits)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

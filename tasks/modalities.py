@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from zoo.moe import Routing, Step, telemetry
 
 MODALITIES = ("image", "text")  # by their numbers
+SHARES = "modalities.json"  # beside a run's logs, for `zoo report`
 
 
 class ModalityShares:
@@ -48,6 +52,26 @@ class ModalityShares:
             }
             for name, part in zip(self._sums, parts)
         }
+
+
+def log_shares(task: Any, stage: str, shares: dict[str, Any]) -> None:
+    """Log what `ModalityShares` found: experts in use and tokens without any, by layer and modality."""
+    for layer, kinds in shares.items():
+        for kind, figures in kinds.items():
+            named = {f"{stage}/{what}_{kind}/{layer}": figures[what] for what in ("used", "drop_rate")}
+            task.log_dict(named, sync_dist=stage != "train")
+
+
+def keep_shares(task: Any, shares: dict[str, Any]) -> None:
+    """Leave what `zoo report` draws beside the logs of a training run."""
+    trainer = task.trainer
+    folder = next((logger.log_dir for logger in task.loggers if getattr(logger, "log_dir", None)), None)
+    if not shares or folder is None or trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+        return
+    if trainer.is_global_zero:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        kept = {"network": str(task.hparams.get("network", "")), "step": task.global_step, "layers": shares}
+        (Path(folder) / SHARES).write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
 
 def _sums(routing: Routing, label: Tensor) -> Tensor:

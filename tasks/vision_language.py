@@ -12,18 +12,15 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
 
     raise SystemExit(main("vision_language"))
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import zoo
 from tasks.instruction import InstructionTask
 from tasks.instruction_data import InstructionData
-from tasks.modalities import ModalityShares
+from tasks.modalities import ModalityShares, keep_shares, log_shares
 from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task
 from tasks.vision_language_data import VisionLanguageData
@@ -32,8 +29,6 @@ from zoo.data.images_rows import IGNORE
 from zoo.models.contrastive import contrastive_loss
 
 __all__ = ["ContrastiveTask", "InstructionData", "InstructionTask", "VisionLanguageData"]
-
-SHARES = "modalities.json"  # beside a run's logs, for `zoo report`
 
 
 class ContrastiveTask(Task):
@@ -147,7 +142,7 @@ class ContrastiveTask(Task):
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             shares = ModalityShares()
             shares.update(step, self._labels(batch))
-            self._log_shares("train", shares.compute())
+            log_shares(self, "train", shares.compute())
         return self.with_auxiliary(loss, step)
 
     def _labels(self, batch: dict[str, Tensor]) -> list[Tensor]:
@@ -200,28 +195,13 @@ class ContrastiveTask(Task):
             self.log(f"{stage}/{name}", value, prog_bar=name in ("zero_shot_top1", "text_recall_1"), sync_dist=True)
         self._log_balance(stage, self._balance)
         shares = self.modality_shares()
-        self._log_shares(stage, shares)
-        if shares and stage == "val" and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self._keep_shares(shares)
+        log_shares(self, stage, shares)
+        if stage == "val":
+            keep_shares(self, shares)
 
     def modality_shares(self) -> dict[str, Any]:
         """Which experts the images and texts of the latest evaluation went to, by layer and modality."""
         return self._shares.compute()
-
-    def _log_shares(self, stage: str, shares: dict[str, Any]) -> None:
-        for layer, kinds in shares.items():
-            for kind, figures in kinds.items():
-                named = {f"{stage}/{what}_{kind}/{layer}": figures[what] for what in ("used", "drop_rate")}
-                self.log_dict(named, sync_dist=stage != "train")
-
-    def _keep_shares(self, shares: dict[str, Any]) -> None:
-        """Leave what `zoo report` draws beside the logs."""
-        folder = next((logger.log_dir for logger in self.loggers if getattr(logger, "log_dir", None)), None)
-        if folder is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        kept = {"network": str(self.hparams.get("network", "")), "step": self.global_step, "layers": shares}
-        (Path(folder) / SHARES).write_text(json.dumps(kept) + "\n", encoding="utf-8")
 
     def on_predict_epoch_start(self) -> None:
         """Forget the classes of another run."""

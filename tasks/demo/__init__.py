@@ -73,8 +73,8 @@ def _run(options: argparse.Namespace) -> int:
         if finished:
             from . import vision_language
 
-            seconds = vision_language.SHARE * options.seconds
-            finished = vision_language.run(options.out / "vision_language", seconds=seconds)
+            for name, pair in vision_language.PAIRS.items():
+                finished = finished and vision_language.run(name, options.out / name, pair.share * options.seconds)
         if finished:
             from . import recommendation
 

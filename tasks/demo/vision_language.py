@@ -1,13 +1,15 @@
-"""The vision-language part of the demo: a tiny LIMoE and its dense twin on drawn digits with captions.
+"""The vision-language parts of the demo: a tiny LIMoE, a tiny MoE-LLaVA, and their dense twins, on drawn digits.
 
-As in the other parts both train side by side for the same time, at a constant learning rate and with a running average
-of the weights. What they are judged by, single digits told by their names, they were not trained on.
+As in the other parts both models of a pair train side by side for the same time, at a constant learning rate and with a
+running average of the weights. LIMoE is judged by single digits told by their names, which it was not trained on,
+MoE-LLaVA by its answers to questions that count.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +17,62 @@ from .machine import cores_each, in_words
 from .output import write_json
 from .side_by_side import side_by_side
 
-MODELS = {"moe": "LIMoE", "dense": "dense twin"}
-CONFIG = Path(__file__).parents[2] / "configs" / "vision_language" / "demo.yaml"
-SHARE = 0.25  # of the language part's seconds
+CONFIGS = Path(__file__).parents[2] / "configs" / "vision_language"
 
 
-def run(folder: Path, config: Path = CONFIG, seconds: float = 30.0) -> bool:
-    """Train both models for `seconds` and leave data; False when Ctrl-C cut it short."""
-    return side_by_side(list(MODELS), _prepare, _train, folder, config, seconds)
+@dataclass(frozen=True)
+class Pair:
+    """A mixture of experts and its dense twin, which differs by `twin` in the model's overrides."""
+
+    label: str
+    config: Path
+    share: float  # of the language part's seconds
+    task: str
+    data: str
+    watch: str
+    twin: dict[str, Any]
 
 
-def _prepare(folder: Path, config: Path, seconds: float) -> None:
-    data = _build("moe", config).datamodule
-    print(f"\npictures with captions: {data.pairs.description}", flush=True)
-    each = in_words(cores_each(len(MODELS)))
-    print(f"training a LIMoE and its dense twin side by side for {seconds:.0f} s, {each}")
+PAIRS = {
+    "vision_language": Pair(
+        "LIMoE", CONFIGS / "demo.yaml", 0.25, "ContrastiveTask", "VisionLanguageData", "PairsWatch", {"dense": True}
+    ),
+    "instruction": Pair(
+        "MoE-LLaVA",
+        CONFIGS / "demo_instruction.yaml",
+        0.35,
+        "InstructionTask",
+        "InstructionData",
+        "AnswersWatch",
+        {"moe": False, "text_config": {"intermediate_size": 144}},
+    ),
+}
+ENTRANTS = ("moe", "dense")
+
+
+def run(name: str, folder: Path, seconds: float = 30.0, config: Path | None = None) -> bool:
+    """Train both models of a pair for `seconds` and leave data; False when Ctrl-C cut it short."""
+    return side_by_side(ENTRANTS, _prepare, _train, name, folder, config or PAIRS[name].config, seconds)
+
+
+def _prepare(name: str, folder: Path, config: Path, seconds: float) -> None:
+    pair = PAIRS[name]
+    print(f"\n{_description(_build('moe', name, config).datamodule)}", flush=True)
+    each = in_words(cores_each(len(ENTRANTS)))
+    print(f"training a {pair.label} and its dense twin side by side for {seconds:.0f} s, {each}")
+
+
+def _description(data: Any) -> str:
+    """What is trained on."""
+    return data.pairs.description if hasattr(data, "pairs") else data.conversations.description
 
 
 def _train(
-    name: str,
+    entrant: str,
     prepared: None,
     start: Callable[[], None],
     stopping: Callable[[], bool],
+    name: str,
     folder: Path,
     config: Path,
     seconds: float,
@@ -44,24 +80,31 @@ def _train(
     """Train one of the models, and leave what the report says about it."""
     from zoo.models import count_parameters
 
+    from . import watch
     from .entrants import train
-    from .watch import PairsWatch
 
-    own = folder / name
-    task, data, trainer = train(_build(name, config), PairsWatch(name, own, start, stopping, seconds))
+    own = folder / entrant
+    clock = getattr(watch, PAIRS[name].watch)(entrant, own, start, stopping, seconds)
+    task, data, trainer = train(_build(entrant, name, config), clock)
     total, active = count_parameters(task.model)
-    about = {"label": MODELS[name], "total": total, "active": active, "pictures": data.pairs.description}
+    label = PAIRS[name].label if entrant == "moe" else "dense twin"
+    about = {"label": label, "total": total, "active": active, "pictures": _description(data)}
     write_json(own / "about.json", {**about, "batch_size": data.batch_size, "steps": trainer.global_step})
 
 
-def _build(name: str, config: Path) -> Any:
+def _build(entrant: str, name: str, config: Path) -> Any:
     """What `zoo vision_language fit` makes of the configuration: its model, datamodule and trainer, not yet run."""
     import yaml
 
-    from tasks.vision_language import ContrastiveTask, VisionLanguageData
+    import tasks.vision_language as classes
 
-    from .entrants import entrant
+    from . import entrants
 
-    overrides = {**(yaml.safe_load(config.read_text())["model"].get("overrides") or {}), "dense": name == "dense"}
+    pair = PAIRS[name]
+    overrides = yaml.safe_load(config.read_text())["model"].get("overrides") or {}
+    if entrant == "dense":
+        for key, value in pair.twin.items():
+            overrides[key] = {**overrides.get(key, {}), **value} if isinstance(value, dict) else value
     options = {"trainer.logger": "false", "model.overrides": json.dumps(overrides)}
-    return entrant("vision_language", ContrastiveTask, VisionLanguageData, config, options)
+    task, data = getattr(classes, pair.task), getattr(classes, pair.data)
+    return entrants.entrant("vision_language", task, data, config, options)

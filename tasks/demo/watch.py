@@ -42,10 +42,31 @@ class PairsWatch(Clocked):
         figures = trainer.callback_metrics
         right, found = float(figures["val/zero_shot_top1"]), float(figures["val/text_recall_1"])
         self.write("val.csv", self.when(trainer), error=1 - right, missed=1 - found)
-        module: Any = trainer.lightning_module
-        if layers := module.modality_shares():
-            write_json(self.folder / "modalities.json", {"step": trainer.global_step, "layers": layers})
+        _keep_modalities(self, trainer.lightning_module, trainer.global_step)
         return f"{right:.1%} of unseen digits by name"
+
+
+class AnswersWatch(Clocked):
+    """Keeps the val.csv of a model that answers, its experts by modality, and ends training when it is time to."""
+
+    unit = "questions"
+
+    def after_step(self, trainer: Trainer, batch: Any) -> None:
+        """Count the answers."""
+        self.seen += int(batch["answers"].amax(1).sum())
+
+    def after_evaluation(self, trainer: Trainer) -> str:
+        """Write a row, and where the latest images and texts went."""
+        figures, module = trainer.callback_metrics, trainer.lightning_module
+        right = float(figures["val/answers_right"])
+        self.write("val.csv", self.when(trainer), error=1 - right, loss=float(figures["val/loss"]))
+        _keep_modalities(self, module, trainer.global_step)
+        return f"{right:.1%} of unseen pictures counted right"
+
+
+def _keep_modalities(watch: Clocked, module: Any, step: int) -> None:
+    if layers := module.modality_shares():
+        write_json(watch.folder / "modalities.json", {"step": step, "layers": layers})
 
 
 class TableWatch(Clocked):

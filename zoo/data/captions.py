@@ -184,7 +184,9 @@ class Scenes:
         rest = [pair for pair in questions if pair not in by_digit]
         talk = []
         for turn in range(turns):
-            pool = (rest, there, absent)[int(random.choice(3, p=[0.5, 0.25, 0.25]))] or rest or there or absent
+            # Not by what is left over: the order of questions would tell which digits are on the picture.
+            share = [(len(pool) > 0) * part for pool, part in ((rest, 2), (there, 1), (absent, 1))]
+            pool = (rest, there, absent)[int(random.choice(3, p=[part / sum(share) for part in share]))]
             question, answer = pool.pop(int(random.integers(len(pool))))
             talk.append({"from": "human", "value": f"{IMAGE_TOKEN}\n{question}" if turn == 0 else question})
             talk.append({"from": "gpt", "value": answer})

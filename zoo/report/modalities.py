@@ -25,6 +25,8 @@ FIGURES = {
     "image_recall_1": "image found, recall at 1",
     "image_recall_5": "image found, recall at 5",
     "image_recall_10": "image found, recall at 10",
+    "answers_right": "answers right",
+    "token_accuracy": "tokens of answers foretold",
 }
 
 
@@ -79,15 +81,15 @@ def _recognised(rows: list[dict[str, float]]) -> str:
         return ""
     names = [name for name in FIGURES if name in rows[-1]]
     cells = [[FIGURES[name], f"{rows[-1][name]:.1%}"] for name in names]
-    drawn = [name for name in names if name.endswith(("top1", "_1"))]
+    drawn = [name for name in names if name.endswith(("top1", "_1", "right"))]
     series = [
         Series(FIGURES[name], [(row["step"], row[name]) for row in rows if name in row], f"--c{i}")
         for i, name in enumerate(drawn)
     ]
     return section(
         "What it recognises",
-        "Classes that it was not trained on as classes, by the text that names them; and for each image the nearest "
-        "texts, for each text the nearest images.",
+        "Of contrastive models, classes that they were not trained on as classes, by the text that names them, and for "
+        "each image the nearest texts, for each text the nearest images; of others, answers about images.",
         columns(table(["", "share"], cells), figure("Over training", line_chart(series, "steps", "share", (0.0, 1.0)))),
     )
 
