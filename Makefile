@@ -25,7 +25,8 @@ $(READY): requirements.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv --without-pip $(VENV)
 	@$(PYTHON) -m pip --python $(BIN)/python install --quiet --disable-pip-version-check uv
 	@# The list is complete, so nothing is resolved: torchrec would ask for a GPU build of fbgemm that does not load.
-	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps -r requirements.txt
+	@# Compiled now, once: where Python may not write bytecode, every program would compile its imports, for 10 s.
+	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --compile-bytecode -r requirements.txt
 	$(BIN)/uv pip install --python $(BIN)/python --quiet --no-deps --editable .
 	@touch $@
 

@@ -133,7 +133,7 @@ class InstructionTask(Task):
             self.model = self.build()
         if data is not None:
             self.check_model(self.model, data)
-            self.model.config.image_token_id = data.chat.processor.image_token_id
+            self.model.config.image_token_id = data.chat.image_id
             _stop_at(self.model.generation_config, data.chat.end)
         self.prepare_model(self._recompute_layers)
 

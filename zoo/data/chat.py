@@ -65,7 +65,8 @@ class Chat:
     """A processor and how it writes conversations: a name of TEMPLATES, a file, or the processor's own template.
 
     system: what the system says in conversations where it says nothing.
-    Raises ValueError where there is no template, and for a tokenizer that cannot tell where in the text a token is.
+    Raises ValueError where there is no template or no token for images, and for a tokenizer that cannot tell where in
+    the text a token is.
     """
 
     def __init__(self, processor: Any, template: str | None = None, system: str | None = None) -> None:
@@ -73,7 +74,10 @@ class Chat:
         self.tokenizer = processor.tokenizer
         if not getattr(self.tokenizer, "is_fast", False):
             raise ValueError(f"{type(self.tokenizer).__name__} is not a fast tokenizer: it reports no offsets")
+        if not isinstance(getattr(processor, "image_token", None), str):
+            raise ValueError(f"{type(processor).__name__} has no image_token, which stands for an image in a text")
         self.image_token: str = processor.image_token
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
         self.template = self._template(template)
         backend = self.tokenizer.backend_tokenizer.to_str()
         told = (self.template, str(self.system), backend, str(getattr(processor, "image_processor", "")))
@@ -173,8 +177,7 @@ class Chat:
 
     def _places(self, short: list[int], ids: list[int], name: str) -> list[int]:
         """Where in `ids` each token of `short` is: the same tokens, but that an image is one token in `short`."""
-        image = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        breaks = [number for number, token in enumerate(short) if token == image]
+        breaks = [number for number, token in enumerate(short) if token == self.image_id]
         places, at = [], 0
         for first, end in pairwise((-1, *breaks, len(short))):
             segment = short[first + 1 : end]

@@ -1,0 +1,127 @@
+"""Instruction tuning of a family with a processor of its own, and gradients over several processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from transformers import Qwen3VLProcessor
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+import zoo
+from tasks.instruction import InstructionTask
+from tasks.instruction_data import InstructionData
+from zoo.data.captions import vocabulary
+from zoo.data.chat import Chat
+from zoo.data.conversations import Conversation
+from zoo.data.conversations_rows import ConversationRows
+from zoo.data.processors import with_image_token
+from zoo.data.tokenizer import learn_words
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{{ eos_token if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class Source:
+    """Conversations with none, one and two images, of several sizes, so of several numbers of tokens."""
+
+    sides = ((), ((16, 16),), ((40, 16), (16, 24)))
+    fingerprint = "here"
+
+    def __len__(self) -> int:
+        return len(self.sides)
+
+    def conversation(self, index: int) -> Conversation:
+        images = tuple(map(str, self.sides[index]))
+        question = "<image>\n" * len(images) + "how many digits are there?"
+        return Conversation(str(index), images, (("user", question), ("assistant", ("no", "one", "two")[index])))
+
+    def sizes(self, index: int) -> list[tuple[int, int]]:
+        return list(self.sides[index])
+
+    def load(self, index: int) -> list[Image.Image]:
+        return [Image.effect_noise(size, 90).convert("RGB") for size in self.sides[index]]
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    """A tiny Qwen3-VL-MoE and its processor, which cuts images into patches, and marks image tokens one by one."""
+    words = learn_words(["user assistant : . ?", *vocabulary()])
+    tokenizer = with_image_token(words)
+    names = [f"<|{name}|>" for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    cut: dict[str, Any] = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    images = Qwen2VLImageProcessor(min_pixels=64, max_pixels=1024, **cut)
+    made = Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(**cut), chat_template=TEMPLATE)
+    model = zoo.create_model("vision_language/qwen3_vl_moe_tiny")
+    image, video, start, _ = tokenizer.convert_tokens_to_ids(names)
+    model.config.image_token_id, model.config.video_token_id, model.config.vision_start_token_id = image, video, start
+    return model, Chat(made)
+
+
+def test_a_batch_of_several_image_counts_gives_what_each_conversation_gives_alone(qwen) -> None:
+    model, chat = qwen
+    torch.manual_seed(torch.seed() % 2**31)
+    source = Source()
+    rows = ConversationRows(source, chat)
+    examples = [rows[i] for i in range(3)]
+    for index, (_, (example,)) in enumerate(examples):
+        assert len(example.ids) == chat.length(source.conversation(index), source.sizes(index))
+    batch = rows.collate(examples)
+    assert batch["image_grid_thw"].shape == (3, 3)
+    assert batch["mm_token_type_ids"].shape == batch["input_ids"].shape
+    task = InstructionTask(model.eval())
+    task.model = model
+    logits, targets = task.logits(batch)
+    expected = []
+    for _, (example,) in examples:
+        along = {name: value[None] for name, value in example.along.items()}
+        alone = model(input_ids=example.ids[None], **along, **example.images).logits[0]
+        expected.append(alone[(example.labels >= 0).nonzero().flatten() - 1])
+    torch.testing.assert_close(logits, torch.cat(expected), rtol=1e-4, atol=1e-5)
+    assert chat.tokenizer.decode(targets) == "no <|end|> one <|end|> two <|end|>"
+
+
+def test_a_family_that_counts_positions_itself_is_not_packed(qwen, tmp_path) -> None:
+    model, chat = qwen
+    chat.processor.save_pretrained(tmp_path)
+    pictures = {"train": 4, "val": 4, "test": 4}
+    data = InstructionData(pictures=pictures, processor=str(tmp_path), pack=True, length=64)
+    with pytest.raises(ValueError, match=r"data\.pack: Qwen3VLMoe.* counts positions in images itself"):
+        data.fit_to(model, "train")
+
+
+def test_gradients_averaged_over_processes_are_those_of_all_answers_together(qwen) -> None:
+    """Two processes with unequal numbers of answer tokens, by their training steps, against the mean by hand."""
+    model, chat = qwen
+    rows = ConversationRows(Source(), chat)
+    parts = [rows.collate([rows[0]]), rows.collate([rows[1], rows[2]])]
+    task: Any = InstructionTask(model.train())
+    task.model = model
+    task.log = lambda *_, **__: None
+    counts = [int((part["labels"] >= 0).sum()) for part in parts]
+    assert counts[0] != counts[1]
+    reduce = SimpleNamespace(reduce=lambda number, reduce_op: torch.tensor(sum(counts) / 2))
+    task._trainer = SimpleNamespace(strategy=reduce, log_every_n_steps=10**6, global_step=0)
+    task.with_auxiliary = lambda loss, step: loss
+
+    def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    found = [gradients(task.training_step(part, 0)) for part in parts]
+    logits, targets = (torch.cat(values) for values in zip(*(task.logits(part) for part in parts)))
+    for name, whole in gradients(F.cross_entropy(logits, targets)).items():
+        mean = sum(part.get(name, torch.zeros(())) for part in found) / 2
+        close = 1e-5 * float(whole.abs().max()) + 1e-8
+        torch.testing.assert_close(mean, whole, rtol=0, atol=close)
