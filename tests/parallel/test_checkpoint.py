@@ -225,6 +225,8 @@ def read_in_parts(folder: Path) -> None:
             told[f"{family} {sizes}"] = model.bytes_read, logits.detach()
         back = zoo.from_pretrained(source, mesh=Mesh(Sizes(expert=2, tensor=2)))
         zoo.save_pretrained(back, folder / "back" / family)
+    seen = parallelize(zoo.from_pretrained(folder / "moe_llava"), Mesh(Sizes(shard=2, expert=2)))
+    zoo.save_pretrained(seen, folder / "back" / "moe_llava")
     torch.save(told, folder / f"read{dist.get_rank()}.pt")
 
 
@@ -234,6 +236,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for family in FAMILIES:
         sizes = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 64, "initializer_range": 0.2}
         zoo.save_pretrained(zoo.create_model(f"language/{family}_tiny", **sizes), folder / family)
+    zoo.save_pretrained(zoo.create_model("vision_language/moe_llava_tiny"), folder / "fresh")
+    zoo.save_pretrained(zoo.from_pretrained(folder / "fresh"), folder / "moe_llava")  # with the dtype that was read
     (folder / "back").mkdir()
     run(4, folder, read_in_parts)
     return folder
@@ -258,7 +262,7 @@ def test_each_process_reads_its_own_parts_of_a_published_checkpoint(family: str,
     assert everything <= once <= everything + 4 * whole
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "moe_llava"])
 def test_a_model_in_parts_is_written_as_its_family_is(family: str, published: Path) -> None:
     files = [published / family / "model.safetensors", published / "back" / family / "model.safetensors"]
     assert files[0].read_bytes() == files[1].read_bytes()

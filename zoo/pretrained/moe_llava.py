@@ -17,6 +17,7 @@ import torch
 from ..moe import MoE
 from ..moe.routers import GShardRouter, TopKRouter
 from ..nearest import unknown
+from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub
 from . import folder as files
 from .context import decoder_of
@@ -210,6 +211,7 @@ def _fill(model: Any, entries: dict[str, Any], folder: Path, own_gates: bool) ->
 def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrite: bool = False) -> None:
     """Write an upcycled LLaVA in the authors' layout, its vision tower's configuration beside their fields.
 
+    A model in parts is put together by all its processes, which call this together, and written by the first.
     Raises TypeError for a model that is none, ValueError for gates and layers that the layout cannot express, and
     FileExistsError for a folder that is not empty.
     """
@@ -238,8 +240,11 @@ def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrit
         "vision_config": config.vision_config.to_dict(),
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    tensors = list(tensors_on_disk(model))
     limit = files._bytes(max_shard_size)
+    whole = whole_state(model) if is_spread(model) else None
+    if whole is not None and torch.distributed.get_rank():
+        return
+    tensors = list(tensors_on_disk(model, state=whole))
     with staged(folder, overwrite) as staging:
         (staging / files.CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
