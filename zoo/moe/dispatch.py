@@ -22,10 +22,11 @@ from .topology import expert_bounds, expert_links
 
 @dataclass
 class Traffic:
-    """Bytes that a process has sent to others: tokens and results, and what says where they belong."""
+    """Bytes that a process has sent to others: tokens and results, what says where they belong, and lent experts."""
 
     rows: int = 0
     routing: int = 0
+    weights: int = 0
 
 
 class ExpertParallel:
@@ -44,14 +45,18 @@ class ExpertParallel:
     experts take one while the next is on its way. Where `later` is a list, results are not waited for: a call returns
     rows on their way, which are nothing to look at, and puts into the list the function that waits and gives the sum.
 
-    Raises ValueError for fewer than one expert or chunk.
+    With shadows=n up to n experts a call are lent to all processes where that sends fewer bytes (`zoo.moe.shadows`).
+
+    Raises ValueError for fewer than one expert or chunk, or fewer than no shadows.
     """
 
-    def __init__(self, num_experts: int, group: dist.ProcessGroup | None = None, chunks: int = 1) -> None:
-        for name, value in (("num_experts", num_experts), ("chunks", chunks)):
-            if value < 1:
-                raise ValueError(f"ExpertParallel: {name} must be at least 1, got {value}")
-        self.num_experts, self.group, self.chunks = num_experts, group, chunks
+    def __init__(
+        self, num_experts: int, group: dist.ProcessGroup | None = None, chunks: int = 1, shadows: int = 0
+    ) -> None:
+        for name, value, least in (("num_experts", num_experts, 1), ("chunks", chunks, 1), ("shadows", shadows, 0)):
+            if value < least:
+                raise ValueError(f"ExpertParallel: {name} must be at least {least}, got {value}")
+        self.num_experts, self.group, self.chunks, self.shadows = num_experts, group, chunks, shadows
         self.meanwhile: Callable[[], None] | None = None
         self.later: list[Callable[[], Tensor]] | None = None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
+from . import shadows
 from .dispatch import ExpertParallel
 from .dispatch_nodes import HierarchicalExpertParallel
 from .kernels import get_activation, moe_mlp
@@ -29,6 +30,15 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient * ctx.factor, None
+
+
+class Weights(NamedTuple):
+    """Stacked weights of some experts, as `Experts.w_in`, w_out, b_in and b_out."""
+
+    w_in: Tensor
+    w_out: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
 
 
 class Experts(nn.Module):
@@ -136,17 +146,29 @@ class Experts(nn.Module):
             parameter = parameter.to_local()
         return parameter if self.gradient_scale == 1 else _ScaleGradient.apply(parameter, self.gradient_scale)
 
+    @property
+    def held(self) -> Weights:
+        """All of the experts held here."""
+        return Weights(self.w_in, self.w_out, self.b_in, self.b_out)
+
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
-        return self.compute(x, routing) if self.parallel is None else self.parallel(x, routing, self.compute)
+        if self.parallel is None:
+            return self.compute(x, routing)
+        if isinstance(self.parallel, ExpertParallel) and self.parallel.shadows:
+            return shadows.run(self.parallel, self, x, routing)
+        return self.parallel(x, routing, self.compute)
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The same of the experts that this process holds, to which `routing` refers."""
-        w_in, w_out = self.w_in, self.w_out
-        if not w_out.shape[0]:
+        return self.compute_with(self.held, x, routing)
+
+    def compute_with(self, weights: Weights, x: Tensor, routing: Routing) -> Tensor:
+        """The same of experts with these weights."""
+        if not weights.w_out.shape[0]:
             return x * routing.weight.sum().to(x.dtype)  # no tokens, but gradients go back all the same
         if self.dropout and self.training:
-            return self._with_dropout(x, routing)
+            return self._with_dropout(x, routing, weights)
         token = routing.token_index
         if self.weigh_input:
             # Every assignment is a token of its own, weighed before the experts.
@@ -155,17 +177,17 @@ class Experts(nn.Module):
             routing = Routing(each, routing.offsets, torch.ones_like(routing.weight), token.numel())
         else:
             rows = x
-        b_in, b_out = self.b_in, self.b_out
+        w_in, w_out, b_in, b_out = weights
         y = moe_mlp(rows, w_in, w_out, routing, self.activation, self.backend, b_in=b_in, b_out=b_out)
         return y.new_zeros(x.shape).index_add(0, token, y) if self.weigh_input else y
 
-    def _with_dropout(self, x: Tensor, routing: Routing) -> Tensor:
+    def _with_dropout(self, x: Tensor, routing: Routing, weights: Weights) -> Tensor:
         """The same with units dropped, one expert at a time, through autograd."""
         forward, bounds = get_activation(self.activation).forward, routing.offsets.tolist()
         rows, outputs = x.index_select(0, routing.token_index), []
-        b_in, b_out = self.b_in, self.b_out
+        b_in, b_out = weights.b_in, weights.b_out
         # unbind: the gradient of w[e] would be as large as w for every expert.
-        for e, (w_in, w_out) in enumerate(zip(self.w_in.unbind(), self.w_out.unbind())):
+        for e, (w_in, w_out) in enumerate(zip(weights.w_in.unbind(), weights.w_out.unbind())):
             hidden = F.linear(rows[bounds[e] : bounds[e + 1]], w_in, None if b_in is None else b_in[e])
             hidden = F.dropout(forward(hidden), self.dropout)
             outputs.append(F.dropout(F.linear(hidden, w_out, None if b_out is None else b_out[e]), self.dropout))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .experts import Experts
+from .experts import Experts, Weights
 from .kernels import get_activation
 from .layer import MoE
 from .routers.product_key import ProductKeyRouter
@@ -23,16 +23,16 @@ class NeuronExperts(Experts):
     def __init__(self, num_experts: int, dim: int, activation: str = "gelu", bias: bool = False) -> None:
         super().__init__(num_experts, dim, 1, activation, bias)
 
-    def compute(self, x: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum [T, D] of what each token's neurons, of those held here, make of tokens x [T, D]."""
+    def compute_with(self, weights: Weights, x: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum [T, D] of what each token's neurons, of those with these weights, make of tokens x [T, D]."""
         expert, token = routing.expert_index, routing.token_index
-        w_in, w_out = self.w_in.to(x.dtype), self.w_out.squeeze(-1).to(x.dtype)
+        w_in, w_out = weights.w_in.to(x.dtype), weights.w_out.squeeze(-1).to(x.dtype)
         inputs = x.index_select(0, token)
         hidden = (w_in.index_select(0, expert) * inputs.unsqueeze(1)).sum(-1)
-        if (b_in := self.b_in) is not None:
+        if (b_in := weights.b_in) is not None:
             hidden = hidden + b_in.to(x.dtype).index_select(0, expert)
         out = get_activation(self.activation).forward(hidden) * w_out.index_select(0, expert)
-        if (b_out := self.b_out) is not None:
+        if (b_out := weights.b_out) is not None:
             out = out + b_out.to(x.dtype).index_select(0, expert)
         return x.new_zeros(x.shape).index_add(0, token, out * routing.weight.unsqueeze(-1).to(out.dtype))
 

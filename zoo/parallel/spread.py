@@ -24,6 +24,7 @@ def parallelize(
     reshard_after_forward: bool = True,
     chunks: int = 1,
     within: int = 1,
+    shadows: int = 0,
     mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> nn.Module:
     """Spread a model over the processes of a mesh, in place: experts, FSDP2, tensor parallelism, data parallelism.
@@ -33,21 +34,25 @@ def parallelize(
 
     Experts of a layer are held by `mesh.experts["expert"]`, neighbours together, and tokens reach them by all-to-all
     (`ExpertParallel`), in so many chunks, while shared experts run. With `within` processes of such a group in a node,
-    tokens cross once to each node (`HierarchicalExpertParallel`). All parameters are sharded and averaged by FSDP2, a
-    block at a time: `reshard_after_forward` frees a block's parameters again until backward. Gradients are those of the
-    mean over the `sizes.data` processes of their losses. Tensor parallelism splits attention and dense MLPs where the
-    model's plan says how (`split_tensors`), and lets each process of a group send its own part of the tokens to
+    tokens cross once to each node (`HierarchicalExpertParallel`). Up to `shadows` experts a layer are lent to all of a
+    group for a step where that sends fewer bytes (`zoo.moe.shadows`). All parameters are sharded and averaged by FSDP2,
+    a block at a time: `reshard_after_forward` frees a block's parameters again until backward. Gradients are those of
+    the mean over the `sizes.data` processes of their losses. Tensor parallelism splits attention and dense MLPs where
+    the model's plan says how (`split_tensors`), and lets each process of a group send its own part of the tokens to
     experts; every one of them gets the same batch.
     Gates that merge experts (SMEAR, Lory, MEO) need them whole: those are sharded as dense parameters are.
 
-    Raises ValueError where a process would be left without an expert, and for widths that do not divide.
+    Raises ValueError where a process would be left without an expert, for widths that do not divide, and for shadows
+    with tensor parallelism or nodes.
     """
     sizes = mesh.sizes
+    if shadows and (sizes.tensor > 1 or 1 < within < sizes.expert):
+        raise ValueError(f"shadows={shadows}: experts are lent in flat groups only, not with tensor > 1 or within > 1")
     if sizes.tensor > 1:
         split_tensors(model, mesh.dense["tensor"])
     stacks = dict(spreadable(model))
     for name, experts in stacks.items():
-        _spread(name, experts, mesh, chunks, within)
+        _spread(name, experts, mesh, chunks, within, shadows)
     # FSDP has no place for scalars, such as Soft MoE's scale: every process keeps them.
     scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
     for parameter in scalars:
@@ -73,7 +78,7 @@ def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 
 
 @torch.no_grad()
-def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int) -> None:
+def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, shadows: int) -> None:
     sizes, number = mesh.sizes, experts.num_experts
     part = -(-number // sizes.expert)
     if part * (sizes.expert - 1) >= number:
@@ -96,7 +101,7 @@ def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int) -
         between, inside = mesh.node_groups(within)
         inner = HierarchicalExpertParallel(number, between, inside, chunks)
     else:
-        inner = ExpertParallel(number, mesh.experts["expert"].get_group(), chunks)
+        inner = ExpertParallel(number, mesh.experts["expert"].get_group(), chunks, shadows)
     experts.keep_own(inner, mesh.experts["expert"])
     experts.parallel = inner if sizes.tensor == 1 else SplitTokens(inner, mesh.tensor_group)
     # FSDP averages over the processes with the same experts. A gradient is the sum over all data: each process has
