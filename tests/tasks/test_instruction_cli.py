@@ -116,6 +116,8 @@ def test_answers_right_are_those_that_generation_gives(stages: dict[int, Path], 
     assert number == 24
     assert logged(logs, "val/answers_right") == pytest.approx(right / number, abs=1e-6)
     assert 0 < right < number
+    assert main(["report", str(logs)]) == 0
+    assert "answers right" in capsys.readouterr().out
 
     picture = tmp_path / "picture.png"
     source.load(0)[0].save(picture)

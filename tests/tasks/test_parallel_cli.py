@@ -24,6 +24,7 @@ from torch import Tensor
 
 import zoo
 from tasks.__main__ import main
+from zoo.parallel.strategy import _warn_of_restarts
 
 CONFIG = Path(__file__).parents[2] / "configs" / "language" / "deepseek_v3_tiny.yaml"
 STRATEGY = "zoo.parallel.ExpertParallelStrategy"
@@ -225,3 +226,13 @@ def test_other_domains_train_and_export_too(domain: str, tmp_path: Path) -> None
     assert all(value.isfinite().all() for value in model.state_dict().values())
     if domain == "vision":
         assert model.pretrained_cfg["label_names"] == list("0123456789")
+
+
+@pytest.mark.parametrize(
+    ("shared", "restarts", "told"), [("True", "3", True), ("False", "3", False), ("True", "0", False)]
+)
+def test_restarts_that_would_hang_are_warned_of(monkeypatch, recwarn, shared: str, restarts: str, told: bool) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", shared)
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    _warn_of_restarts()
+    assert [("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in str(w.message)) for w in recwarn] == [True] * told

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -87,6 +89,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Meet the other processes, and lay out the mesh."""
+        _warn_of_restarts()
         ParallelStrategy.setup_environment(self)
         self._setup_distributed()
         sizes = Sizes.of_world(self.world_size, **self.given)  # type: ignore[arg-type]
@@ -177,3 +180,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                     if len(set(map(str, state[name]))) > 1:
                         raise ValueError(f"the checkpoint has {len(state[name])} groups of parameters, not {len(mine)}")
                     state[name] = [state[name][0]] * len(mine)
+
+
+def _warn_of_restarts() -> None:
+    """Seen with torch 2.13 on gloo, with its own rendezvous alone too (pytorch issue 135712)."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        return
+    warnings.warn(
+        "torchrun --max-restarts: processes that are started again do not find each other as long as torch has one "
+        "store for all tries; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it --standalone or "
+        "--rdzv-backend c10d",
+        stacklevel=2,
+    )
