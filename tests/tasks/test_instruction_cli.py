@@ -94,6 +94,15 @@ def test_each_stage_trains_what_the_paper_says_and_hands_it_over(stages: dict[in
             torch.testing.assert_close(stacked, whole.expand_as(stacked), rtol=0, atol=0.02)  # copies, three steps ago
 
 
+def test_the_report_of_a_run_draws_experts_by_modality(stages: dict[int, Path], capsys) -> None:
+    logs = stages[3].parent / "logs3" / "vision_language" / "version_0"
+    assert main(["report", str(logs)]) == 0
+    told = capsys.readouterr().out
+    assert "answers right" in told
+    assert "experts in use, language_model.layers.2.mlp" in told
+    assert "images" in told
+
+
 def test_answers_right_are_those_that_generation_gives(stages: dict[int, Path], tmp_path: Path, capsys) -> None:
     """Against `generate`, an answer at a time, after a longer training so that some are right and some wrong."""
     config, out = "moe_llava_digits_2.yaml", tmp_path / "out"
@@ -116,9 +125,6 @@ def test_answers_right_are_those_that_generation_gives(stages: dict[int, Path], 
     assert number == 24
     assert logged(logs, "val/answers_right") == pytest.approx(right / number, abs=1e-6)
     assert 0 < right < number
-    assert main(["report", str(logs)]) == 0
-    assert "answers right" in capsys.readouterr().out
-
     picture = tmp_path / "picture.png"
     source.load(0)[0].save(picture)
     questions = ["how many digits are there?", "what is in the picture?"]
