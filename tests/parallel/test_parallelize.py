@@ -288,7 +288,9 @@ def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: st
 
 def test_a_model_with_nothing_to_split_is_not_given_to_a_tensor_group() -> None:
     mesh: Any = Lone(tensor=2)
-    with pytest.raises(ValueError, match="tensor=2: RecommendationModel has no layers that can be split and no experts"):
+    with pytest.raises(
+        ValueError, match="tensor=2: RecommendationModel has no layers that can be split and no experts"
+    ):
         parallelize(build("PLE"), mesh)
 
 
