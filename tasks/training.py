@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 import zoo
@@ -93,6 +95,13 @@ class Task(LightningModule):
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
         """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        if subcommand == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+            for callback in trainer.callbacks:
+                if isinstance(callback, WeightAveraging):
+                    raise ValueError(
+                        f"{type(callback).__name__} averages whole weights, and {type(trainer.strategy).__name__} lays "
+                        "them out in parts: leave out the callback, or use trainer.strategy ddp"
+                    )
         data.check(subcommand)
         self.check(data)
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import zoo
+from zoo.data.tables_batch import TableBatch, keyed
 from zoo.models.contrastive import contrastive_loss
 from zoo.moe import Experts, balance, record
 from zoo.parallel import Mesh, Sizes, clip_grad_norm_, parallelize
@@ -33,6 +34,18 @@ ENTROPIES = {
 CONTRASTED = {"name": "TopKRouter", "k": 2, "noise": None, "losses": ENTROPIES, "capacity": None}
 TOWER = {"num_experts": 4, "embed_dim": 16, "depth": 2}
 PLAIN_GATE = {"name": "TopKRouter", "k": 2, "noise": None, "capacity": None, "losses": GLOBAL}
+
+
+SCHEMA = {
+    "dim": 4,
+    "features": {
+        "item": {"kind": "categorical", "num_embeddings": 7},
+        "words": {"kind": "bag", "num_embeddings": 5, "pooling": "mean"},
+        "price": {"kind": "dense"},
+        "age": {"kind": "dense"},
+    },
+    "tasks": {"click": {}, "stars": {"kind": "ordinal", "classes": 4}, "seconds": {"kind": "regression"}},
+}
 
 
 def language(name: str, **options: Any) -> Any:
@@ -64,6 +77,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     ),
     "V-MoE": lambda: vision("vmoe", router=PLAIN_GATE),
     "Soft MoE": lambda: vision("soft_moe"),
+    # Each of the gates asks for 2 experts of 16, so that not all are computed.
+    "MMoE": lambda: zoo.create_model("recommendation/mmoe", schema=SCHEMA, router=PLAIN_GATE, num_experts=16),
+    "PLE": lambda: zoo.create_model("recommendation/ple", schema=SCHEMA),
 }
 MESHES: dict[int, dict[str, Sizes]] = {
     2: {
@@ -88,9 +104,9 @@ CASES = [
     for world, meshes in MESHES.items()
     for mesh in meshes
     for name in MODELS
-    if name in FEW or (world == 2 and mesh in ("expert", "tensor"))
-    # A contrastive loss has rows of all processes, each its own.
-    if not (name == "LIMoE" and "tensor" in mesh)
+    if name in FEW or (world == 2 and mesh in ("expert", "tensor")) or (name == "MMoE" and mesh != "expert")
+    # A contrastive loss has rows of all processes, each its own; a recommendation model has nothing to split.
+    if not (name in ("LIMoE", "MMoE", "PLE") and "tensor" in mesh)
 ]
 
 
@@ -103,6 +119,10 @@ def batch(name: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(5)
     if name == "LIMoE":
         return torch.randn(8, 1, 16, 16), torch.randint(0, 64, (8, 8))
+    if name in ("MMoE", "PLE"):  # ids of an item and of two words, then numbers; labels of the tasks
+        ids = torch.stack([torch.randint(7, (8,)), *torch.randint(5, (2, 8))], 1)
+        labels = torch.stack([torch.randint(2, (8,)), torch.randint(4, (8,)), torch.randn(8)], 1)
+        return torch.cat([ids, torch.randn(8, 2)], 1), labels
     if "MoE" in name and "mixtral" not in name and "olmoe" not in name:
         return torch.randn(8, 3, 32, 32), torch.randint(0, 5, (8,))
     ids = torch.randint(0, 64, (8, 10))
@@ -130,6 +150,11 @@ def task_loss(model: Any, x: Tensor, y: Tensor) -> Tensor:
     if hasattr(model, "text_head"):
         out = model(x, y)
         return contrastive_loss(out.image, out.text, out.scale)
+    if hasattr(model, "task_losses"):
+        lengths = torch.ones(len(x), dtype=torch.long)
+        ids = keyed(["item", "words"], [x[:, 0], x[:, 1:3].flatten()], [lengths, 2 * lengths])
+        rows = TableBatch(torch.arange(len(x)), x[:, 3:], ids, None, None, y)
+        return sum(model.task_losses(model(rows), rows).values(), torch.zeros(()))
     out = model(x)
     return F.cross_entropy(getattr(out, "logits", out).flatten(0, -2), y.flatten())
 
@@ -259,6 +284,14 @@ def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: st
     mesh: Any = Lone(**{name: size for name, size in sizes.items() if name not in options})
     with pytest.raises(ValueError, match=told):
         parallelize(nn.ModuleDict({"experts": Experts(7 if options else 5, 4, 8)}), mesh, **options)
+
+
+def test_a_model_with_nothing_to_split_is_not_given_to_a_tensor_group() -> None:
+    mesh: Any = Lone(tensor=2)
+    with pytest.raises(
+        ValueError, match="tensor=2: RecommendationModel has no layers that can be split and no experts"
+    ):
+        parallelize(build("PLE"), mesh)
 
 
 def lone(rank: int, folder: str) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard
 from ..moe import ExpertParallel, Experts, HierarchicalExpertParallel
 from ..moe.layer import Recorded
 from .mesh import Mesh
-from .tensor import SplitTokens, split_tensors
+from .tensor import SplitTokens, planned, split_tensors
 
 
 def parallelize(
@@ -40,24 +40,32 @@ def parallelize(
     the mean over the `sizes.data` processes of their losses. Tensor parallelism splits attention and dense MLPs where
     the model's plan says how (`split_tensors`), and lets each process of a group send its own part of the tokens to
     experts; every one of them gets the same batch.
-    Gates that merge experts (SMEAR, Lory, MEO) need them whole: those are sharded as dense parameters are.
+    Gates that merge experts (SMEAR, Lory, MEO) need them whole, and many gates over one `ExpertStack` compute it once:
+    those are sharded as dense parameters are. So are embedding tables, unless `fuse_embeddings` laid them out before.
 
-    Raises ValueError where a process would be left without an expert, for widths that do not divide, and for shadows
-    with tensor parallelism or nodes.
+    Raises ValueError where a process would be left without an expert, for widths that do not divide, for shadows with
+    tensor parallelism or nodes, and for tensor parallelism of a model that has nothing for it.
     """
     sizes = mesh.sizes
     if shadows and (sizes.tensor > 1 or 1 < within < sizes.expert):
         raise ValueError(f"shadows={shadows}: experts are lent in flat groups only, not with tensor > 1 or within > 1")
-    if sizes.tensor > 1:
-        split_tensors(model, mesh.dense["tensor"])
     stacks = dict(spreadable(model))
+    if sizes.tensor > 1:
+        if not stacks and not planned(model):
+            raise ValueError(
+                f"tensor={sizes.tensor}: {type(model).__name__} has no layers that can be split and no experts that "
+                "tokens are sent to, so that processes would all do the same work; use replicate or shard"
+            )
+        split_tensors(model, mesh.dense["tensor"])
     for name, experts in stacks.items():
         _spread(name, experts, mesh, chunks, within, shadows)
+    # Fused embedding tables lie as torchrec says, and learn by themselves.
+    fused = {p for module in model.modules() if hasattr(module, "fused_optimizer") for p in module.parameters()}
     # FSDP has no place for scalars, such as Soft MoE's scale: every process keeps them.
-    scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0}
+    scalars = {parameter for parameter in model.parameters() if parameter.dim() == 0} - fused
     for parameter in scalars:
         parameter.register_post_accumulate_grad_hook(_average)
-    options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward, "ignored_params": scalars}
+    options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward, "ignored_params": scalars | fused}
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
     for experts in stacks.values():
