@@ -2,7 +2,6 @@
 
 Processes are copies of this one, which has imported everything; each runs the command line.
 """
-"""
 
 from __future__ import annotations
 
