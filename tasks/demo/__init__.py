@@ -18,7 +18,7 @@ from typing import Any
 from .machine import describe
 
 MARKER = "demo.json"
-DEFAULT_SECONDS = 75.0
+DEFAULT_SECONDS = 60.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
