@@ -155,9 +155,14 @@ class Experts(nn.Module):
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
         if self.parallel is None:
             return self.compute(x, routing)
-        if isinstance(self.parallel, ExpertParallel) and self.parallel.shadows:
-            return shadows.run(self.parallel, self, x, routing)
-        return self.parallel(x, routing, self.compute)
+        return self._apart(self.parallel, x, routing)
+
+    # torch.compile would trace the collectives in the backward of these functions, and lose what they sum in place.
+    @torch.compiler.disable
+    def _apart(self, parallel: Callable[..., Tensor], x: Tensor, routing: Routing) -> Tensor:
+        if isinstance(parallel, ExpertParallel) and parallel.shadows:
+            return shadows.run(parallel, self, x, routing)
+        return parallel(x, routing, self.compute)
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The same of the experts that this process holds, to which `routing` refers."""

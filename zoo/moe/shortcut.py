@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .experts import Experts
@@ -46,7 +48,7 @@ class ShortcutMoE(MoE):
             if isinstance(routing, Routing) and isinstance(self.experts, Experts):
                 parallel.later = later
         y = routing.apply(x.reshape(-1, x.shape[-1]), self.experts)
-        self._result = later[0] if later else lambda: y
+        self._result = functools.partial(_waited_for, later[0]) if later else lambda: y
         return found[0] if found else self.shared(x)
 
     def take(self) -> Callable[[], Tensor]:
@@ -58,6 +60,12 @@ class ShortcutMoE(MoE):
             raise RuntimeError("Shortcut: its ShortcutMoE has not run since; the two are called alternately")
         result, self._result = self._result, None
         return result
+
+
+# As in `Experts`, an exchange stays out of compiled graphs.
+@torch.compiler.disable
+def _waited_for(result: Callable[[], Tensor]) -> Tensor:
+    return result()
 
 
 class Shortcut(nn.Module):

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import (
@@ -56,7 +57,13 @@ def split_tensors(model: Any, mesh: DeviceMesh) -> dict[str, str]:
     _check_heads(model, plan, mesh.size())
     for name, style in plan.items():
         parallelize_module(model, mesh, {name: STYLES[style]()})
+        model.get_submodule(name).register_forward_hook(_wait)
     return plan
+
+
+def _wait(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
+    """Have a sum over processes before it is given on: torch.compile loses gradients of what is still on its way."""
+    return _Waited.apply(out) if isinstance(out, AsyncCollectiveTensor) else out
 
 
 def planned(model: Any) -> dict[str, str]:
@@ -156,6 +163,18 @@ class _Whole(torch.autograd.Function):
         whole = gradient.contiguous().clone()
         dist.all_reduce(whole, group=ctx.group)
         return whole, None
+
+
+class _Waited(torch.autograd.Function):
+    """The tensor that an asynchronous collective fills, once it has."""
+
+    @staticmethod
+    def forward(ctx: Any, values: AsyncCollectiveTensor) -> Tensor:
+        return values.trigger_wait()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
 
 
 class _Gather(torch.autograd.Function):
