@@ -175,19 +175,21 @@ def events(chunks: int) -> list[str]:
 def counted_by_node(nodes: Any) -> tuple[int, int, int, int]:
     """Bytes of rows between and within nodes, counted, and as nodes and processes with a token's experts say."""
     torch.manual_seed(7 + dist.get_rank())
-    router = TopKRouter(DIM, 8, 3)
-    moe = MoE(router, Experts(8, DIM, HIDDEN))
+    # Parts of 3, 3, 3 and none, as without nodes.
+    router, part = TopKRouter(DIM, 9, 3), 3
+    moe = MoE(router, Experts(9, DIM, HIDDEN))
     parallel = spread(moe, nodes=nodes)
+    assert parallel.own == ExpertParallel(9).own
     x = torch.randn(11, DIM, requires_grad=True)
     chosen = (x @ router.weight.T).topk(3).indices.tolist()
     node, place = divmod(dist.get_rank(), 2)
     between, within = torch.zeros(4), torch.zeros(4)  # rows that each process sends on this one's tokens, there alone
     for experts in chosen:
-        for other in {e // 4 for e in experts}:
+        for other in {e // (2 * part) for e in experts}:
             at = 2 * other + place
             between[dist.get_rank()] += other != node
             between[at] += other != node  # what comes back
-            for holder in {e // 2 for e in experts if e // 4 == other} - {at}:
+            for holder in {e // part for e in experts if e // (2 * part) == other} - {at}:
                 within[at] += 1
                 within[holder] += 1
     dist.all_reduce(between)
@@ -335,6 +337,8 @@ def lone(rank: int, folder: str) -> None:
         StaticExpertParallel(3, 0)
     with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
         ExpertParallel(3, chunks=0)
+    with pytest.raises(ValueError, match="1 parts of 2 do not hold 3 experts"):
+        ExpertParallel(3, part=2)
     parallel, experts = ExpertParallel(3), Experts(3, 4, 5)
     with pytest.raises(ValueError, match="4 whole experts cannot be spread as 3"):
         Experts(4, 4, 5).keep_own(parallel)

@@ -67,6 +67,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral with drops": lambda: language("mixtral", router=BY_SEQUENCE, **DROPS),
     "mixtral, merged experts": lambda: language("mixtral", router="LoryRouter", losses=None),
     "mixtral, 3 experts": lambda: language("mixtral", num_local_experts=3),
+    # Over 4 processes parts of 2, 2, 2 and 1.
+    "mixtral, 7 experts": lambda: language("mixtral", num_local_experts=7),
     "olmoe": lambda: language("olmoe"),
     "olmoe, MoE++": lambda: language("olmoe", **ZERO),
     "qwen2_moe": lambda: language("qwen2_moe"),
@@ -104,7 +106,10 @@ CASES = [
     for world, meshes in MESHES.items()
     for mesh in meshes
     for name in MODELS
-    if name in FEW or (world == 2 and mesh in ("expert", "tensor")) or (name == "MMoE" and mesh != "expert")
+    if name in FEW
+    or (name == "mixtral, 7 experts" and mesh == "expert")
+    or (world == 2 and mesh in ("expert", "tensor") and "7" not in name)
+    or (name == "MMoE" and mesh != "expert")
     # A contrastive loss has rows of all processes, each its own; a recommendation model has nothing to split.
     if not (name in ("LIMoE", "MMoE", "PLE") and "tensor" in mesh)
 ]
@@ -275,15 +280,13 @@ class Lone:
     ("sizes", "told"),
     [
         ({"expert": 4}, "experts: 5 experts in parts of 2 leave some of 4 processes without any"),
-        ({"expert": 4, "within": 2}, "7 experts do not divide over 4 processes, as within=2 needs"),
         ({"shard": 3}, "rows do not divide into shard \\* tensor = 3 parts"),
     ],
 )
 def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: str) -> None:
-    options = {name: sizes[name] for name in sizes if name == "within"}
-    mesh: Any = Lone(**{name: size for name, size in sizes.items() if name not in options})
+    mesh: Any = Lone(**sizes)
     with pytest.raises(ValueError, match=told):
-        parallelize(nn.ModuleDict({"experts": Experts(7 if options else 5, 4, 8)}), mesh, **options)
+        parallelize(nn.ModuleDict({"experts": Experts(5, 4, 8)}), mesh)
 
 
 def test_a_model_with_nothing_to_split_is_not_given_to_a_tensor_group() -> None:

@@ -46,21 +46,30 @@ class ExpertParallel:
     rows on their way, which are nothing to look at, and puts into the list the function that waits and gives the sum.
 
     With shadows=n up to n experts a call are lent to all processes where that sends fewer bytes (`zoo.moe.shadows`).
+    part=n gives n experts to each process, for as long as there are any, instead of ceil(E / R).
 
-    Raises ValueError for fewer than one expert or chunk, or fewer than no shadows.
+    Raises ValueError for fewer than one expert or chunk, fewer than no shadows, and parts that do not hold all experts.
     """
 
     def __init__(
-        self, num_experts: int, group: dist.ProcessGroup | None = None, chunks: int = 1, shadows: int = 0
+        self,
+        num_experts: int,
+        group: dist.ProcessGroup | None = None,
+        chunks: int = 1,
+        shadows: int = 0,
+        part: int | None = None,
     ) -> None:
-        for name, value, least in (("num_experts", num_experts, 1), ("chunks", chunks, 1), ("shadows", shadows, 0)):
-            if value < least:
+        given = (("num_experts", num_experts, 1), ("chunks", chunks, 1), ("shadows", shadows, 0), ("part", part, 1))
+        for name, value, least in given:
+            if value is not None and value < least:
                 raise ValueError(f"ExpertParallel: {name} must be at least {least}, got {value}")
         self.num_experts, self.group, self.chunks, self.shadows = num_experts, group, chunks, shadows
         self.meanwhile: Callable[[], None] | None = None
         self.later: list[Callable[[], Tensor]] | None = None
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.bounds = expert_bounds(num_experts, self.size)
+        self.bounds = expert_bounds(num_experts, self.size, part)
+        if self.bounds[-1] < num_experts:
+            raise ValueError(f"ExpertParallel: {self.size} parts of {part} do not hold {num_experts} experts")
         self.traffic = Traffic()
 
     @property
@@ -82,18 +91,20 @@ class ExpertParallel:
                 f"ExpertParallel: {self.num_experts} experts are spread, but the router routes {routing.num_experts}"
             )
         meanwhile, self.meanwhile = self.meanwhile, None
-        parts = token_ranges(routing.num_tokens, self.chunks)
-        journey = self._set_out(x, routing, parts[0])
+        trips, by_chunk = self._trips(routing)
+        combine = routing.weight if self.chunks == 1 else routing.weight.index_select(0, by_chunk)
+        weights = combine.split([sum(trip.assignments.sent) for trip in trips])
+        journey = self._set_out(x, weights[0], trips[0])
         if meanwhile is not None:
             meanwhile()
         backs: list[tuple[Tensor, tuple[Tensor, _Flight]]] = []
-        for following in (*parts[1:], None):
-            trip, rows, weight = journey
-            if following is not None:
-                journey = self._set_out(x, routing, following)
-            rows = _Arrive.apply(*rows)
-            weight = _Arrive.apply(*weight).index_select(0, trip.order)
-            out = experts(rows, Routing(trip.token_index, trip.offsets, weight, rows.shape[0]))
+        for i, trip in enumerate(trips):
+            rows, weight = journey
+            if i + 1 < len(trips):
+                journey = self._set_out(x, weights[i + 1], trips[i + 1])
+            arrived = _Arrive.apply(*rows)
+            weight_arrived = _Arrive.apply(*weight).index_select(0, trip.order)
+            out = experts(arrived, Routing(trip.token_index, trip.offsets, weight_arrived, arrived.shape[0]))
             backs.append((trip.sent, self._depart(out, trip.rows.reversed())))
 
         def summed() -> Tensor:
@@ -113,59 +124,63 @@ class ExpertParallel:
         # FSDP gathers a module's parameters for backward when the gradient of what it returned comes.
         return rows
 
-    def _set_out(
-        self, x: Tensor, routing: Routing, tokens: tuple[int, int]
-    ) -> tuple[_Trip, tuple[Tensor, _Flight], tuple[Tensor, _Flight]]:
-        """Send some of the tokens, from the first to before the last, and their weights."""
-        first, last = tokens
-        if last - first != routing.num_tokens:
-            x, routing = x[first:last], of_tokens(routing, first, last)
-        trip = self._trip(routing)
-        rows = self._depart(x.index_select(0, trip.sent), trip.rows)
-        weight = self._depart(routing.weight, trip.assignments)
-        trip.sent = trip.sent + first
-        return trip, rows, weight
+    def _set_out(self, x: Tensor, weight: Tensor, trip: _Trip) -> tuple[tuple[Tensor, _Flight], tuple[Tensor, _Flight]]:
+        """Send a chunk's tokens and combine weights."""
+        return self._depart(x.index_select(0, trip.sent), trip.rows), self._depart(weight, trip.assignments)
 
     def _depart(self, values: Tensor, splits: _Splits) -> tuple[Tensor, _Flight]:
         flight = _Flight(self, splits)
         return _Depart.apply(values, flight), flight
 
     @torch.no_grad()
-    def _trip(self, routing: Routing) -> _Trip:
-        """Work out who sends which rows to whom, and tell the others which of them their experts are to take."""
-        tokens, device = routing.num_tokens, routing.token_index.device
+    def _trips(self, routing: Routing) -> tuple[list[_Trip], Tensor]:
+        """Work out who sends which rows to whom, and tell the others which of them their experts are to take.
+
+        Returns the exchange of every chunk, and the assignments in their order, [A].
+        """
+        device, chunks, token = routing.token_index.device, self.chunks, routing.token_index
+        chunk_size = max(-(-routing.num_tokens // chunks), 1)
         sizes = [end - start for start, end in pairwise(self.bounds)]
         holder = torch.arange(self.size, device=device).repeat_interleave(torch.tensor(sizes, device=device))
-        counts = routing.counts.long()
-        to = holder.repeat_interleave(counts, output_size=routing.token_index.numel())
+        expert, chunk = routing.expert_index, token // chunk_size
         # A place for every pair of process and token, true where the token goes there.
-        place = to * tokens + routing.token_index
-        goes = torch.zeros(self.size * tokens, dtype=torch.bool, device=device)
+        place = holder.index_select(0, expert) * (chunks * chunk_size) + token
+        goes = torch.zeros(self.size * chunks * chunk_size, dtype=torch.bool, device=device)
         goes[place] = True
-        sent_rows = goes.view(self.size, tokens).sum(1)
-        first = sent_rows.cumsum(0) - sent_rows
-        position = (goes.cumsum(0) - 1).index_select(0, place) - first.index_select(0, to)
-        # Each process learns how many rows come from where, and how many of them each of its experts takes.
-        told = torch.cat([torch.cat([n.view(1), c]) for n, c in zip(sent_rows, counts.split(sizes))])
+        goes = goes.view(self.size, chunks, chunk_size)
+        sent_rows = goes.sum(2)
+        position = (goes.cumsum(2) - 1).flatten().index_select(0, place)
+        counts = torch.zeros(self.num_experts * chunks, dtype=torch.long, device=device)
+        counts = counts.index_add(0, expert * chunks + chunk, torch.ones_like(expert)).view(-1, chunks)
+        # Each process learns how many rows come from where, and how many of them each of its experts takes, by chunk.
+        told = torch.cat([torch.cat([n[None], c]).T.flatten() for n, c in zip(sent_rows, counts.split(sizes))])
         mine = sizes[self.rank]
-        heard = told.new_empty(self.size * (mine + 1))
-        self._send(heard, told, _Splits([mine + 1] * self.size, [size + 1 for size in sizes]))
-        heard = heard.view(self.size, mine + 1)
-        taken = heard[:, 1:]
+        heard = told.new_empty(self.size * chunks * (mine + 1))
+        lengths = [chunks * (mine + 1)] * self.size
+        self._send(heard, told, _Splits(lengths, [chunks * (size + 1) for size in sizes]))
+        heard = heard.view(self.size, chunks, mine + 1)
         sent_assignments = torch.zeros_like(sent_rows).index_add(0, holder, counts)
-        numbers = torch.stack([sent_rows, sent_assignments, heard[:, 0], taken.sum(1)]).tolist()
-        rows, assignments = _Splits(numbers[2], numbers[0]), _Splits(numbers[3], numbers[1])
-        positions = position.new_empty(sum(assignments.received), dtype=torch.int32)
-        self._send(positions, position.to(torch.int32), assignments)
-        # They come by process, and by expert within one; experts want them by expert.
-        expert = torch.arange(mine, device=device).repeat(self.size)
-        expert = expert.repeat_interleave(taken.reshape(-1), output_size=positions.numel())
-        order = expert.sort(stable=True).indices
-        base = (heard[:, 0].cumsum(0) - heard[:, 0]).repeat_interleave(taken.sum(1), output_size=positions.numel())
-        offsets = torch.zeros(mine + 1, dtype=torch.int32, device=device)
-        offsets[1:] = taken.sum(0).cumsum(0)
-        sent = goes.view(self.size, tokens).nonzero()[:, 1]
-        return _Trip(sent, rows, assignments, order, (positions + base).index_select(0, order), offsets)
+        numbers = torch.stack([sent_rows, sent_assignments, heard[..., 0], heard[..., 1:].sum(2)])
+        chunk_of, _, within = goes.transpose(0, 1).nonzero().unbind(1)
+        by_chunk = chunk.sort(stable=True).indices
+        splits = [(_Splits(n[2], n[0]), _Splits(n[3], n[1])) for n in numbers.permute(2, 0, 1).tolist()]
+        sent = (chunk_of * chunk_size + within).split([sum(rows.sent) for rows, _ in splits])
+        told_positions = position.int().index_select(0, by_chunk).split([sum(a.sent) for _, a in splits])
+        trips = []
+        for i, (rows, assignments) in enumerate(splits):
+            positions = told_positions[i].new_empty(sum(assignments.received))
+            self._send(positions, told_positions[i], assignments)
+            # They come by process, and by expert within one; experts want them by expert.
+            taken = heard[:, i, 1:]
+            expert = torch.arange(mine, device=device).repeat(self.size)
+            expert = expert.repeat_interleave(taken.reshape(-1), output_size=positions.numel())
+            order = expert.sort(stable=True).indices
+            come = heard[:, i, 0]
+            base = (come.cumsum(0) - come).repeat_interleave(taken.sum(1), output_size=positions.numel())
+            offsets = torch.zeros(mine + 1, dtype=torch.int32, device=device)
+            offsets[1:] = taken.sum(0).cumsum(0)
+            trips.append(_Trip(sent[i], rows, assignments, order, (positions + base).index_select(0, order), offsets))
+        return trips, by_chunk
 
     def _send(self, received: Tensor, sent: Tensor, splits: _Splits, wait: bool = True) -> Any:
         """Entries to the processes they are for; without waiting, what is to be waited for."""
@@ -257,17 +272,3 @@ class _Arrive(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.flight.gradient = ctx.flight.start(gradient, ctx.flight.splits.reversed())
         return gradient, None
-
-
-def token_ranges(tokens: int, parts: int) -> list[tuple[int, int]]:
-    """Where each of so many parts of the tokens begins and ends; the last ones may be empty."""
-    size = -(-tokens // parts)
-    return [(min(size * i, tokens), min(size * (i + 1), tokens)) for i in range(parts)]
-
-
-def of_tokens(routing: Routing, first: int, last: int) -> Routing:
-    """The part of a routing that is of the tokens from `first` to before `last`, counted from the first of these."""
-    mine = ((routing.token_index >= first) & (routing.token_index < last)).nonzero().flatten()
-    offsets = torch.searchsorted(mine, routing.offsets.long(), out_int32=True)
-    weight = routing.weight.index_select(0, mine)
-    return Routing(routing.token_index.index_select(0, mine) - first, offsets, weight, last - first)

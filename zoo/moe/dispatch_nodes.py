@@ -17,7 +17,8 @@ class HierarchicalExpertParallel:
 
     `between` has the processes at this one's place in every node, `within` those of its node; nodes hold neighbouring
     experts, and so do the processes in one. A token crosses once to each node that has any of its experts, to the
-    process at the same place there, which takes it to the processes that have them; sums come back the same way. Bytes
+    process at the same place there, which takes it to the processes that have them; sums come back the same way. All
+    hold the experts that they would hold in one flat group, nodes one after the other. Bytes
     between nodes, `traffic_between`, are those of the closed form of `ExpertParallel` with nodes for processes; those
     inside nodes, `traffic_within`, are more by what is passed on.
 
@@ -28,11 +29,13 @@ class HierarchicalExpertParallel:
         self, num_experts: int, between: dist.ProcessGroup, within: dist.ProcessGroup, chunks: int = 1
     ) -> None:
         self.num_experts = num_experts
-        self.between = ExpertParallel(num_experts, between, chunks)
+        inside = dist.get_world_size(within)
+        part = -(-num_experts // (dist.get_world_size(between) * inside))
+        self.between = ExpertParallel(num_experts, between, chunks, part=part * inside)
         mine = self.between.own
         if mine.stop == mine.start:
             raise ValueError(f"{num_experts} experts over {self.between.size} nodes leave some without any")
-        self.within = ExpertParallel(mine.stop - mine.start, within)
+        self.within = ExpertParallel(mine.stop - mine.start, within, part=part)
 
     @property
     def own(self) -> slice:

@@ -79,9 +79,12 @@ def prices(costs: Sequence[float], levels: Sequence[int], penalty: str = "cost")
     return (each / each.mean()).tolist()
 
 
-def expert_bounds(num_experts: int, processes: int) -> list[int]:
-    """Where each process's experts begin, [R + 1]: neighbours together, ceil(E / R) each, the last ones the rest."""
-    part = -(-num_experts // processes)
+def expert_bounds(num_experts: int, processes: int, part: int | None = None) -> list[int]:
+    """Where each process's experts begin, [R + 1]: neighbours together, a part each, the last ones the rest.
+
+    A part is ceil(E / R) where none is said.
+    """
+    part = part or -(-num_experts // processes)
     return [min(part * r, num_experts) for r in range(processes + 1)]
 
 

@@ -102,10 +102,6 @@ def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, s
             )
     inner: ExpertParallel | HierarchicalExpertParallel
     if 1 < within < sizes.expert:
-        if number % sizes.expert:
-            raise ValueError(
-                f"{name}: {number} experts do not divide over {sizes.expert} processes, as within={within} needs"
-            )
         between, inside = mesh.node_groups(within)
         inner = HierarchicalExpertParallel(number, between, inside, chunks)
     else:

@@ -27,7 +27,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 from ..moe import MLP, ExpertParallel, HierarchicalExpertParallel, Routing
-from ..moe.dispatch import of_tokens, token_ranges
 
 # What transformers calls the ways of splitting a layer, in its plans (config.base_model_tp_plan).
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -194,3 +193,17 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return gradient[ctx.first : ctx.first + ctx.count].contiguous(), None, None, None
+
+
+def token_ranges(tokens: int, parts: int) -> list[tuple[int, int]]:
+    """Where each of so many parts of the tokens begins and ends; the last ones may be empty."""
+    size = -(-tokens // parts)
+    return [(min(size * i, tokens), min(size * (i + 1), tokens)) for i in range(parts)]
+
+
+def of_tokens(routing: Routing, first: int, last: int) -> Routing:
+    """The part of a routing that is of the tokens from `first` to before `last`, counted from the first of these."""
+    mine = ((routing.token_index >= first) & (routing.token_index < last)).nonzero().flatten()
+    offsets = torch.searchsorted(mine, routing.offsets.long(), out_int32=True)
+    weight = routing.weight.index_select(0, mine)
+    return Routing(routing.token_index.index_select(0, mine) - first, offsets, weight, last - first)
