@@ -1,13 +1,12 @@
 """Instruction tuning: vision-language models trained on the answers of conversations about images.
 
-python -m tasks.vision_language fit --config configs/vision_language/moe_llava_digits.yaml
+python -m tasks.vision_language fit --config configs/vision_language/moe_llava_digits_1.yaml
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-import warnings
 from typing import Any, Literal
 
 import torch
@@ -114,10 +113,11 @@ class InstructionTask(Task):
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         check_predictions(self.hparams["predictions"], bool(data.show))
-        if isinstance(self.hparams["pretrained"], str):
-            with torch.device("meta"):
-                self.check_model(self.build(), data)
         super().check(data)
+
+    def checked_on_meta(self) -> bool:
+        """Whether `build` needs no memory on the meta device; parts that are to be joined are read first."""
+        return not isinstance(self.hparams["pretrained"], dict)
 
     def check_model(self, model: Any, data: Any) -> None:
         """Raise ValueError for what of the data does not fit the model: vocabulary, images, length."""
@@ -135,13 +135,7 @@ class InstructionTask(Task):
             self.check_model(self.model, data)
             self.model.config.image_token_id = data.chat.image_id
             _stop_at(self.model.generation_config, data.chat.end)
-        self.prepare_model(self._recompute_layers)
-
-    def _recompute_layers(self) -> None:
-        with warnings.catch_warnings():
-            # Its successor is younger than the oldest transformers that we run on.
-            warnings.simplefilter("ignore", FutureWarning)
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.prepare_model(self.recompute_layers)
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Tokens in a batch, those of images and padding among them."""
@@ -194,7 +188,7 @@ class InstructionTask(Task):
         # An answer's number in the batch: a row has fewer answers than tokens.
         rows, length = batch["answers"].shape
         numbers = batch["answers"] + torch.arange(rows, device=targets.device)[:, None] * (length + 1)
-        numbers = F.pad(numbers[:, 1:], (0, 1))[F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE) != IGNORE]
+        numbers = numbers[:, 1:][batch["labels"][:, 1:] != IGNORE]
         answers, place = numbers.unique(return_inverse=True)
         missed = torch.zeros(len(answers), device=targets.device).index_add(0, place, wrong.float())
         nats = F.cross_entropy(logits.double(), targets, reduction="sum")
@@ -228,7 +222,6 @@ class InstructionTask(Task):
         """Path, question and the model's answer."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         processor = data.chat.processor
-        processor.chat_template = data.chat.template
         found = answer(
             self.model, processor, [open_image(batch["path"])], batch["question"], self.hparams["max_new_tokens"]
         )
@@ -242,9 +235,8 @@ class InstructionTask(Task):
         """Export model and processor, where asked for."""
         super().on_fit_end()
         if self.hparams["export"] and self.trainer.is_global_zero:
-            chat = self.trainer.datamodule.chat  # type: ignore[attr-defined]
-            chat.processor.chat_template = chat.template
-            chat.processor.save_pretrained(self.hparams["export"])
+            processor = self.trainer.datamodule.chat.processor  # type: ignore[attr-defined]
+            processor.save_pretrained(self.hparams["export"])
 
 
 def _stop_at(config: Any, token: int | None) -> None:

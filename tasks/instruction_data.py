@@ -17,7 +17,7 @@ from zoo.data.conversations import Conversations, SceneConversations, open_conve
 from zoo.data.conversations_rows import ConversationRows, chosen, lengths
 from zoo.data.images import image_files
 from zoo.data.processors import llava_processor
-from zoo.data.tokenizer import Tokenizer, learn_words, open_tokenizer
+from zoo.data.tokenizer import Tokenizer, open_or_learn_words
 
 
 class InstructionData(LightningDataModule):
@@ -104,12 +104,7 @@ class InstructionData(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """That of a processor that is made."""
-        kind, _, size = self.tokenizer_name.partition(":")
-        if kind != "words":
-            return open_tokenizer(self.tokenizer_name)
-        if size and not size.isdecimal():
-            raise ValueError(f"tokenizer {self.tokenizer_name!r}: expected words:SIZE with a number")
-        return learn_words(["USER: ASSISTANT: . ?", *self._texts()], int(size) if size else None)
+        return open_or_learn_words(self.tokenizer_name, lambda: ["USER: ASSISTANT: . ?", *self._texts()])
 
     def _texts(self) -> list[str]:
         if self.source == "digits":
@@ -134,6 +129,7 @@ class InstructionData(LightningDataModule):
             processor = open_processor(name) if name else llava_processor(self.tokenizer, model.config)
             own = getattr(processor, "chat_template", None)
             self._chat = Chat(processor, self.chat_template or (None if own else "vicuna"), self.system)
+            processor.chat_template = self._chat.template  # answers and exports are written by it, too
         processor = self._chat.processor
         size = model.get_input_embeddings().num_embeddings
         if len(processor.tokenizer) > size:
@@ -171,14 +167,14 @@ class InstructionData(LightningDataModule):
         if self.trainer and self.trainer.state.fn == TrainerFn.FITTING:
             print(self.conversations.description, flush=True)
 
-    def rows(self, split: str, pack: bool | None = None) -> ConversationRows:
+    def rows(self, split: str) -> ConversationRows:
         """Conversations of a split as the model takes them."""
-        source, packed = self.conversations.split(split), self.pack if pack is None else pack
+        source = self.conversations.split(split)
         if self._limit is None:
             return ConversationRows(source, self.chat, keep=self.keep)
         sizes = lengths(source, self.chat)
         numbers = chosen(source, sizes, self._limit, self.skip)
-        return ConversationRows(source, self.chat, numbers, sizes, self._limit if packed else None, self.keep)
+        return ConversationRows(source, self.chat, numbers, sizes, self._limit if self.pack else None, self.keep)
 
     def train_dataloader(self) -> Loader:
         """Shuffled batches that can be taken up again in the middle of an epoch."""

@@ -11,7 +11,6 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
     raise SystemExit(main("language"))
 
 import math
-import warnings
 from functools import cached_property
 from typing import Any
 
@@ -196,18 +195,12 @@ class LanguageTask(Task):
         size = self.model.get_input_embeddings().num_embeddings
         if tokenizer is not None and tokenizer.vocab_size > size:
             raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only {size}")
-        self.prepare_model(self._recompute_layers)
+        self.prepare_model(self.recompute_layers)
 
     def check_model(self, model: Any, data: Any) -> None:
         """Raise what would keep the trained model from being exported, where that is asked for."""
         if self.hparams["export"]:
             published_config(model)
-
-    def _recompute_layers(self) -> None:
-        with warnings.catch_warnings():
-            # Its successor is younger than the oldest transformers that we run on.
-            warnings.simplefilter("ignore", FutureWarning)
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Tokens in a batch."""

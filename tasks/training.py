@@ -107,10 +107,14 @@ class Task(LightningModule):
 
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
-        if self.model is None and not self.hparams["pretrained"]:
+        if self.model is None and self.checked_on_meta():
             with torch.device("meta"):
                 self.check_model(self.build(), data)
         learning_rate(self.hparams["schedule"], self.hparams["warmup_steps"], 1)
+
+    def checked_on_meta(self) -> bool:
+        """Whether `build` needs no memory on the meta device; a pretrained model is read first."""
+        return not self.hparams["pretrained"]
 
     def check_model(self, model: Any, data: Any) -> None:
         """Raise ValueError when a model does not fit the data."""
@@ -130,6 +134,13 @@ class Task(LightningModule):
         if self.hparams["compile"] and not self._compiled and trainer is not None and not trainer.predicting:
             self.model.compile()
             self._compiled = True
+
+    def recompute_layers(self) -> None:
+        """Turn on activation checkpointing in a model of `transformers`."""
+        with warnings.catch_warnings():
+            # Its successor is younger than the oldest transformers that we run on.
+            warnings.simplefilter("ignore", FutureWarning)
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def configure_callbacks(self) -> list[Callback]:
         """Exact resumption and throughput."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from zoo.data.images_transforms import Augment, Preparation
 from zoo.data.pairs import Pairs, open_pairs
 from zoo.data.pairs_rows import PairRows, ShardLoader
 from zoo.data.shards import Shards
-from zoo.data.tokenizer import Tokenizer, learn_words, open_tokenizer
+from zoo.data.tokenizer import Tokenizer, open_or_learn_words
 
 NO_AUGMENTATION = Augment()
 PHOTO = ("a photo of a {}.",)
@@ -101,18 +101,15 @@ class VisionLanguageData(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Texts to tokens; words are those of the training texts alone."""
-        kind, _, size = self.tokenizer_name.partition(":")
-        if kind != "words":
-            return open_tokenizer(self.tokenizer_name)
-        if size and not size.isdecimal():
-            raise ValueError(f"tokenizer {self.tokenizer_name!r}: expected words:SIZE with a number")
+        return open_or_learn_words(self.tokenizer_name, self._texts)
+
+    def _texts(self) -> Iterable[str]:
         train = self.pairs.split("train")
         if isinstance(train, Shards):
             raise ValueError("tokenizer: words are not learnt on shards, which are read once; name another")
         if isinstance(train, Scenes):
-            return learn_words(vocabulary())
-        texts = (text for index in range(len(train)) for text in train.texts(index))
-        return learn_words(texts, int(size) if size else None)
+            return vocabulary()
+        return (text for index in range(len(train)) for text in train.texts(index))
 
     @property
     def classes(self) -> tuple[str, ...]:

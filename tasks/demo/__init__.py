@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=DEFAULT_SECONDS,
-        help="training time; the two models train at once (default %(default)g); the rest takes less than a minute",
+        help="training time of the language models, both at once (default %(default)g); the other parts add 0.8 of it",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the run (default %(default)s)")
     parser.add_argument(

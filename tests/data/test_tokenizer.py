@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.data import ByteTokenizer, SubwordTokenizer, open_corpus, open_tokenizer
+from zoo.data.tokenizer import open_or_learn_words
 
 TEXTS = [
     "",
@@ -118,3 +119,19 @@ def test_unknown_tokenizers_and_sizes_are_explained(corpus):
         open_tokenizer("bpe:100", corpus)
     with pytest.raises(ValueError, match="no-such"):
         open_tokenizer("/tmp/no-such/folder")
+
+
+def test_words_are_learnt_by_name_and_other_names_need_no_texts():
+    def texts():
+        return ["a cat, a dog", "a dog"]
+
+    def none():
+        raise AssertionError("no texts are needed")
+
+    assert open_or_learn_words("words", texts).vocab_size == 4 + 4
+    few = open_or_learn_words("words:2", texts)
+    assert few.vocab_size == 4 + 2
+    assert few.decode(few.encode(["a cat dog"])[0][0].tolist()) == "a dog"
+    assert open_or_learn_words("bytes", none).fingerprint == "bytes"
+    with pytest.raises(ValueError, match="expected words:SIZE"):
+        open_or_learn_words("words:x", none)

@@ -6,7 +6,6 @@ each, which is how `transformers` tells them apart as long as there is no attent
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,9 +25,7 @@ def lengths(source: ConversationSource, chat: Chat) -> np.ndarray:
 
     def fill(folder: Path) -> None:
         found = [chat.length(source.conversation(i), source.sizes(i)) for i in range(len(source))]
-        out = io.BytesIO()
-        np.save(out, np.array(found, dtype=np.int64))
-        (folder / "lengths.npy").write_bytes(out.getvalue())
+        np.save(folder / "lengths.npy", np.array(found, dtype=np.int64))
 
     return np.load(cached("conversations", source.fingerprint, chat.fingerprint, fill=fill) / "lengths.npy")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +128,19 @@ def open_tokenizer(name: str, corpus: Corpus | None = None) -> Tokenizer:
         return SubwordTokenizer(AutoTokenizer.from_pretrained(name))
     except OSError as error:
         raise ValueError(f"tokenizer {name!r} could not be loaded: {error}") from error
+
+
+def open_or_learn_words(name: str, texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """Learn "words" (those of `texts()`) or "words:SIZE" (the most frequent), or open as `open_tokenizer`.
+
+    Raises ValueError for a size that is no number, and as `open_tokenizer`.
+    """
+    kind, _, size = name.partition(":")
+    if kind != "words":
+        return open_tokenizer(name)
+    if size and not size.isdecimal():
+        raise ValueError(f"tokenizer {name!r}: expected words:SIZE with a number")
+    return learn_words(texts(), int(size) if size else None)
 
 
 def learn_bpe(corpus: Corpus, vocab_size: int) -> SubwordTokenizer:

@@ -50,20 +50,20 @@ def step(chosen: Tensor, processes: int, row: int, expert: int, copied: Sequence
 
 def lent(chosen: Tensor, processes: int, row: int, expert: int, limit: int) -> list[int]:
     """Which experts are worth copying in a step like this, at most `limit` of them."""
-    bounds, homes = _layout(chosen, processes)
-    rows = sum(alone(chosen[homes[r] : homes[r + 1]], bounds, r) for r in range(processes))
-    assert isinstance(rows, Tensor)
-    return worth_lending(rows, limit, row, expert, processes)
+    return worth_lending(_sent_alone(chosen, processes), limit, row, expert, processes)
 
 
 def kept(trace: Sequence[Tensor], processes: int, row: int, expert: int, limit: int) -> list[int]:
     """Which experts all should keep for good by an earlier trace: those worth copying in the mean of its steps."""
-    every = []
-    for chosen in trace:
-        bounds, homes = _layout(chosen, processes)
-        every.append(sum(alone(chosen[homes[r] : homes[r + 1]], bounds, r) for r in range(processes)))
-    mean = torch.stack(every).double().mean(0)  # type: ignore[arg-type]
+    mean = torch.stack([_sent_alone(chosen, processes) for chosen in trace]).double().mean(0)
     return worth_lending(mean, limit, row, expert, processes)
+
+
+def _sent_alone(chosen: Tensor, processes: int) -> Tensor:
+    """How many tokens cross for one expert alone, by that expert, over all processes, [E]."""
+    bounds, homes = _layout(chosen, processes)
+    parts = [chosen[homes[r] : homes[r + 1]] for r in range(processes)]
+    return torch.stack([alone(part, bounds, r) for r, part in enumerate(parts)]).sum(0)
 
 
 def _layout(chosen: Tensor, processes: int) -> tuple[list[int], list[int]]:
