@@ -8,16 +8,19 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .training import share_of
+
 
 def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
     """Write rows with the same keys of all processes, a list a batch, to a new CSV file; call it on all."""
-    parts: list[Any] = [predictions]
+    told: list[Any] = [(0, predictions)]
     if trainer.world_size > 1:
-        parts = [None] * trainer.world_size
-        dist.all_gather_object(parts, predictions)
+        told = [None] * trainer.world_size
+        dist.all_gather_object(told, (share_of(trainer)["rank"], predictions))
     if not trainer.is_global_zero:
         return
-    # A batch of all processes is consecutive images, process by process.
+    # A batch of all processes is consecutive images, share by share; several may have the same one.
+    parts = [part for _, part in sorted(dict(told).items())]
     found = [row for batch in zip(*parts) for part in batch for row in part]
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,11 @@ def share_of(trainer: Any) -> dict[str, int]:
     )
 
 
+def data_group(trainer: Any) -> Any:
+    """The processes that have all data between them, each its own share; None for all there are."""
+    return getattr(getattr(trainer.strategy, "mesh", None), "data_group", None)
+
+
 class Task(LightningModule):
     """A model with MoE layers and how it is trained; a domain adds what its batches and its loss are.
 

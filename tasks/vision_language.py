@@ -22,7 +22,7 @@ from tasks.instruction import InstructionTask
 from tasks.instruction_data import InstructionData
 from tasks.modalities import ModalityShares, keep_shares, log_shares
 from tasks.predictions import check_predictions, write_predictions
-from tasks.training import Overrides, Task
+from tasks.training import Overrides, Task, data_group
 from tasks.vision_language_data import VisionLanguageData
 from tasks.zero_shot import class_embeddings, retrieval
 from zoo.data.images_rows import IGNORE
@@ -136,7 +136,7 @@ class ContrastiveTask(Task):
         """
         with zoo.moe.record(self.model) as step:
             out = self.model(batch["image"], batch["ids"], batch["mask"])
-        loss = contrastive_loss(out.image, out.text, out.scale)
+        loss = contrastive_loss(out.image, out.text, out.scale, data_group(self.trainer))
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log_dict({"train/loss": loss.detach(), "train/temperature": 1 / out.scale.detach()})
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -186,7 +186,7 @@ class ContrastiveTask(Task):
         figures: dict[str, float] = {}
         if self._embedded:
             image, text, group, text_group = (torch.cat(parts) for parts in zip(*self._embedded))
-            figures |= retrieval(image, text, group, text_group)
+            figures |= retrieval(image, text, group, text_group, processes=data_group(self.trainer))
         if self._sums is not None:
             first, fifth, images = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
             figures |= {"zero_shot_top1": first / max(images, 1), "zero_shot_top5": fifth / max(images, 1)}

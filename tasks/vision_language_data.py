@@ -19,6 +19,8 @@ from zoo.data.pairs_rows import PairRows, ShardLoader
 from zoo.data.shards import Shards
 from zoo.data.tokenizer import Tokenizer, open_or_learn_words
 
+from .training import share_of
+
 NO_AUGMENTATION = Augment()
 PHOTO = ("a photo of a {}.",)
 
@@ -190,9 +192,7 @@ class VisionLanguageData(LightningDataModule):
         return loaders
 
     def _processes(self) -> dict[str, Any]:
-        trainer = self.trainer
-        place = {"rank": trainer.global_rank, "world_size": trainer.world_size} if trainer else {}
-        return {**place, "num_workers": self.num_workers}
+        return {**share_of(self.trainer), "num_workers": self.num_workers}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must agree on with the data it continues with."""

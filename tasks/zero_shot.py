@@ -43,24 +43,29 @@ def class_embeddings(
 
 
 def retrieval(
-    image: Tensor, text: Tensor, group: Tensor, text_group: Tensor, ks: Sequence[int] = KS
+    image: Tensor,
+    text: Tensor,
+    group: Tensor,
+    text_group: Tensor,
+    ks: Sequence[int] = KS,
+    processes: dist.ProcessGroup | None = None,
 ) -> dict[str, float]:
-    """Recall at k in both directions, over the rows of all processes: {"text_recall_1": ..., "image_recall_1": ...}.
+    """Recall at k in both directions, {"text_recall_1": ..., "image_recall_1": ...}, over all processes or a group.
 
     Of an image, the share of those that have a text of their own group among the k nearest texts, and the same of a
     text. A wrong one that is as near as the right one counts as nearer, so that a model that gives the same embedding
     to all has found nothing. An image or text without a counterpart counts as not found. nan where there are none.
     """
-    images, texts = gather(image.detach().double())[0], gather(text.detach().double())[0]
-    groups, text_groups = gather(group)[0], gather(text_group)[0]
+    images, texts = (gather(rows.detach().double(), processes)[0] for rows in (image, text))
+    groups, text_groups = (gather(rows, processes)[0] for rows in (group, text_group))
     sums = torch.cat(
         [
             _found(image.detach().double(), group, texts, text_groups, ks),
             _found(text.detach().double(), text_group, images, groups, ks),
         ]
     )
-    if world_size() > 1:
-        dist.all_reduce(sums)
+    if world_size(processes) > 1:
+        dist.all_reduce(sums, group=processes)
     of_images, of_texts = sums.view(2, -1).tolist()
     figures = {f"text_recall_{k}": n / of_images[-1] if of_images[-1] else float("nan") for k, n in zip(ks, of_images)}
     return figures | {

@@ -30,9 +30,9 @@ def surprise(probs: Tensor) -> Tensor:
     return -(probs * probs.clamp(min=1e-20).log())
 
 
-def world_size() -> int:
-    """Number of processes, 1 where torch.distributed does not run."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+def world_size(processes: dist.ProcessGroup | None = None) -> int:
+    """Number of processes, of all or in a group; 1 where torch.distributed does not run."""
+    return dist.get_world_size(processes) if dist.is_available() and dist.is_initialized() else 1
 
 
 def everywhere(values: Tensor, global_batch: bool = True) -> Tensor:

@@ -84,10 +84,14 @@ class Mesh:
         self._nodes: dict[int, DeviceMesh] = {}
         ranks = torch.arange(sizes.world).view(sizes.replicate, sizes.shard, sizes.expert, sizes.tensor)
         self.dense = DeviceMesh(device_type, ranks.flatten(1, 2), mesh_dim_names=("replicate", "shard", "tensor"))
+        self._shares = self.dense
+        if sizes.tensor > 1:
+            names = ("data", "tensor")
+            self._shares = DeviceMesh(device_type, ranks.view(-1, sizes.tensor), mesh_dim_names=names)
         by_expert = ranks.permute(0, 1, 3, 2).flatten(1, 2)
         self.experts = DeviceMesh(device_type, by_expert, mesh_dim_names=("replicate", "shard", "expert"))
         if timeout is not None:
-            for group in (*self.dense.get_all_groups(), *self.experts.get_all_groups()):
+            for group in {g for mesh in (self.dense, self.experts, self._shares) for g in mesh.get_all_groups()}:
                 # Groups of a mesh do not take over the world's.
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
@@ -95,6 +99,11 @@ class Mesh:
     def data_rank(self) -> int:
         """Which of the processes with data of their own this is; those of one tensor group have the same."""
         return dist.get_rank() // self.sizes.tensor
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """This and other processes that have all data between them, each its own share; None for all there are."""
+        return None if self.sizes.tensor == 1 else self._shares["data"].get_group()
 
     def node_groups(self, within: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
         """An expert group's processes at this one's place in every node, and those in its node, of `within` each.
