@@ -147,28 +147,27 @@ def test_what_an_expert_alone_sends_and_what_pays() -> None:
     assert worth_lending(rows, 4, 8, 100, 4) == []
 
 
-def trained(rank: int, folder: str) -> None:
+def trained(rank: int, folder: str, tensor: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet2", rank=rank, world_size=2)
-    model = tiny()
-    parallelize(model, Mesh(Sizes(expert=2)), shadows=2)
-    ids = batch()
-    half = ids[rank * 4 : (rank + 1) * 4]
+    world = 2 * tensor
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet2", rank=rank, world_size=world)
+    model, mesh = tiny(), Mesh(Sizes(expert=2, tensor=tensor))
+    parallelize(model, mesh, shadows=2)
+    half = batch().chunk(2)[mesh.data_rank]
     loss = objective(model, half)
     loss.backward()
     mean = loss.detach().clone()
     dist.all_reduce(mean)
-    lent = sum(m.parallel.traffic.weights for m in model.modules() if isinstance(m, Experts))
+    ways = [getattr(m.parallel, "inner", m.parallel) for m in model.modules() if isinstance(m, Experts)]
+    lent = sum(way.traffic.weights for way in ways)
     grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
-    torch.save((mean / 2, grads, lent), f"{folder}/fsdp{rank}.pt")
-    with pytest.raises(ValueError, match="flat groups only"):
-        parallelize(tiny(), Mesh(Sizes(tensor=2)), shadows=1)
+    torch.save((mean / world, grads, lent), f"{folder}/fsdp{rank}.pt")
     dist.destroy_process_group()
 
 
 def tiny() -> Any:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 4, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes = {"hidden_size": 32, "intermediate_size": 2, "num_hidden_layers": 2, "vocab_size": 64}
     model = zoo.create_model("language/mixtral_tiny", router={"name": "TopKRouter", "k": 2, "bias": True}, **sizes)
     for module in model.modules():
         if isinstance(module, TopKRouter):
@@ -187,11 +186,12 @@ def objective(model: Any, ids: Tensor) -> Tensor:
         return model(ids, labels=ids).loss
 
 
-def test_a_model_under_fsdp_learns_what_one_process_learns(tmp_path: Any) -> None:
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_model_under_fsdp_learns_what_one_process_learns(tensor: int, tmp_path: Any) -> None:
     whole = tiny()
     objective(whole, batch()).backward()
-    mp.start_processes(trained, args=(str(tmp_path),), nprocs=2, start_method="fork")
-    for rank in range(2):
+    mp.start_processes(trained, args=(str(tmp_path), tensor), nprocs=2 * tensor, start_method="fork")
+    for rank in range(2 * tensor):
         loss, grads, lent = torch.load(tmp_path / f"fsdp{rank}.pt")
         assert lent > 0
         torch.testing.assert_close(loss, objective(whole, batch()).detach(), rtol=1e-5, atol=0)

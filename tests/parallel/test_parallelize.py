@@ -89,6 +89,7 @@ MESHES: dict[int, dict[str, Sizes]] = {
         "shard": Sizes(shard=2),
         "expert": Sizes(expert=2),
         "tensor": Sizes(tensor=2),
+        "places": Sizes(expert=2),
     },
     4: {
         "shard, expert": Sizes(shard=2, expert=2),
@@ -96,10 +97,13 @@ MESHES: dict[int, dict[str, Sizes]] = {
         "expert, tensor": Sizes(expert=2, tensor=2),
         "shard, tensor": Sizes(shard=2, tensor=2),
         "expert": Sizes(expert=4),
+        "places, tensor": Sizes(expert=2, tensor=2),
     },
 }
 # Two nodes of two processes, and tokens on their way in two parts.
 OPTIONS = {(4, "expert"): {"within": 2, "chunks": 2}}
+# Room for all that any process sends to an expert.
+OPTIONS |= {key: {"places": 80} for key in ((2, "places"), (4, "places, tensor"))}
 FEW = ("mixtral with drops", "deepseek_v3", "V-MoE")
 CASES = [
     (world, mesh, name)
@@ -287,6 +291,21 @@ def test_experts_that_cannot_be_spread_are_named(sizes: dict[str, int], told: st
     mesh: Any = Lone(**sizes)
     with pytest.raises(ValueError, match=told):
         parallelize(nn.ModuleDict({"experts": Experts(5, 4, 8)}), mesh)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"shadows": 1, "within": 2}, "shadows=1: experts are lent in flat groups only, not with within=2"),
+        ({"places": 9, "chunks": 2}, "places=9: rows go in flat groups, at once, to experts that are not lent; got"),
+        ({"places": 9, "shadows": 1}, "places=9: .*'shadows': 1"),
+        ({"places": 9, "within": 2}, "places=9: .*'within': 2"),
+    ],
+)
+def test_ways_to_travel_that_exclude_each_other_are_named(options: dict[str, int], told: str) -> None:
+    mesh: Any = Lone(expert=4)
+    with pytest.raises(ValueError, match=told):
+        parallelize(nn.ModuleDict({"experts": Experts(8, 4, 8)}), mesh, **options)
 
 
 def test_a_model_with_nothing_to_split_is_not_given_to_a_tensor_group() -> None:

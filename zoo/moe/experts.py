@@ -160,9 +160,13 @@ class Experts(nn.Module):
     # torch.compile would trace the collectives in the backward of these functions, and lose what they sum in place.
     @torch.compiler.disable
     def _apart(self, parallel: Callable[..., Tensor], x: Tensor, routing: Routing) -> Tensor:
-        if isinstance(parallel, ExpertParallel) and parallel.shadows:
-            return shadows.run(parallel, self, x, routing)
-        return parallel(x, routing, self.compute)
+        def there(flat: Callable[..., Tensor], x: Tensor, routing: Routing) -> Tensor:
+            if isinstance(flat, ExpertParallel) and flat.shadows:
+                return shadows.run(flat, self, x, routing)
+            return flat(x, routing, self.compute)
+
+        # Where processes share tokens out, each lends for its own.
+        return parallel.shared(x, routing, there) if hasattr(parallel, "shared") else there(parallel, x, routing)
 
     def compute(self, x: Tensor, routing: Routing) -> Tensor:
         """The same of the experts that this process holds, to which `routing` refers."""

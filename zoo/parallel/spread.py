@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from ..moe import ExpertParallel, Experts, HierarchicalExpertParallel
+from ..moe import ExpertParallel, Experts, HierarchicalExpertParallel, StaticExpertParallel
 from ..moe.layer import Recorded
 from .mesh import Mesh
 from .tensor import SplitTokens, planned, split_tensors
@@ -25,6 +25,7 @@ def parallelize(
     chunks: int = 1,
     within: int = 1,
     shadows: int = 0,
+    places: int = 0,
     mixed_precision: MixedPrecisionPolicy | None = None,
 ) -> nn.Module:
     """Spread a model over the processes of a mesh, in place: experts, FSDP2, tensor parallelism, data parallelism.
@@ -35,20 +36,25 @@ def parallelize(
     Experts of a layer are held by `mesh.experts["expert"]`, neighbours together, and tokens reach them by all-to-all
     (`ExpertParallel`), in so many chunks, while shared experts run. With `within` processes of such a group in a node,
     tokens cross once to each node (`HierarchicalExpertParallel`). Up to `shadows` experts a layer are lent to all of a
-    group for a step where that sends fewer bytes (`zoo.moe.shadows`). All parameters are sharded and averaged by FSDP2,
-    a block at a time: `reshard_after_forward` frees a block's parameters again until backward. Gradients are those of
-    the mean over the `sizes.data` processes of their losses. Tensor parallelism splits attention and dense MLPs where
-    the model's plan says how (`split_tensors`), and lets each process of a group send its own part of the tokens to
-    experts; every one of them gets the same batch.
+    group for a step where that sends fewer bytes (`zoo.moe.shadows`). With `places` rows from every process to every
+    expert, no more, sizes do not depend on the gate, and the host waits for no device (`StaticExpertParallel`).
+
+    All parameters are sharded and averaged by FSDP2, a block at a time: `reshard_after_forward` frees a block's
+    parameters again until backward. Gradients are those of the mean over the `sizes.data` processes of their losses.
+    Tensor parallelism splits attention and dense MLPs where the model's plan says how (`split_tensors`), and lets each
+    process of a group send its own part of the tokens to experts; every one of them gets the same batch.
     Gates that merge experts (SMEAR, Lory, MEO) need them whole, and many gates over one `ExpertStack` compute it once:
     those are sharded as dense parameters are. So are embedding tables, unless `fuse_embeddings` laid them out before.
 
-    Raises ValueError where a process would be left without an expert, for widths that do not divide, for shadows with
-    tensor parallelism or nodes, and for tensor parallelism of a model that has nothing for it.
+    Raises ValueError where a process would be left without an expert, for widths that do not divide, for shadows or
+    places with nodes, places with chunks or shadows, and for tensor parallelism of a model that has nothing for it.
     """
     sizes = mesh.sizes
-    if shadows and (sizes.tensor > 1 or 1 < within < sizes.expert):
-        raise ValueError(f"shadows={shadows}: experts are lent in flat groups only, not with tensor > 1 or within > 1")
+    if shadows and 1 < within < sizes.expert:
+        raise ValueError(f"shadows={shadows}: experts are lent in flat groups only, not with within={within}")
+    if places and (shadows or chunks > 1 or 1 < within < sizes.expert):
+        given = {"chunks": chunks, "within": within, "shadows": shadows}
+        raise ValueError(f"places={places}: rows go in flat groups, at once, to experts that are not lent; got {given}")
     stacks = dict(spreadable(model))
     if sizes.tensor > 1:
         if not stacks and not planned(model):
@@ -58,7 +64,7 @@ def parallelize(
             )
         split_tensors(model, mesh.dense["tensor"])
     for name, experts in stacks.items():
-        _spread(name, experts, mesh, chunks, within, shadows)
+        _spread(name, experts, mesh, chunks, within, shadows, places)
     # Fused embedding tables lie as torchrec says, and learn by themselves.
     fused = {p for module in model.modules() if hasattr(module, "fused_optimizer") for p in module.parameters()}
     # FSDP has no place for scalars, such as Soft MoE's scale: every process keeps them.
@@ -86,7 +92,7 @@ def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 
 
 @torch.no_grad()
-def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, shadows: int) -> None:
+def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, shadows: int, places: int) -> None:
     sizes, number = mesh.sizes, experts.num_experts
     part = -(-number // sizes.expert)
     if part * (sizes.expert - 1) >= number:
@@ -104,6 +110,8 @@ def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, s
     if 1 < within < sizes.expert:
         between, inside = mesh.node_groups(within)
         inner = HierarchicalExpertParallel(number, between, inside, chunks)
+    elif places:
+        inner = StaticExpertParallel(number, places, mesh.experts["expert"].get_group())
     else:
         inner = ExpertParallel(number, mesh.experts["expert"].get_group(), chunks, shadows)
     experts.keep_own(inner, mesh.experts["expert"])

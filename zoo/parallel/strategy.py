@@ -31,8 +31,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     CPUs (gloo) too.
 
     The modules that the LightningModule holds are parallelised after its `configure_model`, when they are made; it may
-    do so itself in a method `parallelize(mesh)`. reshard_after_forward, chunks, within and shadows are those of
-    `parallelize`.
+    do so itself in a method `parallelize(mesh)`. reshard_after_forward, chunks, within, shadows and places are those
+    of `parallelize`.
     Data loaders get each process's share by `trainer.distributed_sampler_kwargs`. Clipping takes the norm of all
     parameters, whatever mesh they are on.
 
@@ -53,6 +53,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         chunks: int = 1,
         within: int = 1,
         shadows: int = 0,
+        places: int = 0,
         save_distributed_checkpoint: bool = True,
         background_checkpoints: bool = False,
         process_group_backend: str | None = None,
@@ -66,7 +67,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.given = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
         Sizes(*(size or 1 for size in self.given.values()))
         self.options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward}
-        self.options |= {"chunks": chunks, "within": within, "shadows": shadows}
+        self.options |= {"chunks": chunks, "within": within, "shadows": shadows, "places": places}
         self.saver = store.Saver(background_checkpoints)
         self.mesh: Mesh | None = None
 

@@ -113,12 +113,16 @@ class SplitTokens:
 
     def __call__(self, x: Tensor, routing: Routing, experts: Callable[[Tensor, Routing], Tensor]) -> Any:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]; all processes call it together."""
+        return self.shared(x, routing, lambda inner, own, arrived: inner(own, arrived, experts))
+
+    def shared(self, x: Tensor, routing: Routing, there: Callable[[Any, Tensor, Routing], Any]) -> Any:
+        """The same where `there` takes this process's tokens, and their routing, to experts by `inner`."""
         ranges = token_ranges(routing.num_tokens, self.size)
         (first, last), part = ranges[self.rank], ranges[0][1]
         weight = _Whole.apply(routing.weight, self.group)
         own = of_tokens(Routing(routing.token_index, routing.offsets, weight, routing.num_tokens), first, last)
         later, total = self.inner.later, routing.num_tokens
-        y = self.inner(_Whole.apply(x, self.group)[first:last], own, experts)
+        y = there(self.inner, _Whole.apply(x, self.group)[first:last], own)
         if later is None:
             return _Gather.apply(y, part, total, self.group)
         summed = later.pop()
@@ -187,7 +191,8 @@ class _Gather(torch.autograd.Function):
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty(part * world, *rows.shape[1:])
         dist.all_gather_into_tensor(gathered, padded, group=group)
-        return gathered[:total]
+        # FSDP warns of views: what is done in place to them would be missing in its backward.
+        return gathered if gathered.shape[0] == total else gathered[:total].clone()
 
     @staticmethod
     @once_differentiable
