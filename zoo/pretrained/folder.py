@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import gate_factory
-from ..parallel import Mesh, parallelize
+from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
 from .language import FAMILIES, Family, resolve_dtype, tensors_on_disk
@@ -88,7 +88,8 @@ def from_pretrained(
         initialize=False,
     )
     if mesh is not None:
-        _fill_parts(model, family, entries, folder, mesh, device)
+        targets = _targets(model, family, entries, folder, own_gates=True)
+        sharded.spread_and_fill(model, targets, entries, mesh, device)
     elif torch.device(next(model.parameters()).device).type != "meta":
         targets = _targets(model, family, entries, folder, own_gates=router is None)
         with torch.no_grad():
@@ -185,16 +186,6 @@ def _entries(folder: Path) -> dict[str, Entry]:
             if shard == name and key not in header:
                 raise ValueError(f"{folder / name}: tensor {key} is missing; {INDEX} places it there")
     return entries
-
-
-def _fill_parts(
-    model: Any, family: Family, entries: dict[str, Entry], folder: Path, mesh: Mesh, device: torch.device | str | None
-) -> None:
-    """Spread a model that has no memory yet, give it some, and read into it."""
-    where = sharded.views(model, _targets(model, family, entries, folder, own_gates=True))
-    parallelize(model, mesh)
-    adopt.materialize(model, torch.device(device or torch.get_default_device()), initialize=False)
-    model.bytes_read = sharded.fill(model, where, entries)
 
 
 def _targets(model: Any, family: Family, entries: dict[str, Entry], folder: Path, own_gates: bool) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ knows them all; what is missing, surplus or of another shape is an error here, n
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -19,13 +20,16 @@ from torch import nn
 from ..gates import gate_factory
 from ..moe import MoE
 from ..nearest import unknown
+from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, moe_llava
+from . import adopt, moe_llava, sharded
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
 from .staging import staged
+from .tensorfile import DTYPES
+from .transformers_names import targets_of
 
 IMPLEMENTATION = "zoo"  # the name of our kernels in transformers, which `import zoo` registers
 
@@ -66,31 +70,46 @@ def from_pretrained(
     losses: Mapping[str, Any] | None = None,
     capacity: Any = None,
     attn_implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """A published vision-language checkpoint as transformers' model, the sparse blocks of its language model on `MoE`.
 
-    Options are those of `zoo.pretrained.folder.from_pretrained`. A dense model is transformers' own as it is, for
-    `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts behind
-    transformers' own routers on our kernels where they can.
+    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too. A dense model is transformers' own as it
+    is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts
+    behind transformers' own routers on our kernels where they can.
 
     Raises ValueError for an unknown family, a quantised checkpoint, missing or surplus keys or a wrong shape, and for
-    gates or losses where no block of ours would have them; FileNotFoundError where there are no weights.
+    gates or losses where no block of ours would have them, and with a mesh for a router, and for a family whose
+    tensors transformers computes from those of its files; FileNotFoundError where there are no weights.
     """
     raw = files._read_json(folder / files.CONFIG)
     found = class_of(str(raw.get("model_type")), where=f" in {folder / files.CONFIG}")
     files._refuse_quantized(raw, folder)
-    files._entries(folder)  # names the file that is missing or damaged
+    entries = files._entries(folder)  # names the file that is missing or damaged
+    if mesh is not None and router is not None:
+        raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
     device = torch.device(device) if device is not None else torch.get_default_device()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = resolve_dtype(dtype) if dtype != "auto" else "auto"
-    if device.type == "meta":
+    if mesh is not None or device.type == "meta":
         config = found.config_class.from_pretrained(folder)
+        if dtype == "auto":
+            dtype = config.dtype or next((DTYPES[e.dtype] for e in entries.values() if e.dtype in files.FLOATS), None)
         with torch.device("meta"):
-            model = found._from_config(config, dtype=config.dtype if dtype == "auto" else dtype, **options)
+            model = found._from_config(config, dtype=dtype, **options)
     else:
         model = _read(found, folder, dtype, options)
+    theirs = copy.deepcopy(model) if mesh is not None else None
     model = put_layers(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
     model.name_or_path = str(folder)
+    if mesh is not None:
+        targets, parts = targets_of(model, theirs, entries, folder)
+        sharded.spread_and_fill(model, targets, parts, mesh, device)
+        if (folder / files.GENERATION).is_file():
+            from transformers import GenerationConfig
+
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
     return model if device.type == "meta" else model.to(device)
 
 
@@ -185,7 +204,11 @@ def save(
         whole = whole_state(model)
         if torch.distributed.get_rank():
             return
-    state = model.state_dict() if row_of(model) is None else dict(tensors_of_transformers(model, whole))
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    # Put together, tied weights are copies, which transformers would not know as one.
+    state = model.state_dict() if whole is None else {n: t for n, t in whole.items() if n not in tied}
+    if row_of(model) is not None:
+        state = dict(tensors_of_transformers(model, state))
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
     return None

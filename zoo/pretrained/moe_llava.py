@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..moe import MoE
 from ..moe.routers import GShardRouter, TopKRouter
 from ..nearest import unknown
+from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, hub
+from . import adopt, hub, sharded
 from . import folder as files
 from .context import decoder_of
 from .language import resolve_dtype
@@ -51,13 +53,15 @@ def from_pretrained(
     losses: Mapping[str, Any] | None = None,
     capacity: Any = None,
     attn_implementation: str | None = None,
+    mesh: Mesh | None = None,
 ) -> Any:
     """A published MoE-LLaVA as transformers' LlavaForConditionalGeneration on our layers, in eval mode.
 
     The authors put images where a token of id -200 stands; here an id of the vocabulary stands for each of an image's
     tokens, the last one by default: Phi, StableLM and Qwen have no token there. vision_tower is a folder or repository
     with the tower's config.json, and its weights where the checkpoint has none. router, losses and capacity take the
-    place of the checkpoint's own: its top-k of DeepSpeed with GShard's loss.
+    place of the checkpoint's own: its top-k of DeepSpeed with GShard's loss. With `mesh` the model is read in parts, as
+    `zoo.pretrained.folder.from_pretrained` does, and has its own gates.
 
     Raises ValueError for a language model that transformers does not have, a projector other than mlp2x_gelu, residual
     experts, and for tensors as `zoo.pretrained.folder.from_pretrained`.
@@ -73,13 +77,21 @@ def from_pretrained(
     from transformers import LlavaForConditionalGeneration
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with torch.device(device or torch.get_default_device()):
+    if mesh is not None and router is not None:
+        raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
+    with torch.device("meta" if mesh is not None else device or torch.get_default_device()):
         dense = LlavaForConditionalGeneration._from_config(config, dtype=resolve_dtype(dtype), **options)
         model: Any = _sparse(dense, raw["moe"], folder, backend, router, losses, capacity)
-    if not next(model.parameters()).is_meta:
+    if mesh is not None or not next(model.parameters()).is_meta:
         if not any(key.startswith(TOWER) for key in entries):
             entries |= _tower_entries(tower, raw, folder)
-        _fill(model, entries, folder, own_gates=router is None)
+        targets = _targets(model, entries, folder, own_gates=router is None)
+        if mesh is not None:
+            sharded.spread_and_fill(model, targets, entries, mesh, device)
+        else:
+            with torch.no_grad():
+                for key, target in targets.items():
+                    entries[key].read_into(target)
     if (folder / files.GENERATION).exists():
         from transformers import GenerationConfig
 
@@ -192,7 +204,8 @@ def _tower_entries(tower: Path | None, raw: Mapping[str, Any], folder: Path) -> 
     return {f"{TOWER}{key}": entry for key, entry in found.items() if not re.match(r"text_|logit_|visual_", key)}
 
 
-def _fill(model: Any, entries: dict[str, Any], folder: Path, own_gates: bool) -> None:
+def _targets(model: Any, entries: dict[str, Any], folder: Path, own_gates: bool) -> dict[str, Tensor]:
+    """What each tensor of the files fills, a view into the model; all is checked, and nothing read."""
     targets = dict(tensors_on_disk(model, own_gates))
     label = model.config.text_config.model_type
     if missing := [key for key in targets if key not in entries]:
@@ -201,11 +214,9 @@ def _fill(model: Any, entries: dict[str, Any], folder: Path, own_gates: bool) ->
     surplus = [k for k in entries if k not in targets and not UNREAD.fullmatch(k) and not gates.fullmatch(k)]
     if surplus:
         raise ValueError(f"{folder}: {files._some(surplus)} unknown to MoE-LLaVA with {label} as {files.CONFIG} says")
-    with torch.no_grad():
-        for key, target in targets.items():
-            entries[key].check(target)
-        for key, target in targets.items():
-            entries[key].read_into(target)
+    for key, target in targets.items():
+        entries[key].check(target)
+    return targets
 
 
 def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrite: bool = False) -> None:

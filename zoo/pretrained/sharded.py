@@ -5,41 +5,83 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from ..parallel import Mesh, parallelize
 from .tensorfile import Entry
 
 
 @dataclass(frozen=True)
 class View:
-    """Where a tensor of a file lies in a parameter of the model: from `origin` on, along the parameter's `dims`."""
+    """Where a tensor of a file lies in a parameter of the model: from `origin` on, along the parameter's `dims`.
+
+    A dimension of size one may be none of the parameter's: None.
+    """
 
     name: str
     origin: tuple[int, ...]
-    dims: tuple[int, ...]
+    dims: tuple[int | None, ...]
     shape: tuple[int, ...]
 
 
 def views(model: nn.Module, targets: Mapping[str, Tensor]) -> dict[str, View]:
-    """Where each of `targets`, views into a whole model's state, lies in it; memory is not looked at."""
+    """Where each of `targets`, views into a whole model's state, lies in it; memory is not looked at.
+
+    Raises ValueError, naming the target, for one that is not a part of one of the state's tensors.
+    """
     owners = {t.untyped_storage()._cdata: (name, t) for name, t in model.state_dict().items()}
-    found = {}
-    for key, target in targets.items():
-        name, owner = owners[target.untyped_storage()._cdata]
-        rest, origin = target.storage_offset(), []
-        for stride in owner.stride():
-            origin.append(rest // stride)
-            rest %= stride
-        dims, last = [], owner.dim()
-        for size, stride in zip(reversed(target.shape), reversed(target.stride())):
-            last = next(d for d in range(last - 1, -1, -1) if owner.stride(d) == stride or size == 1)
-            dims.append(last)
-        found[key] = View(name, tuple(origin), tuple(reversed(dims)), tuple(target.shape))
-    return found
+    return {key: _view(key, target, owners) for key, target in targets.items()}
+
+
+def _view(key: str, target: Tensor, owners: Mapping[int, tuple[str, Tensor]]) -> View:
+    if target.untyped_storage()._cdata not in owners:
+        raise ValueError(f"{key} is computed from the model's tensors, not a part of one")
+    name, owner = owners[target.untyped_storage()._cdata]
+    rest, origin = target.storage_offset(), []
+    for stride in owner.stride():
+        origin.append(rest // stride)
+        rest %= stride
+    by_stride = {owner.stride(d): d for d in range(owner.dim()) if owner.shape[d] > 1}
+    dims = tuple(by_stride.get(stride, -1) if size > 1 else None for size, stride in zip(target.shape, target.stride()))
+    for d, size in zip(dims, target.shape):
+        if d is not None and (d < 0 or origin[d] + size > owner.shape[d]):
+            raise ValueError(f"{key} is {name} in another shape, not a part of it")
+    return View(name, tuple(origin), dims, tuple(target.shape))
+
+
+def spread_and_fill(
+    model: Any,
+    targets: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    mesh: Mesh,
+    device: torch.device | str | None,
+) -> None:
+    """Spread a model that has no memory yet, give it some, and read this process's parts into it.
+
+    targets: the view into the model's state that each of the entries of that name fills. How many bytes were read is
+    then `model.bytes_read`. Processes meet nowhere after the model is spread: what one cannot read, it raises alone.
+    """
+    where = views(model, targets)
+    parallelize(model, mesh)
+    give_memory(model, torch.device(device or torch.get_default_device()))
+    model.bytes_read = fill(model, where, entries)
+
+
+@torch.no_grad()
+def give_memory(model: Any, device: torch.device) -> None:
+    """Give a model on the meta device memory; only what no checkpoint holds (rotary tables, positions) is computed."""
+    model.to_empty(device=device)
+    model.tie_weights()
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # transformers' own mark of what it leaves alone
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 @torch.no_grad()
@@ -67,5 +109,9 @@ def fill(model: nn.Module, where: Mapping[str, View], entries: Mapping[str, Entr
                 here.append(origin - first if first <= origin < first + size else -1)
         if -1 in here or not math.prod(part.stop - part.start for part in box):
             continue
-        read += entries[key].read_part(local[tuple(here)], box)
+        found = sorted(d for d in view.dims if d is not None)
+        target = local[tuple(here)].permute([found.index(d) for d in view.dims if d is not None])
+        for n, dim in enumerate(view.dims):
+            target = target.unsqueeze(n) if dim is None else target
+        read += entries[key].read_part(target, box)
     return read

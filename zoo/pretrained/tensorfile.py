@@ -70,11 +70,19 @@ class Entry:
             target.copy_(buffer)
 
     def read_part(self, target: Tensor, box: Sequence[slice]) -> int:
-        """Fill `target` with a part of this tensor; returns the bytes read: those of the rows that the part is in."""
+        """Fill `target` with a part of this tensor; returns the bytes read: those of the rows that the part is in.
+
+        A row is along the first dimension, or of stacked matrices along the second.
+        """
         dtype, target = DTYPES[self.dtype], target.detach()
         if not box:
             self.read_into(target)
             return self.stop - self.start
+        if len(box) > 2 and box[1] != slice(0, self.shape[1]):
+            size = (self.stop - self.start) // self.shape[0]
+            starts = (self.start + n * size for n in range(box[0].start, box[0].stop))
+            pieces = [Entry(self.path, self.key, self.dtype, self.shape[1:], start, start + size) for start in starts]
+            return sum(piece.read_part(part, box[1:]) for piece, part in zip(pieces, target))
         rows, row = box[0], math.prod(self.shape[1:]) * dtype.itemsize
         buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype)
         if buffer.numel():
