@@ -39,6 +39,16 @@ class Killed(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class TimeEnds(Callback):
+    """SLURM tells process 1 in the middle of a step that the job's time ends, and ends it with the next step."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == MIDDLE - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if trainer.global_step == MIDDLE:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Hung(Callback):
     """Process 1 stops answering."""
 
@@ -177,6 +187,23 @@ def test_a_killed_process_ends_the_run_and_a_restart_goes_on(text: str, alone: P
     start(2, [*args, "--model.export", str(tmp_path / "model")])
     # It went on, and did not begin anew; the checkpoint of its last step may not have been whole yet.
     assert len(logged(tmp_path, "train/loss", 1)) in (STEPS - MIDDLE - 1, STEPS - MIDDLE)
+    same(weights(tmp_path / "model"), weights(alone / "model"))
+
+
+def test_a_job_whose_time_ends_is_saved_after_its_step_and_queued_again(
+    text: str, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "bin" / "scontrol"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/queued\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(command.parent), prepend=os.pathsep)
+    args = [*arguments(text, tmp_path, 2), *spread(expert=2)]
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        start(2, [*args, "--trainer.callbacks+=test_parallel_cli.TimeEnds"], slurm=True)
+    assert (tmp_path / "queued").read_text() == "requeue 4242\n"
+    start(2, [*args, "--model.export", str(tmp_path / "model")], slurm=True)
+    assert len(logged(tmp_path, "train/loss", 1)) == STEPS - MIDDLE
     same(weights(tmp_path / "model"), weights(alone / "model"))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import checkpoint as store
+from . import requeue
 from .mesh import Mesh, Sizes
 from .parts import clip_grad_norm_, clip_grad_value_, meshes_of
 from .spread import parallelize
@@ -38,7 +39,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent; with
     background_checkpoints they are written while training goes on; save_distributed_checkpoint=False gathers them into
-    one file.
+    one file. Under SLURM a job whose time ends is saved after the step it is in, and queued again (`requeue`).
 
     Raises ValueError where the sizes do not make the world.
     """
@@ -108,6 +109,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 if any(True for _ in child.parameters()):
                     parallelize(child, self._mesh, **self.options)
         super().setup(trainer)
+        requeue.prepare(trainer)
         # Lightning's own take the norm of a list of tensors, which may not lie on several meshes.
         plugin: Any = self.precision_plugin
         plugin.clip_grad_by_norm = lambda optimizer, value: clip_grad_norm_(plugin.main_params(optimizer), value)
