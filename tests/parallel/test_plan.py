@@ -17,6 +17,7 @@ import zoo
 from tasks.__main__ import main
 from zoo.models import count_parameters
 from zoo.parallel import Mesh, Sizes, parallelize
+from zoo.parallel.overlap import Pair, exposed
 from zoo.parallel.parts import local
 from zoo.parallel.plan import Facts, Machine, Work, estimate, local_parameters, meshes, ranked, remote_processes
 from zoo.parallel.spread import spreadable
@@ -162,6 +163,38 @@ def test_more_processes_take_less_memory_and_better_networks_less_time() -> None
     assert order == sorted(order)
     assert {e.sizes.world for e in best} == {64}
     assert all(8 % s.expert == 0 and 8 % s.tensor == 0 for s in meshes(known, 64, 8))
+
+
+def test_shared_experts_and_shortcuts_run_while_tokens_travel() -> None:
+    machine, work = Machine(within=5e9), Work(8192, 4096)
+    exchanges = {}
+    for shortcut in (False, True):
+        model = meta("mixtral_8x7b", shortcut=shortcut)
+        c = model.config
+        found = estimate(facts(model), Sizes(expert=8, shard=8), work, machine)
+        exchanges[shortcut] = found.seconds["all-to-all"]
+    # Sixteen pairs of layers, each as two blocks by hand; what is recomputed goes forward twice.
+    pair = Pair(
+        tokens=8192,
+        sequence=4096,
+        width=c.hidden_size,
+        attention=c.hidden_size,
+        kv=c.num_key_value_heads * (c.hidden_size // c.num_attention_heads),
+        dense=c.intermediate_size,
+        experts=8,
+        hidden=c.intermediate_size,
+        k=2,
+    )
+    waits = exposed(pair, 8, machine, True)
+    assert waits["forward"] > 0
+    expected = 16 * (2 * waits["forward"] + waits["backward"])
+    assert exchanges[True] == pytest.approx(expected, rel=1e-3)
+    # Without, nothing runs meanwhile: six times one way in each of 32 layers.
+    assert exchanges[False] == pytest.approx(32 * 6 * pair.seconds(8, machine)["exchange"], rel=1e-6)
+    # DeepSeek's shared expert hides tokens on their way there.
+    known = facts(meta("deepseek_v3"))
+    found = estimate(known, Sizes(expert=64, shard=4), work, machine)
+    assert found.seconds["all-to-all"] < found.sent["all-to-all"] / machine.bandwidth(64)
 
 
 @pytest.mark.parametrize(("experts", "k", "parts"), [(8, 2, 4), (64, 6, 8), (5, 2, 5), (4, 4, 2), (8, 1, 1)])

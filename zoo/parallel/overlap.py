@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import Machine, _Stack, remote_processes
+from .plan import Machine, _Stack, remote_processes, waited
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,5 @@ def exposed(pair: Pair, processes: int, machine: Machine, shortcut: bool) -> dic
     """
     s = pair.seconds(processes, machine)
     window = s["attention"] + s["dense"] if shortcut else 0.0
-    return {
-        phase: max(0.0, s["exchange"] - times * s["dense"]) + max(0.0, s["exchange"] - times * window)
-        for phase, times in (("forward", 1), ("backward", 2))
-    }
+    forward, backward = waited(s["exchange"], s["dense"], window)
+    return {"forward": forward, "backward": backward}

@@ -1,7 +1,8 @@
 """What a mesh costs: memory, operations, bytes between processes and time of a training step, without running one.
 
 Parameters are counted exactly, as `parallelize` lays them out. The rest is arithmetic that leaves out what is small:
-operations are those of matrix products, routing is taken to be even, buffers are those of FSDP2 and of the exchange.
+operations are those of matrix products, routing is taken to be even, buffers are those of FSDP2 and of the exchange,
+which is waited for where neither shared experts nor what a shortcut makes room for run meanwhile.
 B bytes an element in computation (2 for bfloat16), T tokens of a process with data of its own, D the model's width.
 """
 
@@ -76,7 +77,7 @@ class Estimate:
 
     @property
     def step(self) -> float:
-        """Seconds of a step: gathering overlaps with computation, exchanges do not."""
+        """Seconds of a step: gathering overlaps with computation, of exchanges what `waited` leaves."""
         s = self.seconds
         return max(s["compute"], s["gather"]) + s["all-to-all"] + s["tensor"]
 
@@ -95,6 +96,8 @@ class _Stack:
     shapes: tuple[tuple[int, ...], ...]
     k: float
     rows: int  # of the input projection: what backward keeps of each assignment
+    beside: int = 0  # parameters of the shared expert
+    pair: int = 0  # with a shortcut, those of its two blocks but for gate and experts
 
 
 class Facts:
@@ -104,13 +107,8 @@ class Facts:
         stacks = dict(spreadable(model))
         inside = {id(p) for experts in stacks.values() for p in experts.parameters()}
         styles = planned(model)
-        gates = {id(m.experts): m.router for m in model.modules() if isinstance(m, MoE)}
-        gates |= {
-            id(e.mlp): r
-            for e, r in ((m.experts, m.router) for m in model.modules() if isinstance(m, MoE))
-            if isinstance(getattr(e, "mlp", None), Experts)
-        }
-        self.stacks = [self._stack(e, gates.get(id(e))) for e in stacks.values()]
+        layers = {id(getattr(m.experts, "mlp", m.experts)): m for m in model.modules() if isinstance(m, MoE)}
+        self.stacks = [self._stack(e, layers.get(id(e)), blocks(model)) for e in stacks.values()]
         units = [*blocks(model), model]
         seen: set[int] = set(inside)
         self.units: list[list[_Parameter]] = []
@@ -133,9 +131,20 @@ class Facts:
         self.layers = len(self.units) - 1 + sum(isinstance(m, ShortcutMoE) for m in model.modules())
 
     @staticmethod
-    def _stack(experts: Experts, router: Any) -> _Stack:
-        shapes = tuple(tuple(p.shape) for p in experts.parameters())
-        return _Stack(experts.num_experts, shapes, float(getattr(router, "k", 1) or 1), shapes[0][1])
+    def _stack(experts: Experts, layer: MoE | None, found: list[nn.Module]) -> _Stack:
+        shapes, k = tuple(tuple(p.shape) for p in experts.parameters()), 1.0
+        beside = pair = 0
+        if layer is not None:
+            k = float(getattr(layer.router, "k", 1) or 1)
+            beside = _numbers(layer.shared)
+            if isinstance(layer, ShortcutMoE):
+                block = next((b for b in found if any(m is layer for m in b.modules())), None)
+                pair = max(0, _numbers(block) - _numbers(layer.experts) - _numbers(layer.router))
+        return _Stack(experts.num_experts, shapes, k, shapes[0][1], beside, pair)
+
+
+def _numbers(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
 def _style(name: str, styles: dict[str, str]) -> str | None:
@@ -221,10 +230,30 @@ def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estima
     found.seconds = {
         "compute": found.flops / (machine.flops * machine.busy),
         "gather": (found.sent["all-gather"] + found.sent["reduce-scatter"]) / machine.bandwidth(sizes.world),
-        "all-to-all": found.sent["all-to-all"] / machine.bandwidth(sizes.expert * tensor),
+        "all-to-all": work.accumulate * sum(_exchanging(s, facts, sizes, work, machine) for s in facts.stacks),
         "tensor": found.sent["tensor"] / machine.bandwidth(tensor),
     }
     return found
+
+
+def waited(way: float, beside: float, window: float = 0.0) -> tuple[float, float]:
+    """Seconds that a forward and a backward wait for tokens and results, of which one way takes `way`.
+
+    `beside` is what the shared expert takes, which runs while tokens travel, forward; `window` what runs between the
+    experts and their results' use, which a shortcut makes room for. Both take twice as long backward.
+    """
+    forward, backward = (max(0.0, way - n * beside) + max(0.0, way - n * window) for n in (1, 2))
+    return forward, backward
+
+
+def _exchanging(stack: _Stack, facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> float:
+    """Seconds of a micro-batch in which a layer's exchange is waited for."""
+    tokens, speed = work.tokens / sizes.tensor, machine.flops * machine.busy
+    rows = tokens * remote_processes(stack, sizes.expert) * facts.width * work.compute
+    way = rows / machine.bandwidth(sizes.expert * sizes.tensor)
+    window = stack.pair / 2 + work.sequence * facts.attention if stack.pair else 0.0
+    forward, backward = waited(way, 2 * stack.beside * tokens / speed, 2 * window * tokens / speed)
+    return forward * (2 if work.recompute else 1) + backward
 
 
 def _arriving(stack: _Stack, sizes: Sizes, tokens: int) -> float:
