@@ -15,7 +15,7 @@ from zoo.report.run import Run
 
 def test_trains_compares_exports_and_reports(config, tmp_path, capsys):
     out = tmp_path / "run"
-    assert main(["--seconds", "4", "--out", str(out), "--config", str(config)]) == 0
+    assert main(["--seconds", "2", "--out", str(out), "--config", str(config)]) == 0
 
     run = Run(out)
     moe, dense = (run.table("language", name, "train.csv") for name in ("moe", "dense"))

@@ -10,6 +10,8 @@ WARM, COLD = 0.1, 1e-3  # temperatures: the last is the paper's
 COOLING = 0.8  # of the rounds
 
 
+# Traced, its rounds would be a graph of their own each.
+@torch.compiler.disable
 @torch.no_grad()
 def capped_plan(scores: Tensor, places: int, cap: int, mask: Tensor | None = None) -> Tensor:
     """What experts choose by, [G, N, E], when no token shall meet more than `cap`, from scores [G, N, E] in 0..1.
