@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,11 +38,16 @@ def main() -> None:
         command = line.split("#")[0].strip()
         if command and command != "make test" and not command.startswith(("git clone", "cd ")):
             run(command, ["bash", "-ec", command])
-    for number, source in enumerate(blocks("python"), 1):
-        with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-            script.write(source)
-            script.flush()
-            run(f"Python example {number}", [sys.executable, script.name])
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(example, *zip(*enumerate(blocks("python"), 1))))
+
+
+def example(number: int, source: str) -> None:
+    """Run one Python example."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
+        script.write(source)
+        script.flush()
+        run(f"Python example {number}", [sys.executable, script.name])
 
 
 if __name__ == "__main__":
