@@ -2,9 +2,10 @@
 
 A click-through model of 26 categorical features and 13 numbers, 8 experts of 128-64 units, two tasks with linear gates
 and towers of 32, batches of 1024 rows in memory. A step is forward, loss, backward and update. The rivals train all
-their parameters with Adam, as they do by default; ours trains tables with row-wise Adagrad in the backward pass, on the
-rows used alone, and the rest with Adam; once more with products in bfloat16 and weights in float32 (autocast, as
-`--trainer.precision bf16-mixed` does). "dense" is the matrix products of forward and backward and nothing else.
+their parameters with Adam, as they do by default, and plain PyTorch once more with sparse gradients of its table, for
+SparseAdam; ours trains tables with row-wise Adagrad in the backward pass, on the rows used alone, and the rest with
+Adam; once more with products in bfloat16 and weights in float32 (autocast, as `--trainer.precision bf16-mixed` does).
+"dense" is the matrix products of forward and backward and nothing else.
 
 Two contestants train on rows of a table in memory, shuffled and put into batches: ours by `zoo.data.Loader`, and
 DeepCTR-Torch by its `fit`, which is how it is used.
@@ -72,9 +73,10 @@ def contestants(args: argparse.Namespace, device: str) -> list[Contestant]:
         Contestant(OURS, "zoo", step, []),
         Contestant(f"{OURS}, from rows", "zoo", from_rows, [], steps=STEPS),
         Contestant(f"{OURS}, bfloat16", "zoo", _ours(args, device, ids, numbers, labels, bfloat16=True)[0], []),
-        Contestant("plain torch, batched", "plain", _plain(args, device, ids, numbers, labels, batched=True), []),
-        Contestant("plain torch, a loop", "plain", _plain(args, device, ids, numbers, labels, batched=False), []),
     ]
+    for name, ways in {"batched": (True, False), "a loop": (False, False), "sparse gradients": (True, True)}.items():
+        plain = _plain(args, device, ids, numbers, labels, *ways)
+        found.append(Contestant(f"plain torch, {name}", "plain", plain, []))
     rivals: dict[str, tuple[str, Callable[..., Callable[[], Any]], int]] = {
         "DeepCTR-Torch": ("deepctr_torch", _deepctr, 1),
         "DeepCTR-Torch, its fit": ("deepctr_torch", _deepctr_fit, STEPS),
@@ -164,7 +166,7 @@ def _ours(
 
 
 def _plain(
-    args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any, batched: bool
+    args: argparse.Namespace, device: str, ids: Any, numbers: Any, labels: Any, batched: bool, sparse: bool = False
 ) -> Callable[[], Any]:
     """An MMoE as one would write it in torch: one table with an offset a field, experts batched or in a loop."""
     import torch
@@ -173,7 +175,7 @@ def _plain(
 
     width, (wide, narrow), count = FIELDS * args.dim + NUMBERS, args.widths, args.experts
     offsets = torch.arange(FIELDS, device=device) * args.rows
-    table = nn.Embedding(FIELDS * args.rows, args.dim)
+    table = nn.Embedding(FIELDS * args.rows, args.dim, sparse=sparse)
     first = nn.Linear(width, count * wide)
     second = nn.ParameterList([torch.randn(count, wide, narrow) / wide**0.5, torch.zeros(count, 1, narrow)])
     loop = [nn.Sequential(nn.Linear(width, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU()) for _ in range(count)]
@@ -181,7 +183,9 @@ def _plain(
     towers = nn.ModuleList(nn.Sequential(nn.Linear(narrow, 32), nn.ReLU(), nn.Linear(32, 1)) for _ in range(TASKS))
     experts = nn.ModuleList(loop)
     everything = nn.ModuleList([table, gates, towers, *([first, second] if batched else [experts])]).to(device)
-    optimizer = torch.optim.Adam(everything.parameters(), lr=1e-3)
+    rest = [p for p in everything.parameters() if not (sparse and p is table.weight)]
+    optimizers: list[Any] = [torch.optim.Adam(rest, lr=1e-3)]
+    optimizers += [torch.optim.SparseAdam(table.parameters(), lr=1e-3)] if sparse else []
 
     def mixed(x: Any) -> Any:
         if batched:
@@ -190,14 +194,15 @@ def _plain(
         return torch.stack([expert(x) for expert in experts], 1)
 
     def run() -> Any:
-        optimizer.zero_grad()
+        everything.zero_grad()
         x = torch.cat([table(ids + offsets).flatten(1), numbers], 1)
         outputs, loss = mixed(x), torch.zeros((), device=device)
         for task, (gate, tower) in enumerate(zip(gates, towers)):
             y = tower((gate(x).softmax(-1).unsqueeze(1) @ outputs).squeeze(1))[:, 0]
             loss = loss + F.binary_cross_entropy_with_logits(y, labels[:, task])
         loss.backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         return loss
 
     return run
