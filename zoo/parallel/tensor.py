@@ -28,6 +28,8 @@ from torch.distributed.tensor.parallel import (
 
 from ..moe import MLP, ExpertParallel, HierarchicalExpertParallel, Routing
 
+# torch 2.13 warns of the old name, and 2.11 has no other.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # What transformers calls the ways of splitting a layer, in its plans (config.base_model_tp_plan).
 STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
@@ -190,7 +192,7 @@ class _Gather(torch.autograd.Function):
         padded = rows.new_zeros(part, *rows.shape[1:])
         padded[: rows.shape[0]] = rows
         gathered = rows.new_empty(part * world, *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded, group=group)
+        _all_gather(gathered, padded, group=group)
         # FSDP warns of views: what is done in place to them would be missing in its backward.
         return gathered if gathered.shape[0] == total else gathered[:total].clone()
 
