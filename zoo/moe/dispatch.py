@@ -92,8 +92,7 @@ class ExpertParallel:
             )
         meanwhile, self.meanwhile = self.meanwhile, None
         trips, by_chunk = self._trips(routing)
-        combine = routing.weight if self.chunks == 1 else routing.weight.index_select(0, by_chunk)
-        weights = combine.split([sum(trip.assignments.sent) for trip in trips])
+        weights = _ordered(routing.weight, by_chunk).split([sum(trip.assignments.sent) for trip in trips])
         journey = self._set_out(x, weights[0], trips[0])
         if meanwhile is not None:
             meanwhile()
@@ -133,10 +132,10 @@ class ExpertParallel:
         return _Depart.apply(values, flight), flight
 
     @torch.no_grad()
-    def _trips(self, routing: Routing) -> tuple[list[_Trip], Tensor]:
+    def _trips(self, routing: Routing) -> tuple[list[_Trip], Tensor | None]:
         """Work out who sends which rows to whom, and tell the others which of them their experts are to take.
 
-        Returns the exchange of every chunk, and the assignments in their order, [A].
+        Returns the exchange of every chunk, and the assignments in their order, [A], None for that of the routing.
         """
         device, chunks, token = routing.token_index.device, self.chunks, routing.token_index
         chunk_size = max(-(-routing.num_tokens // chunks), 1)
@@ -162,10 +161,10 @@ class ExpertParallel:
         sent_assignments = torch.zeros_like(sent_rows).index_add(0, holder, counts)
         numbers = torch.stack([sent_rows, sent_assignments, heard[..., 0], heard[..., 1:].sum(2)])
         chunk_of, _, within = goes.transpose(0, 1).nonzero().unbind(1)
-        by_chunk = chunk.sort(stable=True).indices
+        by_chunk = chunk.sort(stable=True).indices if chunks > 1 else None
         splits = [(_Splits(n[2], n[0]), _Splits(n[3], n[1])) for n in numbers.permute(2, 0, 1).tolist()]
         sent = (chunk_of * chunk_size + within).split([sum(rows.sent) for rows, _ in splits])
-        told_positions = position.int().index_select(0, by_chunk).split([sum(a.sent) for _, a in splits])
+        told_positions = _ordered(position.int(), by_chunk).split([sum(a.sent) for _, a in splits])
         trips = []
         for i, (rows, assignments) in enumerate(splits):
             positions = told_positions[i].new_empty(sum(assignments.received))
@@ -192,6 +191,10 @@ class ExpertParallel:
         else:
             self.traffic.routing += size
         return work, sent
+
+
+def _ordered(values: Tensor, order: Tensor | None) -> Tensor:
+    return values if order is None else values.index_select(0, order)
 
 
 @dataclass

@@ -108,8 +108,9 @@ class Facts:
         inside = {id(p) for experts in stacks.values() for p in experts.parameters()}
         styles = planned(model)
         layers = {id(getattr(m.experts, "mlp", m.experts)): m for m in model.modules() if isinstance(m, MoE)}
-        self.stacks = [self._stack(e, layers.get(id(e)), blocks(model)) for e in stacks.values()]
-        units = [*blocks(model), model]
+        repeated = blocks(model)
+        self.stacks = [self._stack(e, layers.get(id(e)), repeated) for e in stacks.values()]
+        units = [*repeated, model]
         seen: set[int] = set(inside)
         self.units: list[list[_Parameter]] = []
         names = {id(p): name for name, p in model.named_parameters()}
@@ -126,7 +127,7 @@ class Facts:
         head = max(getattr(config, "head_dim", None) or 0, self.width // self.heads if self.heads else 0)
         self.attention = self.heads * head
         self.vocabulary = getattr(config, "vocab_size", 0) or 0
-        self.kept = sum(m.in_features for unit in blocks(model) for m in unit.modules() if isinstance(m, nn.Linear))
+        self.kept = sum(m.in_features for unit in repeated for m in unit.modules() if isinstance(m, nn.Linear))
         # Two layers with a shortcut between them are one block.
         self.layers = len(self.units) - 1 + sum(isinstance(m, ShortcutMoE) for m in model.modules())
 

@@ -139,13 +139,19 @@ def _dense(config: Any, family: Family, dtype: torch.dtype) -> MLP:
 def materialize(model: Any, device: torch.device, initialize: bool) -> None:
     """Give a model on the meta device memory, and let transformers fill it.
 
-    Rotary tables and other buffers that no checkpoint holds are computed in any case.
+    Rotary tables, positions and what else no checkpoint holds are computed in any case.
     """
     model.to_empty(device=device)
     model.tie_weights()
-    for module in model.modules():
-        if initialize or not any(True for _ in module.parameters()):
+    if initialize:
+        for module in model.modules():
             model._init_weights(module)
+        return
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # transformers' own mark of what it leaves alone
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
 
 
 @torch.no_grad()

@@ -69,12 +69,11 @@ def from_pretrained(
     config = family.classes()[0].from_pretrained(folder)
     entries = _entries(folder)
     if dtype == "auto":
-        dtype = config.dtype or next((DTYPES[e.dtype] for e in entries.values() if e.dtype in FLOATS), torch.float32)
+        dtype = config.dtype or stored_dtype(entries)
     given = adopt.gate_arguments(losses, capacity)
     make = None
+    check_router(router, mesh)
     if router is not None:
-        if mesh is not None:
-            raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
         sizes = (config.hidden_size, getattr(config, family.num_experts))
         make = gate_factory(router, *sizes, k=config.num_experts_per_tok, **given)
     model = adopt.build(
@@ -97,10 +96,7 @@ def from_pretrained(
                 targets.items(), key=lambda item: (entries[item[0]].path, entries[item[0]].start)
             ):
                 entries[key].read_into(target)
-    if (folder / GENERATION).is_file():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    read_generation(model, folder)
     model.name_or_path = str(source)
     return model
 
@@ -136,6 +132,25 @@ def save_pretrained(
         _write_configs(model, config, family, staging)
         parameters = sum(p.numel() for p in model.parameters())
         write_weights(tensors_on_disk(model, family, state=state), parameters, staging, limit)
+
+
+def check_router(router: Any, mesh: Mesh | None) -> None:
+    """Raise ValueError for other gates than a checkpoint's in a model that is read in parts."""
+    if mesh is not None and router is not None:
+        raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
+
+
+def stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
+    """That of the first tensor of floating point numbers, float32 where there is none."""
+    return next((DTYPES[e.dtype] for e in entries.values() if e.dtype in FLOATS), torch.float32)
+
+
+def read_generation(model: Any, folder: Path) -> None:
+    """Give a model the settings of generation that its folder has, if it has any."""
+    if (folder / GENERATION).is_file():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

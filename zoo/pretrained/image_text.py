@@ -28,7 +28,6 @@ from .context import decoder_of, pass_context
 from .language import resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
 from .staging import staged
-from .tensorfile import DTYPES
 from .transformers_names import targets_of
 
 IMPLEMENTATION = "zoo"  # the name of our kernels in transformers, which `import zoo` registers
@@ -86,15 +85,14 @@ def from_pretrained(
     found = class_of(str(raw.get("model_type")), where=f" in {folder / files.CONFIG}")
     files._refuse_quantized(raw, folder)
     entries = files._entries(folder)  # names the file that is missing or damaged
-    if mesh is not None and router is not None:
-        raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
+    files.check_router(router, mesh)
     device = torch.device(device) if device is not None else torch.get_default_device()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = resolve_dtype(dtype) if dtype != "auto" else "auto"
     if mesh is not None or device.type == "meta":
         config = found.config_class.from_pretrained(folder)
         if dtype == "auto":
-            dtype = config.dtype or next((DTYPES[e.dtype] for e in entries.values() if e.dtype in files.FLOATS), None)
+            dtype = config.dtype or files.stored_dtype(entries)
         with torch.device("meta"):
             model = found._from_config(config, dtype=dtype, **options)
     else:
@@ -105,10 +103,7 @@ def from_pretrained(
     if mesh is not None:
         targets, parts = targets_of(model, theirs, entries, folder)
         sharded.spread_and_fill(model, targets, parts, mesh, device)
-        if (folder / files.GENERATION).is_file():
-            from transformers import GenerationConfig
-
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        files.read_generation(model, folder)
         return model
     return model if device.type == "meta" else model.to(device)
 

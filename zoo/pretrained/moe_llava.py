@@ -26,7 +26,6 @@ from .context import decoder_of
 from .language import resolve_dtype
 from .moe_llava_names import KINDS, PUBLISHED, RENAMED, TOWER, TOWERS, tensors_on_disk
 from .staging import staged
-from .tensorfile import DTYPES
 from .upcycling import upcycle
 
 UNREAD = re.compile(r".*(\.rotary_emb\..*|\.position_ids)")
@@ -72,13 +71,11 @@ def from_pretrained(
     tower = None if vision_tower is None else hub.local_folder(vision_tower)
     config = _config(raw, folder, tower, image_token_id)
     if dtype == "auto":
-        stored = (DTYPES[e.dtype] for e in entries.values() if e.dtype in files.FLOATS)
-        dtype = config.dtype or next(stored, torch.float32)
+        dtype = config.dtype or files.stored_dtype(entries)
     from transformers import LlavaForConditionalGeneration
 
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if mesh is not None and router is not None:
-        raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
+    files.check_router(router, mesh)
     with torch.device("meta" if mesh is not None else device or torch.get_default_device()):
         dense = LlavaForConditionalGeneration._from_config(config, dtype=resolve_dtype(dtype), **options)
         model: Any = _sparse(dense, raw["moe"], folder, backend, router, losses, capacity)
@@ -92,10 +89,7 @@ def from_pretrained(
             with torch.no_grad():
                 for key, target in targets.items():
                     entries[key].read_into(target)
-    if (folder / files.GENERATION).exists():
-        from transformers import GenerationConfig
-
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    files.read_generation(model, folder)
     model.name_or_path = str(folder)
     return model.eval()
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ..parallel import Mesh, parallelize
+from .adopt import materialize
 from .tensorfile import Entry
 
 
@@ -68,20 +69,8 @@ def spread_and_fill(
     """
     where = views(model, targets)
     parallelize(model, mesh)
-    give_memory(model, torch.device(device or torch.get_default_device()))
+    materialize(model, torch.device(device or torch.get_default_device()), initialize=False)
     model.bytes_read = fill(model, where, entries)
-
-
-@torch.no_grad()
-def give_memory(model: Any, device: torch.device) -> None:
-    """Give a model on the meta device memory; only what no checkpoint holds (rotary tables, positions) is computed."""
-    model.to_empty(device=device)
-    model.tie_weights()
-    for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # transformers' own mark of what it leaves alone
-    for module in model.modules():
-        module._is_hf_initialized = False
-    model.initialize_weights()
 
 
 @torch.no_grad()
