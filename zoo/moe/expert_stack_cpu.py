@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .kernels import memory
+from .kernels import memory, products
 
 ALIGNMENT = 8  # floats
 
@@ -65,11 +65,11 @@ class _ReluStack(torch.autograd.Function):
             if layer == 0 and ctx.shared:
                 weights[0] = _with_column(weight.flatten(0, 1), bias.flatten(), dtype)
                 pre = memory.empty((tokens, bias.numel()), dtype)
-                torch.mm(kept[0], weights[0].T, out=pre)
+                products.mm(kept[0], weights[0].T, pre)
                 torch.clamp_min(_by_expert(pre, experts), 0, out=hidden)
             else:
                 weights[layer] = weight.to(dtype)
-                torch.bmm(kept[-1], weights[layer].mT, out=hidden)
+                products.bmm(kept[-1], weights[layer].mT, hidden)
                 hidden.add_(bias.to(dtype).unsqueeze(1)).relu_()
             kept.append(hidden)
         ctx.save_for_backward(*kept, *weights)
@@ -94,19 +94,24 @@ class _ReluStack(torch.autograd.Function):
                 d_pre = memory.empty((tokens, experts * units), grad.dtype)
                 _relu_backward(d_hidden, hidden, _by_expert(d_pre, experts))
                 if needs_parameters:
-                    d_joint = (d_pre.T @ inputs).to(dtype).unflatten(0, (experts, units))
+                    d_joint = (
+                        products.mm(d_pre.T, inputs, torch.empty_like(weight)).to(dtype).unflatten(0, (experts, units))
+                    )
                     d_weights[0], d_biases[0] = d_joint[..., : ctx.dim], d_joint[..., ctx.dim]
                 if needs_x:
-                    dx = torch.mm(d_pre, weight, out=memory.empty((tokens, weight.shape[1]), grad.dtype))
+                    dx = products.mm(d_pre, weight, memory.empty((tokens, weight.shape[1]), grad.dtype))
                     dx = dx[:, : ctx.dim].to(x_dtype)
                 break
             d_pre = memory.empty(hidden.shape, grad.dtype)
             _relu_backward(d_hidden, hidden, d_pre)
             if needs_parameters:
-                d_weights[layer], d_biases[layer] = (d_pre.mT @ inputs).to(dtype), d_pre.sum(1, dtype=dtype)
+                d_weight = torch.empty_like(weight)
+                products.bmm(d_pre.mT, inputs, d_weight)
+                d_weights[layer], d_biases[layer] = d_weight.to(dtype), d_pre.sum(1, dtype=dtype)
             if not (needs_x or any(needs[:layer]) or any(needs[ctx.depth : ctx.depth + layer])):
                 break
-            d_hidden = torch.bmm(d_pre, weight, out=memory.empty(inputs.shape, grad.dtype))
+            d_hidden = memory.empty(inputs.shape, grad.dtype)
+            products.bmm(d_pre, weight, d_hidden)
         if needs_x and not ctx.shared:
             dx = d_hidden.transpose(0, 1).to(x_dtype)
         return dx, None, *d_weights, *d_biases

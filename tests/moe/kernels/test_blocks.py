@@ -5,10 +5,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.moe.kernels.blocks import BLOCK, kept_rows, plan
+from zoo.moe.kernels import blocks, products
+from zoo.moe.kernels.blocks import BLOCK, kept_rows
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 LOADS = st.lists(st.one_of(st.integers(0, 12), st.integers(0, 700), st.integers(250, 280)), min_size=1, max_size=20)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["", "amx"])
+def machine(request, monkeypatch):
+    """A processor with AMX, or one where oneDNN multiplies in float32 too."""
+    monkeypatch.setattr(products, "has_amx", lambda: request.param)
+    monkeypatch.setattr(products, "onednn_float32", lambda: not request.param)
+    monkeypatch.setattr(products, "LARGE", 1)
+
+
+def plan(token_index, offsets, wide, dtype):
+    """Blocks for gated experts of width 64, whose weights are only looked at."""
+    experts = len(offsets) - 1
+    weights = torch.empty(experts, wide, 64, device="meta"), torch.empty(experts, 64, wide // 2, device="meta")
+    return blocks.plan(token_index, offsets, *weights, dtype)
 
 
 def offsets_of(loads):
@@ -66,7 +82,15 @@ def test_alike_neighbours_share_a_block_that_stays_in_cache():
     assert [block.size for block in steps.blocks] == [10, 10, 10, 10, 10, 10, 4]
     assert all(block.size * block.rows * wide <= BLOCK for block in steps.blocks)
     huge = plan(torch.zeros(sum(loads), dtype=torch.int64), offsets_of(loads), 1 << 20, torch.bfloat16)
-    assert {block.size for block in huge.blocks} == {2}
+    assert {block.size for block in huge.blocks} == {2 if products.has_amx() else 1}
+
+
+def test_without_amx_large_experts_are_not_padded_for_each_others_sake():
+    loads = [223, 277] * 4
+    token_index = torch.zeros(sum(loads), dtype=torch.int64)
+    large, small = (plan(token_index, offsets_of(loads), wide, torch.bfloat16) for wide in (1 << 15, 16))
+    assert len(large.token) == (2304 if products.has_amx() else 4 * (224 + 288))
+    assert len(small.token) == 8 * 288
 
 
 def test_experts_of_unlike_loads_do_not_wait_for_each_other():

@@ -1,7 +1,8 @@
 """Which rows the CPU backend computes together: experts of about equal load as one batch of equal matrices.
 
-A assignments sorted by expert become P computed rows: in low precision every expert of a block gets as many rows as
-its fullest, rounded up to one of a few sizes. Padding repeats the expert's last row and counts for nothing.
+A assignments sorted by expert become P computed rows. Where oneDNN multiplies, every expert of a block gets as many
+rows as its fullest, rounded up to one of a few sizes: it compiles a product for each new shape, in up to 20 times the
+time that the product takes. Padding repeats the expert's last row and counts for nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What oneDNN multiplies. It compiles a product for each new shape in about 4 ms, 20 times what the product takes, and
-# splits one product of a few hundred rows badly over threads, but several equal ones well.
-PADDED = (torch.bfloat16, torch.float16)
+from . import products
+
 # Computed rows per real one up to which neighbours share a block.
 PADDING = 1.15
-# Pre-activations up to which a block grows beyond two experts: they should stay in cache until they are used.
+# Multiplications of padding that calls of its own for an expert would take longer than. On AMX, which splits one
+# product of a few hundred rows badly over threads but several equal ones well, only PADDING limits.
+CALLS = 6e7
+# Pre-activations up to which a block grows, on AMX beyond two experts: they should stay in cache until they are used.
 BLOCK = 5 << 19
 
 
@@ -64,17 +67,19 @@ class Plan(NamedTuple):
 
 def kept_rows(assignments: int, experts: int, dtype: torch.dtype) -> int:
     """Rows of the pre-activations kept for the backward: enough for any padding."""
-    return assignments * 5 // 4 + 32 * experts if dtype in PADDED else assignments
+    padded = products.compiles(dtype)
+    return assignments * 5 // 4 + 32 * experts if padded else assignments
 
 
-def plan(token_index: Tensor, offsets: Tensor, wide: int, dtype: torch.dtype) -> Plan:
-    """Blocks that cover every expert with rows; `wide` is the width of the pre-activations."""
+def plan(token_index: Tensor, offsets: Tensor, w_in: Tensor, w_out: Tensor, dtype: torch.dtype) -> Plan:
+    """Blocks that cover every expert with rows, for weights w_in [E, H, D] and w_out [E, D, F]."""
     bounds = offsets.tolist()
     counts = [end - start for start, end in pairwise(bounds)]
-    if dtype not in PADDED:
+    work = w_in[:1].numel() + w_out[:1].numel()
+    if not products.is_compiled(dtype, work / 2 * token_index.numel() / max(1, len(counts))):
         blocks = [Block(slice(e, e + 1), bounds[e], count) for e, count in enumerate(counts) if count]
         return Plan(blocks, token_index)
-    blocks = _group(counts, wide)
+    blocks = _group(counts, w_in.shape[1], work)
     rows = [0] * len(counts)
     for block in blocks:
         rows[block.experts] = [block.rows] * block.size
@@ -88,18 +93,20 @@ def plan(token_index: Tensor, offsets: Tensor, wide: int, dtype: torch.dtype) ->
     return Plan(blocks, token_index[assignment], assignment, real, real.nonzero()[:, 0])
 
 
-def _group(counts: list[int], wide: int) -> list[Block]:
-    """Neighbours whose loads are alike, as blocks."""
+def _group(counts: list[int], wide: int, work: int) -> list[Block]:
+    """Neighbours of like loads as blocks, where forward a row takes `work` multiplications, a third of all."""
     blocks: list[Block] = []
     filled = start = 0  # rows of the last block without its padding to equal loads; its end
     for e, count in enumerate(counts):
         if not count:
             continue
-        m, last = _padded(count), blocks[-1] if blocks else None
+        m, last = padded(count), blocks[-1] if blocks else None
         if last and last.experts.stop == e:
             size, most = last.size + 1, max(m, last.rows)
-            few = size == 2 or size * most * wide <= BLOCK
-            if few and size * most <= PADDING * (filled + m):
+            few = (products.has_amx() and size == 2) or size * most * wide <= BLOCK
+            added = size * most - (last.size * last.rows + m)
+            cheap = products.has_amx() or 3 * work * added <= CALLS
+            if few and cheap and size * most <= PADDING * (filled + m):
                 blocks[-1] = Block(slice(last.experts.start, e + 1), last.start, most)
                 filled, start = filled + m, blocks[-1].span.stop
                 continue
@@ -108,9 +115,10 @@ def _group(counts: list[int], wide: int) -> list[Block]:
     return blocks
 
 
-def _padded(rows: int) -> int:
-    """Rows to compute for `rows` real ones: few sizes, and whole tiles of 32 rows, which are up to a third faster."""
+def padded(rows: int) -> int:
+    """Rows to compute for `rows` real ones: few sizes, and on AMX whole tiles of 32 rows, up to a third faster."""
     if rows <= 8:
         return rows
-    step = 8 if rows <= 64 else 16 if rows <= 128 else max(32, 1 << (rows.bit_length() - 5))
+    least, fine = (32, 128) if products.has_amx() else (16, 512)
+    step = 8 if rows <= 64 else 16 if rows <= fine else max(least, 1 << (rows.bit_length() - 5))
     return -(-rows // step) * step

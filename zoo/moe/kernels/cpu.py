@@ -1,10 +1,10 @@
 """Expert math on the CPU: a few experts at a time through small reused buffers, combined by one gather-and-sum.
 
 T tokens, D width, F hidden, H = 2F (gated) or F, E experts, A assignments sorted by expert. A block is G experts of
-about equal load with M rows each (see `blocks`). What the speed rests on, measured on 2 cores with AMX:
+about equal load with M rows each (see `blocks`). What the speed rests on, beside the products (see `products`):
 - a block goes through gather, GEMM, activation and GEMM while it is in cache; only pre-activations, one output
   row per assignment and the gradients are large;
-- in low precision oneDNN rearranges the right factor of a product, and a left one that does not lie by rows. With
+- in low precision, on AMX, oneDNN rearranges the right factor of a product, and a left one that does not lie by rows. With
   pre-activations by columns, W @ x.T, it rearranges tokens and not weights: up to half the time of a forward. The
   backward gains where it rearranges gradients of pre-activations less often, and loses as much if experts are large;
 - combine weights scale tokens and their gradients, [M, D], never hidden units;
@@ -19,14 +19,11 @@ from torch import Tensor
 
 from . import grouped_mm, memory
 from .activations import Activation, get_activation
-from .blocks import PADDED, Block, Plan, kept_rows, plan
+from .blocks import Block, Plan, kept_rows, plan
+from .products import FEW_ROWS, LOW_PRECISION, bmm, cast, linear, linear_of_few, reads_by_onednn, very_few
 
-# Rows of an expert up to which W @ x.T and a transposition beat x @ W.T.
-FEW_ROWS = 32
 # The same on average over the experts, in low precision; oneDNN would compile a product for each number of rows above.
 FEW_UNPADDED = 8
-# Elements of one weight up to which x @ w.T reads it fast enough for twice as many rows.
-SMALL_WEIGHT = 1 << 20
 # Elements of all outputs together up to which index_add beats sorting the assignments by token.
 FEW_OUTPUTS = 1 << 15
 # Elements of w_in of one expert up to which forward and backward together gain from pre-activations by columns.
@@ -42,32 +39,9 @@ def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str 
     return None
 
 
-def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out [G, M, N] = a [G, M, K] @ b [G, K, N]; out lies by rows or by columns."""
-    if out.stride(2) != 1:
-        a, b, out = b.mT, a.mT, out.mT
-    if a.dtype != out.dtype:
-        out.copy_(a @ b)
-    elif a.shape[0] == 1:
-        torch.mm(a[0], b[0], out=out[0])
-    else:
-        torch.bmm(a, b, out=out)
-
-
-def _linear(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """out [G, M, N] = x [G, M, K] @ w [G, N, K] transposed."""
-    n = x.shape[1]
-    if n > FEW_ROWS or (n < 4 and x.dtype not in PADDED) or out.stride(2) != 1:
-        _bmm(x, w.mT, out)
-    elif len(x) == 1:
-        out[0].copy_(torch.mm(w[0], x[0].T).T)
-    else:
-        out.copy_((w @ x.mT).mT)
-
-
 def _by_columns(w_in: Tensor, dtype: torch.dtype, save: bool) -> bool:
     """Whether pre-activations and hidden units lie by columns; a backward must come to the same answer."""
-    return dtype in PADDED and (not save or w_in[0].numel() <= SMALL_EXPERT)
+    return dtype in LOW_PRECISION and (not save or w_in[0].numel() <= SMALL_EXPERT)
 
 
 def _lay(buffer: Tensor, block: Block, columns: bool = False) -> Tensor:
@@ -76,10 +50,6 @@ def _lay(buffer: Tensor, block: Block, columns: bool = False) -> Tensor:
     if columns:
         return part.view(block.size, buffer.shape[1], block.rows).mT
     return part.view(block.size, block.rows, buffer.shape[1])
-
-
-def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
-    return w if w.dtype == dtype else w.to(dtype)  # the check is cheaper than a call that does nothing
 
 
 def _gather(source: Tensor, steps: Plan, block: Block, out: Tensor) -> Tensor:
@@ -101,31 +71,13 @@ def _combine(rows: Tensor, steps: Plan, token_index: Tensor, weight: Tensor, tok
     return torch.embedding_bag(rows, places, starts, False, 0, False, weight[order], True)[0]
 
 
-def _very_few(w: Tensor) -> int:
-    """Rows up to which x @ w.T beats w @ x.T and a transposition, except in low precision."""
-    return 8 if w.numel() <= SMALL_WEIGHT else 4
-
-
 def _torch_is_quicker(x: Tensor, w_in: Tensor, w_out: Tensor, offsets: Tensor) -> bool:
     """Whether `_few` would do the products of torch's grouped GEMM, whose loop over all experts costs less."""
-    if len(x) == 1 or x.dtype != torch.float32 or not x.dtype == w_in.dtype == w_out.dtype:
+    if len(x) == 1 or x.dtype != torch.float32 or not x.dtype == w_in.dtype == w_out.dtype or reads_by_onednn(w_in[0]):
         return False
     if not (w_in.is_contiguous() and w_out.is_contiguous()) or grouped_mm.unsupported(x, w_in, w_out, ""):
         return False
-    return max(offsets.diff().tolist()) <= 2 * _very_few(w_in[0])
-
-
-def _product(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
-    """out [M, N] = x [M, K] @ w [N, K] transposed + b, for few rows: the time goes into reading w, once if possible."""
-    rows, w = len(x), _cast(w, x.dtype)
-    if rows == 1:
-        torch.mv(w, x[0], out=out[0])
-    elif rows > FEW_ROWS or (x.dtype not in PADDED and rows <= _very_few(w)):
-        torch.mm(x, w.T, out=out)
-    else:
-        out.copy_(torch.mm(w, x.T).T)
-    if b is not None:
-        out += b
+    return max(offsets.diff().tolist()) <= 2 * very_few(w_in[0])
 
 
 def _few(
@@ -146,10 +98,10 @@ def _few(
     rows = x.index_select(0, token_index)
     pre, out = x.new_empty(count, w_in.shape[1]), x.new_empty(count, x.shape[1])
     for (e, _), x_e, out_e in zip(busy, rows.split(loads), pre.split(loads)):
-        _product(x_e, w_in[e], None if b_in is None else b_in[e], out_e)
+        linear_of_few(x_e, w_in[e], None if b_in is None else b_in[e], out_e)
     hidden = act.forward(pre)
     for (e, _), x_e, out_e in zip(busy, hidden.split(loads), out.split(loads)):
-        _product(x_e, w_out[e], None if b_out is None else b_out[e], out_e)
+        linear_of_few(x_e, w_out[e], None if b_out is None else b_out[e], out_e)
     weight = weight.to(dtype)
     if len(x) == 1:
         return weight[None] @ out
@@ -171,25 +123,27 @@ def forward(
     """Outputs [T, D] and, when `save`, the pre-activations as the blocks lie (else an empty tensor)."""
     act, dtype = get_activation(activation), x.dtype
     (tokens, width), (experts, wide, _), hidden_dim = x.shape, w_in.shape, w_out.shape[2]
-    if not save and token_index.numel() <= (FEW_UNPADDED if dtype in PADDED else FEW_ROWS) * experts:
+    if not save and token_index.numel() <= (FEW_UNPADDED if dtype in LOW_PRECISION else FEW_ROWS) * experts:
         if _torch_is_quicker(x, w_in, w_out, offsets):
             tensors = (x, w_in, w_out, b_in, b_out, weight, token_index, offsets)
             return grouped_mm.forward(*tensors, activation, False)
         return _few(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, act), x.new_empty(0, wide)
-    steps, columns = plan(token_index, offsets, wide, dtype), _by_columns(w_in, dtype, save)
+    steps, columns = plan(token_index, offsets, w_in, w_out, dtype), _by_columns(w_in, dtype, save)
     largest, kept = steps.largest, kept_rows(token_index.numel(), experts, dtype) if save else 0
     pre = memory.empty((kept if save else largest, wide), dtype)
     sizes = [(len(steps.token), width), (largest, width), (largest, hidden_dim)]
     out_rows, x_rows, hidden_rows = memory.blocks(sizes, dtype)
+    if save:
+        pre[len(steps.token) :] = 0  # nobody reads those, but the same call gives the same
     for block in steps.blocks:
         x_b, out = _gather(x, steps, block, x_rows), _lay(out_rows[block.span], block)
         pre_b = _lay(pre[block.start :] if save else pre, block, columns)
         hidden = _lay(hidden_rows, block, columns)
-        _linear(x_b, _cast(w_in[block.experts], dtype), pre_b)
+        linear(x_b, cast(w_in[block.experts], dtype), pre_b)
         if b_in is not None:
             pre_b += b_in[block.experts, None]
         act.forward_out(pre_b, hidden)
-        _linear(hidden, _cast(w_out[block.experts], dtype), out)
+        linear(hidden, cast(w_out[block.experts], dtype), out)
         if b_out is not None:
             out += b_out[block.experts, None]
     return _combine(out_rows, steps, token_index, weight.to(dtype), tokens), pre[:kept]
@@ -215,7 +169,7 @@ def backward(
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs
     need_pre = need_x or need_in or need_b_in
     width, wide, hidden_dim = x.shape[1], w_in.shape[1], w_out.shape[2]
-    steps, columns = plan(token_index, offsets, wide, dtype), _by_columns(w_in, dtype, True)
+    steps, columns = plan(token_index, offsets, w_in, w_out, dtype), _by_columns(w_in, dtype, True)
     total, largest = len(steps.token), steps.largest
     scales = steps.spread(weight.to(dtype))
     dw_in = memory.empty_like(w_in) if need_in else nothing
@@ -234,27 +188,27 @@ def backward(
         g, scale = _gather(dy, steps, block, g_rows), scales[block.span].view(block.size, block.rows, 1)
         act.forward_out(pre_b, hidden, point)
         if need_pre or need_weight:
-            _bmm(g, _cast(w_out[block.experts], dtype), d_hidden)
+            bmm(g, cast(w_out[block.experts], dtype), d_hidden)
         if need_weight:
             products = torch.mul(d_hidden, hidden, out=d_pre[..., :hidden_dim]).sum(-1, dtype=weight.dtype)
             if b_out is not None:
-                products += (g @ _cast(b_out[block.experts], dtype)[..., None])[..., 0]
+                products += (g @ cast(b_out[block.experts], dtype)[..., None])[..., 0]
             dots[block.span] = products.view(-1)
         if need_out or need_b_out:
             g.mul_(scale)
         if need_b_out and b_out is not None:
             db_out[block.experts] = g.sum(1, dtype=b_out.dtype)
         if need_out:
-            _bmm(g.mT, hidden, dw_out[block.experts])
+            bmm(g.mT, hidden, dw_out[block.experts])
         if not need_pre:
             continue
         act.backward_out(pre_b, d_hidden, point, d_pre)
         if need_b_in and b_in is not None:
             db_in[block.experts] = (scale.mT @ d_pre)[:, 0].to(b_in.dtype)
         if need_in:
-            _bmm(d_pre.mT, _gather(x, steps, block, x_rows).mul_(scale), dw_in[block.experts])
+            bmm(d_pre.mT, _gather(x, steps, block, x_rows).mul_(scale), dw_in[block.experts])
         if need_x:
-            _bmm(d_pre, _cast(w_in[block.experts], dtype), _lay(dx_rows[block.span], block))
+            bmm(d_pre, cast(w_in[block.experts], dtype), _lay(dx_rows[block.span], block))
     _zero_idle(offsets, dw_in, dw_out)
     dx = _combine(dx_rows, steps, token_index, weight.to(dtype), x.shape[0]) if need_x else nothing
     return [dx, dw_in, dw_out, db_in, db_out, steps.collect(dots) if need_weight else nothing]

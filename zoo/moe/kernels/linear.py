@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import grouped_mm
+from .products import mm
 
 _LIBRARY = torch.library.Library("zoo", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -52,7 +53,7 @@ def _forward(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(rows.contiguous(), weight.contiguous().mT, offs=offsets[1:])
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
-        torch.mm(rows[start:end], weight[e].T, out=out[start:end])
+        mm(rows[start:end], weight[e].T, out[start:end])
     return out
 
 
@@ -69,9 +70,9 @@ def _backward(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else nothing
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         if needs[0]:
-            torch.mm(grad[start:end], weight[e], out=d_rows[start:end])
+            mm(grad[start:end], weight[e], d_rows[start:end])
         if needs[1]:
-            torch.mm(grad[start:end].T, rows[start:end], out=d_weight[e])
+            mm(grad[start:end].T, rows[start:end], d_weight[e])
     return [d_rows, d_weight]
 
 
