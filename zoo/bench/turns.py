@@ -1,22 +1,26 @@
 """What benchmarks share: contestants that take turns, and one table of how they compare.
 
-Contestants take turns (A B C A B C ...), so that a disturbance hits all of them; a figure is the median of its turns.
+Contestants take turns, so that a disturbance hits all of them, in an order drawn anew for each round: everyone finds in
+the caches what the one before left there. A figure is the median of its turns.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+T = TypeVar("T")
 
 WARM_UP = 2
 
@@ -58,15 +62,20 @@ def _cuda_clock() -> float:
     return time.perf_counter()
 
 
+def _drawn(field: Sequence[T], turn: int) -> list[T]:
+    """Everyone once, in the order of this round."""
+    return random.Random(turn).sample(field, len(field))
+
+
 def measure(field: list[Contestant], repeats: int, backward: bool, device: str) -> dict[str, list[float]]:
-    """Seconds of every turn of every contestant, in turns A B C A B C ..."""
+    """Seconds of every turn of every contestant."""
     import torch
 
     clock = _cuda_clock if device.startswith("cuda") else time.perf_counter
     grads = [torch.randn_like(one.run()) if backward else None for one in field]
     turns: dict[str, list[float]] = {one.name: [] for one in field}
     for i in range(WARM_UP + repeats):
-        for one, grad in zip(field, grads):
+        for one, grad in _drawn(list(zip(field, grads)), i):
             seconds = _turn(one, grad, clock)
             if i >= WARM_UP:
                 turns[one.name].append(seconds)
@@ -79,7 +88,7 @@ def measure_steps(field: list[Contestant], repeats: int, steps: int, device: str
     able = [one for one in field if one.refuses is None]
     turns: dict[str, list[float]] = {one.name: [] for one in able}
     for i in range(1 + repeats):
-        for one in able:
+        for one in _drawn(able, i):
             start = clock()
             for _ in range(steps // one.steps):
                 one.run()

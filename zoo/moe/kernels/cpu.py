@@ -4,9 +4,9 @@ T tokens, D width, F hidden, H = 2F (gated) or F, E experts, A assignments sorte
 about equal load with M rows each (see `blocks`). What the speed rests on, beside the products (see `products`):
 - a block goes through gather, GEMM, activation and GEMM while it is in cache; only pre-activations, one output
   row per assignment and the gradients are large;
-- in low precision, on AMX, oneDNN rearranges the right factor of a product, and a left one that does not lie by rows. With
-  pre-activations by columns, W @ x.T, it rearranges tokens and not weights: up to half the time of a forward. The
-  backward gains where it rearranges gradients of pre-activations less often, and loses as much if experts are large;
+- in low precision oneDNN rearranges the right factor of a product, and a left one that does not lie by rows. With
+  pre-activations by columns, W @ x.T, it rearranges tokens and not weights: with AMX up to half the time of a forward.
+  The backward gains where it rearranges gradients of pre-activations less often, and loses as much if experts are big;
 - combine weights scale tokens and their gradients, [M, D], never hidden units;
 - the results of all experts are summed per token by `embedding_bag`, one pass that accumulates in float32;
 - large buffers come from `memory`, which reuses pages: fresh ones cost up to half as much as the GEMMs.
@@ -22,7 +22,7 @@ from .activations import Activation, get_activation
 from .blocks import Block, Plan, kept_rows, plan
 from .products import FEW_ROWS, LOW_PRECISION, bmm, cast, linear, linear_of_few, reads_by_onednn, very_few
 
-# The same on average over the experts, in low precision; oneDNN would compile a product for each number of rows above.
+# Rows an expert has on average up to which there are few, FEW_ROWS in float32: above, oneDNN would compile too much.
 FEW_UNPADDED = 8
 # Elements of all outputs together up to which index_add beats sorting the assignments by token.
 FEW_OUTPUTS = 1 << 15
@@ -104,7 +104,7 @@ def _few(
         linear_of_few(x_e, w_out[e], None if b_out is None else b_out[e], out_e)
     weight = weight.to(dtype)
     if len(x) == 1:
-        return weight[None] @ out
+        return out.mul_(weight[:, None]).sum(0, keepdim=True)
     return x.new_zeros(x.shape).index_add_(0, token_index, out.mul_(weight[:, None]))
 
 
