@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .kernels.choices import sort_choices
+
 
 @dataclass
 class Routing:
@@ -18,6 +20,7 @@ class Routing:
 
     token_index [A] int64; offsets [E+1] int32, the assignments of expert e being offsets[e]:offsets[e+1];
     weight [A], the differentiable combine weights; losses, weighted scalars ready to add to the objective.
+    place [T, K] int32 is the assignment of each choice where every token has K, None where it is not known.
     For telemetry only: probs [T, E], the router's distribution before any choice, and asked [T] or a number,
     how many experts each token asked for before capacity dropped some.
     """
@@ -29,6 +32,7 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     probs: Tensor | None = None
     asked: Tensor | int | None = None
+    place: Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -69,26 +73,16 @@ class Routing:
         asked: Tensor | int | None = None,
     ) -> Routing:
         """Build from each token's choices: expert [T, K] int64, weight [T, K], keep [T, K] bool or None."""
-        num_tokens, k = expert.shape
-        # The narrowest integers that hold E: a radix sort takes a pass per byte.
-        key = expert.reshape(-1).to(_key_dtype(num_experts))
-        if keep is not None:
-            # A dropped choice sorts behind the last expert, so that it can be cut off.
-            key = key.where(keep.reshape(-1), num_experts)
-        key, order = key.sort(stable=True)
-        bounds = torch.arange(num_experts + 1, dtype=key.dtype, device=key.device)
-        offsets = torch.searchsorted(key, bounds, out_int32=True)
-        if keep is not None:
-            order = order[: int(offsets[-1])]
+        choices = sort_choices(expert, weight, num_experts, keep)
         return cls(
-            token_index=order // k if k > 1 else order,
-            offsets=offsets,
-            # Not weight[order]: its backward sums duplicates one by one, though there are none.
-            weight=weight.reshape(-1).index_select(0, order),
-            num_tokens=num_tokens,
+            token_index=choices.token_index,
+            offsets=choices.offsets,
+            weight=choices.weight,
+            num_tokens=expert.shape[0],
             losses=losses or {},
             probs=probs,
-            asked=k if asked is None else asked,
+            asked=expert.shape[1] if asked is None else asked,
+            place=choices.place,
         )
 
     @classmethod
@@ -98,10 +92,6 @@ class Routing:
         offsets = torch.zeros(weight.shape[1] + 1, dtype=torch.int32, device=weight.device)
         offsets[1:] = keep.sum(0).cumsum(0)
         return cls(token, offsets, weight[token, expert], weight.shape[0], **extra)  # type: ignore[arg-type]
-
-
-def _key_dtype(num_experts: int) -> torch.dtype:
-    return torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32768 else torch.int64
 
 
 def count_experts(expert: Tensor, num_experts: int) -> Tensor:

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from zoo.moe.kernels import ACTIVATIONS
 from zoo.moe.kernels import triton as kernels
-from zoo.moe.kernels.triton import tiles
+from zoo.moe.kernels.triton import choose, tiles
 
 # The "80" tiles must fit the smallest Ampere and Ada chips, not only the A100 (163 KB).
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
@@ -61,8 +61,8 @@ Launches = Callable[..., list[Compiled]]
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Compile all kernels of one forward and backward."""
+def imagine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Compiled]]:
+    """Make launches compilations for an architecture, which gather in the list that is given."""
     seen: list[Compiled] = []
     run = JITFunction.run
 
@@ -70,12 +70,24 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         seen.append(Compiled(self.__name__, options, kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared))
 
-    def compile_all(
-        arch: int, dtype: torch.dtype, rows: str, activation: str = "swiglu", bias: bool = False, turned: bool = False
-    ) -> list[Compiled]:
+    def start(arch: int) -> list[Compiled]:
         monkeypatch.setattr(JITFunction, "run", compile_only)
         monkeypatch.setattr(triton.runtime.driver, "_active", ImaginedGPU(arch))
         monkeypatch.setattr(tiles, "architecture", lambda device: str(arch))
+        seen.clear()
+        return seen
+
+    return start
+
+
+@pytest.fixture
+def launches(imagine: Callable[[int], list[Compiled]]) -> Launches:
+    """Compile all kernels of one forward and backward."""
+
+    def compile_all(
+        arch: int, dtype: torch.dtype, rows: str, activation: str = "swiglu", bias: bool = False, turned: bool = False
+    ) -> list[Compiled]:
+        seen = imagine(arch)
 
         def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device="meta")
@@ -86,7 +98,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
         shared = (empty(T, D), w_in, w_out, empty(E, H) if bias else None, empty(E, D) if bias else None)
         routed = (empty(T, dtype=torch.int64), empty(E + 1, dtype=torch.int32), activation)
         weight = empty(T, dtype=torch.float32)
-        seen.clear()
         _, pre = kernels.forward(*shared, weight, *routed, True)
         kernels.backward(empty(T, D), *shared, weight, pre, *routed, [True] * 3 + [bias] * 2 + [True])
         return seen
@@ -156,6 +167,24 @@ def test_gathered_rows_are_copied_asynchronously_sixteen_bytes_at_a_time(
             copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x(\w+)", k.ptx)
             # The weights' gradients also copy token indices ahead of the rows.
             assert set(copies) - ({"4", "8"} if k.name == "d_weight_kernel" else set()) == {"10"}, k.name
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "k"), [(1, 64, 8), (40960, 128, 8), (32768, 256, 16), (4096, 1024, 2), (16384, 8, 2)]
+)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_choosing_and_sorting_fit(
+    imagine: Callable[[int], list[Compiled]], arch: int, tokens: int, experts: int, k: int, tmp_path: Path
+) -> None:
+    seen = imagine(arch)
+    expert = choose.top_k(torch.empty(tokens, experts, device="meta"), k)
+    choose.sort_choices(expert, torch.empty(tokens, k, device="meta"), experts)
+    several = ["count_kernel", "scan_kernel"] if tokens > 1 else []
+    assert [compiled.name for compiled in seen] == ["top_k_kernel", *several, "place_kernel"]
+    for compiled in seen:
+        use = resources(compiled.cubin, tmp_path)
+        assert use["STACK"] == use["LOCAL"] == 0, f"{compiled.name} spills: {use}"
+        assert compiled.shared <= 48 * 1024
 
 
 @pytest.fixture

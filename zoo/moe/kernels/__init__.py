@@ -26,6 +26,7 @@ class Assignments(Protocol):
     token_index: Tensor
     offsets: Tensor
     weight: Tensor
+    # And optionally place [T, K] int32, the assignment of each choice, where every token has as many.
 
 
 def explain(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str = "swiglu") -> tuple[str, str]:
@@ -82,5 +83,6 @@ def moe_mlp(
         t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out, routing.weight)
     )
     indices = routing.token_index, routing.offsets
-    y, _ = moe_mlp_op(x, w_in, w_out, b_in, b_out, routing.weight, *indices, activation, backend, needs_grad)
+    place = getattr(routing, "place", None)
+    y, _ = moe_mlp_op(x, w_in, w_out, b_in, b_out, routing.weight, *indices, activation, backend, needs_grad, place)
     return y

@@ -24,13 +24,13 @@ _LIBRARY = torch.library.Library("zoo", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor weight"
 _LIBRARY.define(
-    f"moe_mlp({_TENSORS}, Tensor token_index, Tensor offsets, str activation, str backend, bool save)"
-    " -> (Tensor, Tensor)",
+    f"moe_mlp({_TENSORS}, Tensor token_index, Tensor offsets, str activation, str backend, bool save,"
+    " Tensor? place=None) -> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIBRARY.define(
     f"moe_mlp_backward(Tensor dy, {_TENSORS}, Tensor pre, Tensor token_index, Tensor offsets, str activation,"
-    " str backend, bool[] needs) -> Tensor[]",
+    " str backend, bool[] needs, Tensor? place=None) -> Tensor[]",
     tags=_TAGS,
 )
 moe_mlp_op = torch.ops.zoo.moe_mlp.default
@@ -57,15 +57,24 @@ def backend_module(name: str) -> ModuleType:
     return triton
 
 
-def _forward(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
+def _places(backend: str, place: Tensor | None) -> dict[str, Tensor | None]:
+    """The row of each choice [T, K], for the backend that knows what to do with it."""
+    return {"place": place} if backend == "triton" else {}
+
+
+def _forward(  # type: ignore[no-untyped-def]
+    x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save, place=None
+):
     """Outputs [T, D] and the pre-activations [A, H] kept for the backward (empty unless `save`)."""
     y, pre = backend_module(backend).forward(
-        x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, save
+        x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, save, **_places(backend, place)
     )
     return y.contiguous(), pre
 
 
-def _forward_fake(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save):  # type: ignore[no-untyped-def]
+def _forward_fake(  # type: ignore[no-untyped-def]
+    x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, save, place=None
+):
     rows = token_index.shape[0]
     if backend == "cpu":
         rows = backend_module(backend).kept_rows(rows, w_in.shape[0], x.dtype)
@@ -73,18 +82,20 @@ def _forward_fake(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, act
 
 
 def _backward(  # type: ignore[no-untyped-def]
-    dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs
+    dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs, place=None
 ):
     """Gradients of x, w_in, w_out, b_in, b_out, weight; an empty tensor for each that is not needed."""
     grads = backend_module(backend).backward(
-        dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, needs
+        dy,
+        *(x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, needs),
+        **_places(backend, place),
     )
     inputs = (x, w_in, w_out, b_in, b_out, weight)
     return [g if n and t is not None else x.new_empty(0) for g, n, t in zip(grads, needs, inputs)]
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]
-    dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs
+    dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, activation, backend, needs, place=None
 ):
     like = (x.new_empty(x.shape), *(t if t is None else torch.empty_like(t) for t in (w_in, w_out, b_in, b_out)))
     return [
@@ -93,8 +104,8 @@ def _backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, _ = inputs
-    ctx.save_for_backward(x, w_in, w_out, b_in, b_out, weight, output[1], token_index, offsets)
+    x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, backend, _, place = inputs
+    ctx.save_for_backward(x, w_in, w_out, b_in, b_out, weight, output[1], token_index, offsets, place)
     ctx.activation, ctx.backend = activation, backend
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # else a zero gradient as large as the pre-activations is made
@@ -102,13 +113,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, dy, _):  # type: ignore[no-untyped-def]
     if dy is None:
-        return (None,) * 11
-    x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets = ctx.saved_tensors
+        return (None,) * 12
+    *saved, place = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
-    grads = moe_mlp_backward_op(
-        dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets, ctx.activation, ctx.backend, needs
-    )
-    return (*(g if n else None for g, n in zip(grads, needs)), None, None, None, None, None)
+    grads = moe_mlp_backward_op(dy, *saved, ctx.activation, ctx.backend, needs, place)
+    return (*(g if n else None for g, n in zip(grads, needs)), *(None,) * 6)
 
 
 def _differentiate_twice(ctx, grads):  # type: ignore[no-untyped-def]

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..capacity import Capacity
+from ..kernels.choices import top_k
 from ..routing import Routing, count_experts
 from .base import Router, is_recomputation
 from .context import label_sources
@@ -256,7 +257,7 @@ class TopKRouter(Router):
     def _choose(self, scores: Tensor, preference: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The k experts of every token, best first, and their combine weights: [T, K] each."""
         if preference is None and self.selection_bias is None and self.num_groups == 1:
-            weight, expert = scores.topk(self.k, dim=-1)
+            weight, expert = top_k(scores, self.k)
         else:
             choice = scores.detach() if preference is None else preference
             if self.selection_bias is not None:
@@ -264,7 +265,7 @@ class TopKRouter(Router):
             if self.num_groups > 1:
                 groups = (self.num_groups, self.group_topk, self.group_score, self.group_fill)
                 choice = inside_best_groups(choice, *groups)
-            expert = choice.topk(self.k, dim=-1).indices
+            expert = top_k(choice, self.k)[1]
             weight = scores.gather(-1, expert)
         if self.score == "softmax_topk":
             weight = weight.softmax(-1)

@@ -1,5 +1,6 @@
 """The expert computation as fused Triton kernels, for NVIDIA GPUs from compute capability 8.0 on.
 
+    choose     a token's best experts, and all choices sorted by expert
     forward    up      gathered x @ w_in.T, activation in the epilogue; keeps pre-activations if asked
                down    hidden @ w_out.T into contiguous rows [A, D]
                combine gather-and-sum of those rows into [T, D]
@@ -25,7 +26,7 @@ if INSTALLED:
     from .forward import forward
     from .numerics import INTERPRETED
 
-__all__ = ["backward", "forward", "unsupported"]
+__all__ = ["backward", "forward", "unavailable", "unsupported"]
 
 
 def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str | None:
@@ -38,6 +39,13 @@ def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str 
         return f"activation {activation!r} has no Triton form"
     if min(x.shape[1], w_out.shape[2], w_out.shape[0]) == 0:
         return "it needs at least one expert and non-zero widths"
+    return unavailable(x)
+
+
+def unavailable(x: Tensor) -> str | None:
+    """Why kernels cannot run where x is, or None when they can."""
+    if not INSTALLED:
+        return "the package triton is not installed"
     if INTERPRETED:
         return None
     if not x.is_cuda:

@@ -176,6 +176,7 @@ def backward(
     offsets: Tensor,
     activation: str,
     needs: list[bool],
+    place: Tensor | None = None,
 ) -> list[Tensor]:
     """Gradients of x, w_in, w_out, b_in, b_out and weight; an empty tensor for each that is not needed."""
     given = (x, w_in, w_out, b_in, b_out, weight)
@@ -213,5 +214,5 @@ def backward(
             d_weight(d_pre, x, token_index, tiles.offsets, False, plan.d_weight, dw_in)
         if d_pre is not None and need_x:
             rows = grouped_gemm(d_pre, w_in.transpose(1, 2), None, tiles, plan.d_x)
-            grads[0] = combine(rows, None, token_lists(token_index, x.shape[0]))
+            grads[0] = combine(rows, None, token_lists(token_index, x.shape[0], place))
     return grads

@@ -15,14 +15,17 @@ from .schedule import RowTiles
 
 @dataclass(frozen=True)
 class TokenLists:
-    """Assignments of token t: order[bounds[t]:bounds[t+1]], in expert order."""
+    """Assignments of token t: order[bounds[t]:bounds[t+1]], in a fixed order."""
 
     order: Tensor
     bounds: Tensor
 
 
-def token_lists(token_index: Tensor, num_tokens: int) -> TokenLists:
-    """Collect each token's assignments, however many it has."""
+def token_lists(token_index: Tensor, num_tokens: int, place: Tensor | None = None) -> TokenLists:
+    """Collect each token's assignments, however many it has: place [T, K], if they are known."""
+    if place is not None:
+        bounds = torch.arange(0, place.numel() + 1, place.shape[1], dtype=torch.int32, device=place.device)
+        return TokenLists(place.reshape(-1), bounds)
     tokens, order = token_index.to(torch.int32).sort(stable=True)
     ids = torch.arange(num_tokens + 1, dtype=torch.int32, device=tokens.device)
     return TokenLists(order, torch.searchsorted(tokens, ids, out_int32=True))

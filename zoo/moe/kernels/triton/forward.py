@@ -161,8 +161,9 @@ def forward(
     offsets: Tensor,
     activation: str,
     save: bool,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor)."""
+    """Outputs [T, D] and, when `save`, the pre-activations [A, H] (else an empty tensor); place [T, K], if known."""
     assignments = token_index.shape[0]
     pre = x.new_empty(assignments if save else 0, w_in.shape[1])
     if assignments == 0:
@@ -175,4 +176,4 @@ def forward(
         hidden = x.new_empty(assignments, w_out.shape[2])
         up_projection(x, w_in, b_in, token_index, tiles, plan.up, activation, pre if save else None, hidden)
         rows = grouped_gemm(hidden, w_out, b_out, tiles, plan.down)
-        return combine(rows, weight.contiguous(), token_lists(token_index, x.shape[0])), pre
+        return combine(rows, weight.contiguous(), token_lists(token_index, x.shape[0], place)), pre
