@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -167,6 +167,23 @@ def test_gathered_rows_are_copied_asynchronously_sixteen_bytes_at_a_time(
             copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x(\w+)", k.ptx)
             # The weights' gradients also copy token indices ahead of the rows.
             assert set(copies) - ({"4", "8"} if k.name == "d_weight_kernel" else set()) == {"10"}, k.name
+
+
+@pytest.mark.parametrize("rows", ["few", "some", "many"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_blocks_through_descriptors_come_by_the_copy_engine(
+    launches: Launches, rows: str, turned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    plan = vars(tiles.PLANS["90", 2, rows])
+    described = tiles.Plan(**{name: replace(tile, described=True) for name, tile in plan.items()})
+    monkeypatch.setitem(tiles.PLANS, ("90", 2, rows), described)
+    seen = launches(90, torch.bfloat16, rows, turned=turned)
+    check(seen, 90, torch.bfloat16, tmp_path)
+    for k in seen:
+        if "BLOCK_K" in k.options:
+            gathers = k.name != "grouped_gemm_kernel"
+            assert ("cp.async.bulk.tensor.3d" in k.ptx) == (k.name != "d_weight_kernel"), k.name
+            assert ("cp.async.ca" in k.ptx or "cp.async.cg" in k.ptx) == gathers, k.name
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from torch import Tensor
 from zoo.moe import Routing
 from zoo.moe.kernels import ACTIVATIONS, moe_mlp, reference
 from zoo.moe.kernels import triton as kernels
+from zoo.moe.kernels.triton import tiles
 from zoo.moe.kernels.triton.backward import d_hidden
 from zoo.moe.kernels.triton.combine import TokenLists, combine
 from zoo.moe.kernels.triton.expert_grads import d_bias, d_weight
@@ -129,6 +130,25 @@ def test_sixteen_bit_biases_match(dtype: torch.dtype) -> None:
 )
 def test_every_table_of_tiles_matches(T: int, D: int, F: int, E: int, K: int) -> None:
     check(make(T, D, F, E, K, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("T", "D", "F", "E", "K", "activation"),
+    [(12, 144, 80, 4, 2, "swiglu"), (90, 80, 144, 3, 2, "gelu"), (210, 128, 128, 2, 1, "swiglu")],
+    ids=["few rows", "some rows", "many rows"],
+)
+def test_blocks_through_descriptors_are_the_same(
+    T: int, D: int, F: int, E: int, K: int, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = make(T, D, F, E, K, activation, torch.bfloat16, bias=True)
+    turned = replace(c, w_in=c.w_in.mT.contiguous().mT, w_out=c.w_out.mT.contiguous().mT)
+    pointers = run(kernels, c)
+    for key, plan in tiles.PLANS.items():
+        described = {name: replace(tile, described=True) for name, tile in vars(plan).items()}
+        monkeypatch.setitem(tiles.PLANS, key, tiles.Plan(**described))
+    for each in (c, turned):
+        for name, ours in run(kernels, each).items():
+            assert torch.equal(ours, pointers[name]), name
 
 
 @settings(max_examples=6, deadline=None)

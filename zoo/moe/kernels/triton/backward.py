@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .activation import constants, hidden_grads, hidden_units
 from .combine import combine, d_combine, token_lists
+from .descriptors import described_weight
 from .expert_grads import d_bias, d_weight
 from .forward import unit_stride
-from .gemm import grouped_gemm
-from .numerics import dot, quarters, store
+from .gemm import grouped_gemm, product
+from .numerics import quarters, store
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
 from .tiles import Tile, input_precision, plan_for
 
@@ -79,6 +80,8 @@ def d_hidden_kernel(
     FORM: tl.constexpr,
     GATED: tl.constexpr,
     CLAMPED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    ALONG_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -95,21 +98,26 @@ def d_hidden_kernel(
     live = m < tl.load(offsets + e + 1)
     # Rows past the expert's end read token 0 instead of a mask: what they compute is not stored.
     token = tl.load(token_index + m, mask=live, other=0).to(tl.int64)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    left = dy + token[:, None] * stride_yt + k[None, :]
-    right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, D, BLOCK_K):
-        if EVEN_K:
-            u = tl.load(left)
-            v = tl.load(right, mask=(n < F)[None, :], other=0.0)
-        else:
-            u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
-            v = tl.load(right, mask=(n < F)[None, :] & (k < D - k0)[:, None], other=0.0)
-        acc = dot(u, v, acc, PRECISION)
-        left += BLOCK_K
-        right += BLOCK_K * stride_wk
+    left = dy + token[:, None] * stride_yt + tl.arange(0, BLOCK_K)[None, :]
+    first_n = tile_n * BLOCK_N
+    acc = product(
+        left,
+        w,
+        e,
+        first_n,
+        F,
+        D,
+        stride_we,
+        stride_wn,
+        stride_wk,
+        DESCRIBED,
+        ALONG_K,
+        EVEN_K,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     row = m.to(tl.int64)
     scale = tl.load(weight + m, mask=live, other=0.0).to(tl.float32)[:, None]
     # A quarter of the columns at a time: the registers of all would not fit beside the accumulator.
@@ -137,9 +145,10 @@ def d_hidden(
 ) -> None:
     """Fill those that are given: d_pre [A, H], weight * hidden [A, F], and <dA', hidden> by column tile, [*, A]."""
     experts, depth, width = w_out.shape
+    weight_out, along_k = described_weight(w_out.transpose(1, 2), tile)
     d_hidden_kernel[(len(tiles) * triton.cdiv(width, tile.n),)](
         dy,
-        w_out,
+        weight_out,
         pre,
         weight,
         token_index,
@@ -157,6 +166,8 @@ def d_hidden(
         dy.stride(0),
         *w_out.stride(),
         **constants(activation),
+        DESCRIBED=tile.described,
+        ALONG_K=along_k,
         EVEN_K=depth % tile.k == 0,
         PRECISION=input_precision(dy),
         **tile.options(),

@@ -142,7 +142,7 @@ def place_kernel(
 def _block(experts: int) -> tuple[int, int]:
     """Tokens and experts of a block."""
     block_e = triton.next_power_of_2(experts)
-    return min(128, max(1, BLOCK // block_e)), block_e
+    return min(256, max(1, BLOCK // block_e)), block_e
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .activation import constants, hidden_units
 from .combine import combine, token_lists
+from .descriptors import described_weight, weight_block
 from .gemm import grouped_gemm
 from .numerics import dot, quarters, store
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
@@ -66,6 +67,8 @@ def up_kernel(
     FORM: tl.constexpr,
     GATED: tl.constexpr,
     CLAMPED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
+    ALONG_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
@@ -85,23 +88,34 @@ def up_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     left = x + token[:, None] * stride_xt + k[None, :]
-    right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
-    right_up = right + F.to(tl.int64) * stride_wn
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, D, BLOCK_K):
-        if EVEN_K:
-            u = tl.load(left)
-            inside = (n < F)[None, :]
-        else:
-            u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
-            inside = (n < F)[None, :] & (k < D - k0)[:, None]
-        gate = dot(u, tl.load(right, mask=inside, other=0.0), gate, PRECISION)
-        if GATED:
-            up = dot(u, tl.load(right_up, mask=inside, other=0.0), up, PRECISION)
-            right_up += BLOCK_K * stride_wk
-        left += BLOCK_K
-        right += BLOCK_K * stride_wk
+    if DESCRIBED:
+        for k0 in range(0, D, BLOCK_K):
+            if EVEN_K:
+                u = tl.load(left)
+            else:
+                u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
+            gate = dot(u, weight_block(w, e, tile_n * BLOCK_N, k0, ALONG_K, BLOCK_N, BLOCK_K), gate, PRECISION)
+            if GATED:
+                up = dot(u, weight_block(w, e, F + tile_n * BLOCK_N, k0, ALONG_K, BLOCK_N, BLOCK_K), up, PRECISION)
+            left += BLOCK_K
+    else:
+        right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
+        right_up = right + F.to(tl.int64) * stride_wn
+        for k0 in range(0, D, BLOCK_K):
+            if EVEN_K:
+                u = tl.load(left)
+                inside = (n < F)[None, :]
+            else:
+                u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
+                inside = (n < F)[None, :] & (k < D - k0)[:, None]
+            gate = dot(u, tl.load(right, mask=inside, other=0.0), gate, PRECISION)
+            if GATED:
+                up = dot(u, tl.load(right_up, mask=inside, other=0.0), up, PRECISION)
+                right_up += BLOCK_K * stride_wk
+            left += BLOCK_K
+            right += BLOCK_K * stride_wk
     gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
     row = m.to(tl.int64)
     for i in tl.static_range(4):
@@ -122,9 +136,10 @@ def up_projection(
 ) -> None:
     """Fill hidden [A, F] and, if given, the pre-activations [A, H]."""
     width, depth = hidden.shape[1], x.shape[1]
+    weight, along_k = described_weight(w_in, tile)
     up_kernel[(len(tiles) * triton.cdiv(width, tile.n),)](
         x,
-        w_in,
+        weight,
         b_in,
         token_index,
         tiles.expert,
@@ -139,6 +154,8 @@ def up_projection(
         x.stride(0),
         *w_in.stride(),
         **constants(activation),
+        DESCRIBED=tile.described,
+        ALONG_K=along_k,
         EVEN_K=depth % tile.k == 0,
         PRECISION=input_precision(x),
         **tile.options(),

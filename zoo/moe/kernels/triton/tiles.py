@@ -14,7 +14,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes m x n of the output and k of the inner loop, warps, pipeline stages, row tiles per L2 group."""
+    """Block sizes m x n of the output and k of the inner loop, warps, pipeline stages, row tiles per L2 group.
+
+    described: weights and contiguous rows are loaded through tensor descriptors, by the copy engine of Hopper (TMA);
+    not for weights' gradients, nor in the tables for other GPUs or for widths that are no multiples of 16.
+    """
 
     m: int
     n: int
@@ -22,6 +26,7 @@ class Tile:
     warps: int
     stages: int
     group: int = 8
+    described: bool = False
 
     def options(self) -> dict[str, int]:
         """The same as keyword arguments of a kernel launch."""
