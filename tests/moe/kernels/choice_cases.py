@@ -129,7 +129,7 @@ def test_places_spare_the_kernels_a_sort_and_change_nothing(monkeypatch: pytest.
     assert not sorts
     monkeypatch.setattr(choices, "_can", lambda x, num_experts: False)
     for ours, plain in zip(placed, run()):
-        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+        assert (ours - plain).norm() <= 1e-6 * plain.norm()
     assert sorts
 
 

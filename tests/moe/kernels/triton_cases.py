@@ -102,8 +102,8 @@ def check(c: Case) -> None:
         if not want.any():
             assert not ours[name].any(), name
         else:
-            # The errors of a few numbers are luck, those of many are not.
-            luck = 4 * torch.finfo(c.x.dtype).eps / want.numel() ** 0.5
+            # The errors of a few numbers are luck, those of many are not; few assignments make few different ones.
+            luck = 4 * torch.finfo(c.x.dtype).eps / min(want.numel(), 8 * c.token_index.numel()) ** 0.5
             assert distance(ours[name], want) <= 3 * distance(loop[name], want) + luck, name
 
 
