@@ -15,7 +15,7 @@ Rounding = Literal["nearest", "up", "down", "balanced"]
 
 
 class TokenRoundingRouter(TopKRouter):
-    """SonicMoE's token rounding (2512.14080, algorithm 4): top-k, then each expert's count made a multiple of a tile.
+    """SonicMoE's token rounding (2512.14080): top-k, then each expert's count made a multiple of a tile.
 
     A kernel computes an expert's rows in tiles of `multiple`, and half a tile an expert is lost on average. Here an
     expert chosen by f tokens keeps those of largest weight down to a multiple, or takes the best scores among the
@@ -71,8 +71,10 @@ class TokenRoundingRouter(TopKRouter):
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, expert, True)
         if here is not None:
             chosen = chosen & here[:, None]
-        weight = (self._shares(scores) * self.scale).scatter(-1, expert, weight)
-        taken = rounded_choice(weight, chosen, here, self.multiple, self.rounding)
+        shares = self._shares(scores)
+        weight = (shares * self.scale).scatter(-1, expert, weight)
+        # One choice's normalised weight is always one, and tells no token from another.
+        taken = rounded_choice(shares if self.k == 1 else weight, chosen, here, self.multiple, self.rounding)
         told["asked"] = told["asked"] + (taken & ~chosen).sum(-1)
         return Routing.from_matrix(weight, taken, **told)
 
@@ -105,19 +107,21 @@ def rounded_choice(
 ) -> Tensor:
     """Which tokens experts take, [T, E] bool, when counts of those that chose them [T, E] are rounded to a multiple.
 
-    An expert's tokens rank by scores [T, E], those that chose it before the others, earlier ones first where equal.
+    An expert drops those of its choosers with the least scores [T, E], or adds those of the others with the largest.
     Tokens that are not `here` [T] are taken by none.
     """
     tokens = scores.shape[0] if here is None else here.sum()
     counts = chosen.sum(0)
-    places = _rounded(counts, tokens, multiple, rounding)
-    by_expert = scores.T if here is None else scores.T.where(here, -torch.inf)
-    order = by_expert.argsort(dim=-1, descending=True, stable=True)
-    first = chosen.T.gather(-1, order)
-    among_first = first.cumsum(-1)
-    among_others = (~first).cumsum(-1)
-    place = torch.where(first, among_first, counts[:, None] + among_others)
-    return torch.zeros_like(first).scatter(-1, order, place <= places[:, None]).T
+    change = _rounded(counts, tokens, multiple, rounding) - counts
+    by_expert, chose, adds = scores.T, chosen.T, (change > 0)[:, None]
+    movable = chose ^ adds
+    if here is not None:
+        movable = movable & here
+    first = torch.where(adds, by_expert, -by_expert).masked_fill(~movable, -torch.inf)
+    # Not a sort of all tokens: fewer than a tile's change sides.
+    moved = first.topk(min(multiple - 1, scores.shape[0]), dim=-1).indices
+    moves = torch.arange(moved.shape[-1], device=moved.device) < change.abs()[:, None]
+    return (chose ^ torch.zeros_like(chose).scatter(-1, moved, moves)).T
 
 
 def _rounded(counts: Tensor, tokens: Tensor | int, multiple: int, rounding: Rounding) -> Tensor:
