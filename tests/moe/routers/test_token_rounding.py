@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import zoo
 from zoo.moe import Capacity, Experts, MoE, Routing, telemetry
 from zoo.moe.routers import TokenRoundingRouter, TopKRouter
 
@@ -275,6 +276,34 @@ def test_a_layer_trains_through_added_tokens() -> None:
     outputs = torch.stack([_expert(layer.experts, e, x) for e in range(6)], dim=1)
     (torch.einsum("te,ted->td", scores * taken, outputs) * out).sum().backward()
     torch.testing.assert_close(layer.router.weight.grad, weight.grad)
+
+
+@pytest.mark.parametrize("key", ["class_path", "name"])
+def test_a_configuration_may_name_it(key: str) -> None:
+    options = {"multiple": 16, "rounding": "balanced"}
+    spec = {"name": "TokenRoundingRouter", **options}
+    if key == "class_path":
+        spec = {"class_path": "zoo.moe.routers.TokenRoundingRouter", "init_args": options}
+    model = zoo.create_model("language/mixtral_tiny", num_hidden_layers=2, router=spec, losses={"switch": 0.01})
+    tokens = torch.randint(0, 1024, (4, 32))
+    with zoo.moe.record(model) as step:
+        loss = model(tokens, labels=tokens).loss
+    (loss + step.losses()["switch"]).backward()
+    routings = [routing for found in step.routings.values() for routing in found]
+    assert len(routings) == 2
+    assert not any((routing.counts % 16).any() for routing in routings)
+    assert all(m.router.weight.grad.any() for m in model.modules() if isinstance(m, MoE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_half_precision(dtype: torch.dtype) -> None:
+    """Where many scores are equal, too, counts are whole tiles and no token comes twice."""
+    router = TokenRoundingRouter(8, 6, 2, multiple=16, dtype=None, normalize=True).to(dtype)
+    routing = router(torch.randn(400, 8, dtype=dtype))
+    assert routing.weight.dtype == dtype
+    assert not (routing.counts % 16).any()
+    pairs = routing.expert_index * 400 + routing.token_index
+    assert torch.equal(pairs, pairs.unique())
 
 
 def _expert(experts: Experts, e: int, x: Tensor) -> Tensor:
