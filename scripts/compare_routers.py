@@ -80,6 +80,7 @@ GATES: dict[str, Gate] = {
         capacity={"factor": 1.05, "drop": "priority"},
     ),
     "Mixtral": gate("TopKRouter", SWITCH, score="softmax_topk"),
+    "token rounding (SonicMoE)": gate("TokenRoundingRouter", SWITCH, normalize=True),
     "no balance at all": gate("TopKRouter", {}, score="softmax_topk"),
     "DeepSeek-V3 (loss-free bias)": gate("TopKRouter", {}, score="sigmoid", normalize=True, selection_bias=True),
     "Skywork": gate("TopKRouter", SWITCH, normalize_logits=1.0),

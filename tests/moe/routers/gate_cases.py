@@ -45,6 +45,7 @@ from zoo.moe.routers import (
     SparseMixerRouter,
     StableMoERouter,
     TaskRouter,
+    TokenRoundingRouter,
     TopKRouter,
     XMoERouter,
 )
@@ -193,6 +194,15 @@ GATES: dict[str, Gate] = {
     "task": Gate(
         lambda d, e: TaskRouter(d, e, num_tasks=8, losses=BALANCE),
         context=lambda x, cluster: {"task": cluster},
+        active=2,
+    ),
+    "token rounding (SonicMoE)": Gate(
+        lambda d, e: TokenRoundingRouter(d, e, multiple=4, normalize=True, losses=BALANCE), active=2
+    ),
+    "token rounding, balanced": Gate(
+        lambda d, e: TokenRoundingRouter(
+            d, e, multiple=3, rounding="balanced", eval_rounding=True, score="sigmoid", normalize=True, losses=BALANCE
+        ),
         active=2,
     ),
     "top-1": Gate(lambda d, e: TopKRouter(d, e, 1, losses=BALANCE)),

@@ -33,6 +33,7 @@ from .soft import SoftRouter
 from .sparse_mixer import SparseMixerRouter
 from .stable import StableMoERouter
 from .switch_head import SwitchHeadRouter
+from .token_rounding import TokenRoundingRouter
 from .topk import TopKRouter
 from .xmoe import XMoERouter
 
@@ -75,6 +76,7 @@ __all__ = [
     "StableMoERouter",
     "SwitchHeadRouter",
     "TaskRouter",
+    "TokenRoundingRouter",
     "TopKRouter",
     "XMoERouter",
 ]

@@ -212,15 +212,12 @@ class TopKRouter(Router):
         if self._renormalizes():
             weight = weight if keep is None else weight * keep
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).eps)
-        return Routing.from_choices(
-            expert,
-            weight if self.scale == 1.0 else weight * self.scale,
-            self.num_experts,
-            keep=keep,
-            losses=losses,
-            probs=probs,
-            asked=asked_for,
-        )
+        weight = weight if self.scale == 1.0 else weight * self.scale
+        return self._routing(scores, expert, weight, keep, losses=losses, probs=probs, asked=asked_for)
+
+    def _routing(self, scores: Tensor, expert: Tensor, weight: Tensor, keep: Tensor | None, **told: Any) -> Routing:
+        """The decision, from choices [T, K] with their weights and which of them are kept; scores: all experts'."""
+        return Routing.from_choices(expert, weight, self.num_experts, keep=keep, **told)
 
     def _with_noise(self, logits: Tensor, std: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Logits with noise, and its width; the logits themselves and None where there is none."""
