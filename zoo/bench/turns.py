@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -44,7 +45,7 @@ class Phases(NamedTuple):
     """Seconds of one turn: of the forward, and of the backward (zero where none was asked for)."""
 
     forward: float
-    backward: float
+    backward: float = 0.0
 
 
 def _turn(one: Contestant, grad: torch.Tensor | None, device: str) -> Phases:
@@ -58,22 +59,21 @@ def _turn(one: Contestant, grad: torch.Tensor | None, device: str) -> Phases:
     if grad is None:
         with torch.no_grad():
             one.run()
-        mark()
     else:
         y = one.run()
         mark()
         y.backward(grad)
     mark()
-    return between()
+    return Phases(*between())
 
 
-def _host_marks() -> tuple[Callable[[], None], Callable[[], Phases]]:
-    """What notes a moment, and what gives the seconds between three of them."""
+def _host_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
+    """What notes a moment, and what gives the seconds between those noted."""
     times: list[float] = []
-    return lambda: times.append(time.perf_counter()), lambda: Phases(times[1] - times[0], times[2] - times[1])
+    return lambda: times.append(time.perf_counter()), lambda: [b - a for a, b in pairwise(times)]
 
 
-def _cuda_marks() -> tuple[Callable[[], None], Callable[[], Phases]]:
+def _cuda_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
     """The same on the GPU's own clock, so that the host is not waited for between forward and backward."""
     import torch
 
@@ -84,10 +84,9 @@ def _cuda_marks() -> tuple[Callable[[], None], Callable[[], Phases]]:
         event.record()
         events.append(event)
 
-    def between() -> Phases:
+    def between() -> list[float]:
         torch.cuda.synchronize()
-        first, middle, last = events
-        return Phases(first.elapsed_time(middle) / 1e3, middle.elapsed_time(last) / 1e3)
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
 
     torch.cuda.synchronize()  # the turn before is over
     return mark, between
