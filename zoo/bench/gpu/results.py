@@ -43,7 +43,7 @@ class Sums:
     def figures(self, epsilon: float) -> dict[str, float]:
         """Relative errors, and ours as a multiple of what is allowed for the loop's."""
         if self.norm == 0:
-            return {"ours": self.ours, "loop": self.loop, "ratio": 0.0 if self.ours == 0 else float("inf")}
+            return {"ours": self.ours, "loop": self.loop, "ratio": 0.0 if self.ours <= epsilon**2 else float("inf")}
         ours, loop = ((part / self.norm) ** 0.5 for part in (self.ours, self.loop))
         # The errors of a few numbers are luck, those of many are not.
         luck = 2 * epsilon / self.count**0.5
