@@ -6,6 +6,7 @@ Sections, each of which may fail without stopping the others: device, correct, r
 far, decode, time, tiles. The file holds all figures, and is written after every section. Sections run in a process of
 their own, and in another one after a section that crashes, hangs, or leaves the GPU unusable. With `--device cpu`
 everything runs in small on the CPU, to try the script itself; TRITON_INTERPRET=1 takes the Triton kernels for that.
+Liger-Kernel, if installed, is timed untuned unless LIGER_FUSED_MOE_AUTOTUNE=1: tuning takes minutes a shape.
 """
 
 import argparse
@@ -185,6 +186,7 @@ def run(setting: Any, report: Report, name: str, end: float) -> None:
 
 def work(args: argparse.Namespace, end: float) -> int:
     """Run sections, one after another."""
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
     setting = setting_of(args)
     from zoo.bench.turns import machine
 

@@ -155,6 +155,23 @@ def test_a_result_that_is_not_a_number_is_found(monkeypatch):
     assert not any(row.ok for row in (*results.correct(small()), *results.far(small())))
 
 
+def test_a_case_that_fails_does_not_stop_its_section(monkeypatch):
+    true = setting.outputs_and_gradients
+
+    def fails_for_one_token(given, p, dy):
+        if p.shape.tokens == 1:
+            raise RuntimeError("out of something")
+        return true(given, p, dy)
+
+    monkeypatch.setattr(results, "outputs_and_gradients", fails_for_one_token)
+    rows = {row.what: row for row in results.correct(small())}
+    failed = rows.pop("1,16,24,4,2")
+    assert not failed.ok
+    assert failed.note == "RuntimeError: out of something"
+    assert len(rows) == 6
+    assert all(row.ok for row in rows.values())
+
+
 def test_results_that_do_not_repeat_are_found(monkeypatch):
     true = setting.outputs_and_gradients
 

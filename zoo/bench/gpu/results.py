@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..contestants import Problem, Shape
-from .setting import Row, Setting, distance, outputs_and_gradients, text
+from .setting import Row, Setting, distance, outputs_and_gradients, text, tried
 
 # Our error may be this many times that of a plain loop in the same dtype.
 MOST = 2.0
@@ -99,7 +100,8 @@ def correct(setting: Setting) -> Iterator[Row]:
     torch.set_float32_matmul_precision("highest")
     cases = [("", shape, setting.dtype, False) for shape in (*setting.shapes, *setting.decoding)]
     for label, shape, dtype, skewed in (*cases, *_unusual(setting)):
-        yield _correct_case(setting, label, shape, dtype, skewed)
+        what = f"{text(shape)} {label}".strip()
+        yield tried(what, partial(_correct_case, setting, label, shape, dtype, skewed))
 
 
 def _correct_case(setting: Setting, label: str, shape: Shape, dtype: torch.dtype, skewed: bool) -> Row:
@@ -128,15 +130,19 @@ def repeat(setting: Setting) -> Iterator[Row]:
     """Every result is the same, bit for bit, in repeated runs."""
     few = [shape._replace(tokens=setting.few[-1]) for shape in setting.shapes[:2]]
     for shape in (*setting.shapes[:4], *few):
-        p = setting.problem(shape)
-        dy = torch.randn_like(p.x)
-        first = outputs_and_gradients(setting, p, dy)
-        other: set[str] = set()
-        for _ in range(4):
-            again = outputs_and_gradients(setting, p, dy)
-            other |= {name for name in first if not torch.equal(first[name], again[name])}
-        note = f"{', '.join(sorted(other))} differ" if other else "y and all gradients equal in 5 runs"
-        yield Row(text(shape), not other, note)
+        yield tried(text(shape), partial(_repeated, setting, shape))
+
+
+def _repeated(setting: Setting, shape: Shape) -> Row:
+    p = setting.problem(shape)
+    dy = torch.randn_like(p.x)
+    first = outputs_and_gradients(setting, p, dy)
+    other: set[str] = set()
+    for _ in range(4):
+        again = outputs_and_gradients(setting, p, dy)
+        other |= {name for name in first if not torch.equal(first[name], again[name])}
+    note = f"{', '.join(sorted(other))} differ" if other else "y and all gradients equal in 5 runs"
+    return Row(text(shape), not other, note)
 
 
 def far(setting: Setting) -> Iterator[Row]:

@@ -6,6 +6,7 @@ A section is a generator of `Row`s, so that what was found before it fails or ru
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -88,6 +89,14 @@ def cpu(backend: str) -> Setting:
     shapes = (Shape(37, 32, 16, 6, 2), Shape(24, 32, 48, 3, 1))
     far = Shape(21, 32, 16, 5, 2)
     return Setting("cpu", backend, torch.bfloat16, shapes, (1, 5), far, repeats=1)
+
+
+def tried(what: str, find: Callable[[], Row]) -> Row:
+    """What `find` finds, or its error as a finding, so that the section goes on with the next."""
+    try:
+        return find()
+    except Exception as error:
+        return Row(what, False, f"{type(error).__name__}: {str(error)[:300]}")
 
 
 def text(shape: Shape) -> str:

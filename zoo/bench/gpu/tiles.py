@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...moe.kernels import moe_mlp
 from ..contestants import Problem, Shape
-from .setting import Row, Setting, route, text
+from .setting import Row, Setting, route, text, tried
 from .times import seconds
 
 # Kernels that walk one list of row tiles, and so have tiles of one height.
@@ -222,32 +223,32 @@ def tiles(setting: Setting) -> Iterator[Row]:
         return
     few = [shape._replace(tokens=tokens) for shape in setting.shapes[:1] for tokens in setting.few[1:]]
     keys = {shape: key_of(shape, setting.dtype, arch) for shape in (*setting.shapes, *few)}
-    tried = {shape: candidates(PLANS[key]) for shape, key in keys.items()}
+    plans = {shape: candidates(PLANS[key]) for shape, key in keys.items()}
     if not setting.cuda:  # each run takes the interpreter a while
-        tried = {shape: each[:2] + each[-1:] for shape, each in tried.items()}
+        plans = {shape: each[:2] + each[-1:] for shape, each in plans.items()}
     if setting.cuda:
-        jobs = [job for shape, each in tried.items() for job in jobs_of(setting, shape, keys[shape], each)]
+        jobs = [job for shape, each in plans.items() for job in jobs_of(setting, shape, keys[shape], each)]
         failed = [error for error in compile_all(setting, jobs) if error]
         yield Row("compiled", None, f"{len(jobs)} plans, of which {len(failed)} failed", {"errors": failed[:20]})
     for shape, key in keys.items():
-        yield best_tiles(setting, shape, key, tried[shape])
+        yield tried(text(shape), partial(best_tiles, setting, shape, key, plans[shape]))
 
 
-def jobs_of(setting: Setting, shape: Shape, key: tuple[str, int, str], tried: list[Candidate]) -> list[Job]:
+def jobs_of(setting: Setting, shape: Shape, key: tuple[str, int, str], plans: list[Candidate]) -> list[Job]:
     """What to compile for the GPU that is here."""
     routing = route(setting, setting.problem(shape._replace(tokens=1, dim=1, hidden_dim=1)))
     dtypes = {name: getattr(routing, name).dtype for name in ("weight", "token_index", "offsets")}
     major, minor = torch.cuda.get_device_capability()
-    return [Job(shape, dtypes | {"x": setting.dtype}, key, one.plan, 10 * major + minor) for one in tried]
+    return [Job(shape, dtypes | {"x": setting.dtype}, key, one.plan, 10 * major + minor) for one in plans]
 
 
-def best_tiles(setting: Setting, shape: Shape, key: tuple[str, int, str], tried: list[Candidate]) -> Row:
+def best_tiles(setting: Setting, shape: Shape, key: tuple[str, int, str], plans: list[Candidate]) -> Row:
     """Time every candidate of one shape."""
-    timer, table = Timer(setting, shape, key), tried[0].plan
-    base = {forward: timer(tried[0], forward) for forward in (True, False)}
+    timer, table = Timer(setting, shape, key), plans[0].plan
+    base = {forward: timer(plans[0], forward) for forward in (True, False)}
     entries: list[dict[str, Any]] = []
     best: dict[str, Any] = {}
-    for one in tried[1:]:
+    for one in plans[1:]:
         if setting.left < 0:
             break
         entry: dict[str, Any] = {"kernels": one.kernels, **{n: asdict(getattr(one.plan, n)) for n in one.kernels}}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from ...moe.kernels import moe_mlp
 from ..contestants import Problem, Shape
 from ..moe import measured
-from .setting import Row, Setting, route, text
+from .setting import Row, Setting, route, text, tried
 
 # Share of the measured bandwidth of a copy at which decoding should read the chosen experts.
 WANTED = 0.8
@@ -66,7 +67,8 @@ def decode(setting: Setting) -> Iterator[Row]:
     bandwidth = copy_bandwidth(setting)
     for shape in setting.shapes:
         for tokens in setting.few[:2]:
-            yield decode_row(setting, shape._replace(tokens=tokens), bandwidth)
+            few = shape._replace(tokens=tokens)
+            yield tried(text(few), partial(decode_row, setting, few, bandwidth))
 
 
 @torch.no_grad()
@@ -120,21 +122,22 @@ def in_graph(setting: Setting, run: Callable[[], None]) -> Callable[[], None]:
 
 def timed(setting: Setting) -> Iterator[Row]:
     """`zoo bench moe --routing` on every shape, then forward alone of few tokens on two of them."""
-    dtype = str(setting.dtype).removeprefix("torch.")
-    backends = (setting.backend, "grouped_mm")
     cases = [(shape, True) for shape in setting.shapes]
     cases += [
         (shape._replace(tokens=t), False) for shape in (setting.shapes[0], setting.shapes[-1]) for t in setting.few
     ]
     for shape, backward in cases:
-        result = measured(shape, dtype, setting.device, backends, setting.repeats, backward, routing=True)
-        rows = {row["name"]: row for row in result["rows"]}
-        mine = rows[f"zoo {setting.backend}"]
-        what = f"{text(shape)} {result['what']}"
-        if mine["refuses"]:
-            yield Row(what, False, mine["refuses"], result)
-        else:
-            yield Row(what, None, _summary(mine), result)
+        yield tried(text(shape), partial(_timed_shape, setting, shape, backward))
+
+
+def _timed_shape(setting: Setting, shape: Shape, backward: bool) -> Row:
+    dtype, backends = str(setting.dtype).removeprefix("torch."), (setting.backend, "grouped_mm")
+    result = measured(shape, dtype, setting.device, backends, setting.repeats, backward, routing=True)
+    mine = next(row for row in result["rows"] if row["name"] == f"zoo {setting.backend}")
+    what = f"{text(shape)} {result['what']}"
+    if mine["refuses"]:
+        return Row(what, False, mine["refuses"], result)
+    return Row(what, None, _summary(mine), result)
 
 
 def _summary(row: dict[str, float]) -> str:
