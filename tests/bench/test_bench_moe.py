@@ -9,8 +9,9 @@ from zoo.bench.contestants import Problem, Shape, installed
 SMALL = Shape(16, 32, 16, 4, 2)
 
 
-def test_every_contestant_but_the_limit_computes_the_same_layer():
-    problem = Problem.random(SMALL, torch.float32, "cpu")
+@pytest.mark.parametrize("routing", [False, True])
+def test_every_contestant_but_the_limit_computes_the_same_layer(routing):
+    problem = Problem.random(SMALL, torch.float32, "cpu", routing)
     field = {one.name: one for one in installed(problem, ("reference", "cpu", "grouped_mm"))}
     assert {"dense", "zoo cpu", "transformers eager", "transformers batched_mm"} <= set(field)
     expected = field["zoo reference"].run()
@@ -47,6 +48,52 @@ def test_table_and_file_hold_every_contestant(tmp_path, capsys):
     by_name = {row["name"]: row for row in result["rows"]}
     assert by_name["dense"]["of_dense"] == 1.0
     assert max(r["against_best_rival"] for n, r in by_name.items() if n.startswith("transformers")) == 1.0
+
+
+def test_routing_is_part_of_the_layer_and_gives_logits_their_gradient():
+    problem = Problem.random(Shape(40, 16, 8, 130, 3), torch.float32, "cpu", routing=True)
+    gaps = problem.logits.sort(-1).values.diff(dim=-1)
+    assert gaps.min() >= 2**-14
+    results = {}
+    for one in installed(problem, ("reference", "cpu")):
+        if one.group != "limit":
+            assert any(leaf is problem.logits for leaf in one.leaves)
+            results[one.name] = torch.autograd.grad(one.run().square().sum(), [problem.logits])[0]
+    # Written out: the softmax over all experts, of which the k best are kept.
+    probs = problem.logits.softmax(-1)
+    y = 0
+    for j, e in enumerate(problem.logits.detach().sort(-1, descending=True).indices[:, :3].T):
+        gate, up = torch.einsum("td,thd->th", problem.x, problem.w_in[e]).chunk(2, -1)
+        out = torch.einsum("tf,tdf->td", torch.nn.functional.silu(gate) * up, problem.w_out[e])
+        y = y + probs.gather(1, e[:, None]) * out
+        assert torch.equal(problem.choice[:, j], e)
+    (expected,) = torch.autograd.grad(y.square().sum(), [problem.logits])
+    for name, grad in results.items():
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_phases_and_rates_are_those_of_each_turn(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    shape = ["--shape", "64,32,16,4,2", "--dtype", "float32", "--device", "cpu", "--repeats", "1", "--routing"]
+    assert moe.main([*shape, "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "64,32,16,4,2 float32, forward + backward with routing" in printed
+    assert "TFLOP/s f" in printed
+    (result,) = json.loads(out.read_text())["results"]
+    operations = 6 * 64 * 16 * 32 * 2
+    timed = [row for row in result["rows"] if not row["refuses"]]
+    assert {"dense", "zoo cpu"} <= {row["name"] for row in timed}
+    for row in timed:
+        assert row["forward_ms"] + row["backward_ms"] == pytest.approx(row["ms"])
+        assert row["forward_tflops"] * row["forward_ms"] == pytest.approx(operations / 1e9)
+        assert row["backward_tflops"] * row["backward_ms"] == pytest.approx(2 * operations / 1e9)
+
+
+def test_a_list_of_shapes_has_a_name():
+    args = moe._parse(["--shapes", "h200", "--shape", "8,8,8,2,1"])
+    assert args.shapes == "h200"
+    assert moe.shape_of(moe.PRESETS["h200"][0]) == (40960, 768, 256, 128, 8)
+    assert all(moe.shape_of(text).k <= moe.shape_of(text).experts for text in moe.PRESETS["h200"])
 
 
 @pytest.mark.parametrize(("option", "tokens"), [(["--decode"], 1), (["--decode", "3"], 3)])

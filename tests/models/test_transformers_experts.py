@@ -99,6 +99,18 @@ def test_an_expert_id_beyond_the_last_means_no_expert():
             torch.testing.assert_close(a, b)
 
 
+def test_an_experts_module_that_does_not_say_whether_it_is_spread_runs(monkeypatch):
+    # As in transformers 5.17.
+    experts = mixtral_experts()
+    x, index, weight = torch.randn(7, 8), torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    expected = experts_forward(experts, x, index, weight)
+    for holder in (experts, type(experts)):
+        if "_is_expert_parallel" in vars(holder):
+            monkeypatch.delattr(holder, "_is_expert_parallel")
+    assert not hasattr(experts, "_is_expert_parallel")
+    torch.testing.assert_close(experts_forward(experts, x, index, weight), expected)
+
+
 def test_no_tokens_give_no_output():
     empty = experts_forward(
         mixtral_experts(), torch.zeros(0, 8), torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2)

@@ -1,6 +1,7 @@
 """Who takes part in `zoo bench moe`: the dense limit, our backends, and the rivals that are installed.
 
-All share one set of tensors: T tokens, D width, F hidden, E experts, K choices a token.
+All share one set of tensors: T tokens, D width, F hidden, E experts, K choices a token. They are given each token's
+choices, or, where routing is measured too, the router's logits, whose K best by softmax each of them finds itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from ..moe import Routing
 from ..moe.kernels import moe_mlp
 from ..moe.kernels.ops import BACKENDS, backend_module
+from ..moe.routers import TopKRouter
 from .turns import Contestant
 
 # A rival that copies the weights of every assignment needs this many bytes at most, or it is left out.
@@ -43,19 +45,23 @@ class Problem:
     choice: Tensor
     weight: Tensor
     routing: Routing
+    logits: Tensor | None = None
 
     @classmethod
-    def random(cls, shape: Shape, dtype: torch.dtype, device: str) -> Problem:
-        """Normal tokens and weights; a random router's choices and softmax weights."""
+    def random(cls, shape: Shape, dtype: torch.dtype, device: str, routing: bool = False) -> Problem:
+        """Normal tokens and weights; a random router's choices and softmax weights, and with `routing` its logits.
+
+        Logits [T, E] in float32 differ by at least 2^-14 within a token, so that no rounding changes a choice.
+        """
 
         def draw(*size: int) -> Tensor:
             return torch.randn(size, dtype=dtype, device=device)
 
-        logits = torch.randn(shape.tokens, shape.experts, device=device)
+        logits = _distinct_logits(shape, device)
         chosen, choice = logits.softmax(-1).topk(shape.k)
         weight = chosen.to(dtype).requires_grad_()
-        routing = Routing.from_choices(choice, weight.detach(), shape.experts)
-        routing.weight.requires_grad_()
+        given = Routing.from_choices(choice, weight.detach(), shape.experts)
+        given.weight.requires_grad_()
         return cls(
             shape,
             draw(shape.tokens, shape.dim).requires_grad_(),
@@ -63,8 +69,28 @@ class Problem:
             nn.Parameter(draw(shape.experts, shape.dim, shape.hidden_dim) / shape.hidden_dim**0.5),
             choice,
             weight,
-            routing,
+            given,
+            logits.requires_grad_() if routing else None,
         )
+
+    def chosen(self) -> tuple[Tensor, Tensor]:
+        """Each token's experts and their weights [T, K]: as given, or by torch from the logits."""
+        if self.logits is None:
+            return self.choice, self.weight
+        weight, choice = self.logits.softmax(-1).topk(self.shape.k)
+        return choice, weight.to(self.x.dtype)
+
+    @property
+    def weigher(self) -> Tensor:
+        """The leaf that the gradient of the chosen weights goes to."""
+        return self.weight if self.logits is None else self.logits
+
+
+def _distinct_logits(shape: Shape, device: str) -> Tensor:
+    """Near-normal logits [T, E], float32: multiples of 1/64, and for each expert a fraction of its own below that."""
+    step = 2.0 ** -max(14, 6 + (shape.experts - 1).bit_length())
+    drawn = torch.randn(shape.tokens, shape.experts, device=device).mul_(64).round_().div_(64)
+    return drawn + torch.randperm(shape.experts, device=device) * step
 
 
 def dense(p: Problem) -> Contestant:
@@ -81,10 +107,15 @@ def dense(p: Problem) -> Contestant:
 
 
 def ours(p: Problem, backend: str) -> Contestant:
-    """`moe_mlp` with one backend, given the routing."""
-    leaves = [p.x, p.w_in, p.w_out, p.routing.weight]
+    """`moe_mlp` with one backend, given the routing; or behind the softmax top-k gate, given its logits."""
+    leaves = [p.x, p.w_in, p.w_out, p.routing.weight if p.logits is None else p.logits]
     refuses = backend_module(backend).unsupported(p.x, p.w_in, p.w_out, "swiglu")
-    run = lambda: moe_mlp(p.x, p.w_in, p.w_out, p.routing, "swiglu", backend)  # noqa: E731
+    router = TopKRouter(p.shape.dim, p.shape.experts, p.shape.k).to(p.x.device)
+
+    def run() -> Tensor:
+        routing = p.routing if p.logits is None else router.route(p.logits)
+        return moe_mlp(p.x, p.w_in, p.w_out, routing, "swiglu", backend)
+
     return Contestant(f"zoo {backend}", "zoo", run, leaves, refuses)
 
 
@@ -106,14 +137,23 @@ def transformers(p: Problem, implementation: str) -> Contestant:
     refuses = None
     if implementation == "batched_mm" and copied > LARGEST_COPY:
         refuses = f"copies {copied / 2**30:.0f} GiB of weights"
-    leaves = [p.x, p.w_in, p.w_out, p.weight]
-    run = lambda: experts(p.x, p.choice, p.weight)  # noqa: E731
+    leaves = [p.x, p.w_in, p.w_out, p.weigher]
+    run = lambda: experts(p.x, *p.chosen())  # noqa: E731
     return Contestant(f"transformers {implementation}", "transformers", run, leaves, refuses)
 
 
 def installed(p: Problem, backends: tuple[str, ...] = BACKENDS) -> list[Contestant]:
-    """The dense limit, our `backends`, and every rival that can be imported."""
+    """The dense limit, our `backends`, and transformers' implementations."""
     field = [dense(p), *(ours(p, backend) for backend in backends)]
     if find_spec("transformers"):
         field += [transformers(p, name) for name in ("eager", "batched_mm", "grouped_mm")]
+    return field
+
+
+def everyone(p: Problem, backends: tuple[str, ...], backward: bool) -> list[Contestant]:
+    """Those `installed` and all rivals; who is absent, fails or gives another result says so in `refuses`."""
+    from .rivals import RIVALS, check
+
+    field = [*installed(p, backends), *(rival(p) for rival in RIVALS)]
+    check(field, backward)
     return field

@@ -13,8 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     import torch
@@ -40,19 +41,55 @@ class Contestant:
     steps: int = 1
 
 
-def _turn(one: Contestant, grad: torch.Tensor | None, clock: Callable[[], float]) -> float:
-    """Seconds of one forward and backward, or of one forward where there is no gradient."""
+class Phases(NamedTuple):
+    """Seconds of one turn: of the forward, and of the backward (zero where none was asked for)."""
+
+    forward: float
+    backward: float = 0.0
+
+
+def _turn(one: Contestant, grad: torch.Tensor | None, device: str) -> Phases:
+    """One forward and backward, or one forward where there is no gradient."""
     import torch
 
     for leaf in one.leaves:
         leaf.grad = None
-    start = clock()
+    mark, between = _cuda_marks() if device.startswith("cuda") else _host_marks()
+    mark()
     if grad is None:
         with torch.no_grad():
             one.run()
     else:
-        one.run().backward(grad)
-    return clock() - start
+        y = one.run()
+        mark()
+        y.backward(grad)
+    mark()
+    return Phases(*between())
+
+
+def _host_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
+    """What notes a moment, and what gives the seconds between those noted."""
+    times: list[float] = []
+    return lambda: times.append(time.perf_counter()), lambda: [b - a for a, b in pairwise(times)]
+
+
+def _cuda_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
+    """The same on the GPU's own clock, so that the host is not waited for between forward and backward."""
+    import torch
+
+    events: list[Any] = []
+
+    def mark() -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        events.append(event)
+
+    def between() -> list[float]:
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(events)]
+
+    torch.cuda.synchronize()  # the turn before is over
+    return mark, between
 
 
 def _cuda_clock() -> float:
@@ -67,19 +104,23 @@ def _drawn(field: Sequence[T], turn: int) -> list[T]:
     return random.Random(turn).sample(field, len(field))
 
 
-def measure(field: list[Contestant], repeats: int, backward: bool, device: str) -> dict[str, list[float]]:
-    """Seconds of every turn of every contestant."""
+def measure_phases(field: list[Contestant], repeats: int, backward: bool, device: str) -> dict[str, list[Phases]]:
+    """Every turn of every contestant, forward and backward apart."""
     import torch
 
-    clock = _cuda_clock if device.startswith("cuda") else time.perf_counter
     grads = [torch.randn_like(one.run()) if backward else None for one in field]
-    turns: dict[str, list[float]] = {one.name: [] for one in field}
+    turns: dict[str, list[Phases]] = {one.name: [] for one in field}
     for i in range(WARM_UP + repeats):
         for one, grad in _drawn(list(zip(field, grads)), i):
-            seconds = _turn(one, grad, clock)
+            phases = _turn(one, grad, device)
             if i >= WARM_UP:
-                turns[one.name].append(seconds)
+                turns[one.name].append(phases)
     return turns
+
+
+def measure(field: list[Contestant], repeats: int, backward: bool, device: str) -> dict[str, list[float]]:
+    """Seconds of every turn of every contestant."""
+    return {name: [sum(t) for t in turns] for name, turns in measure_phases(field, repeats, backward, device).items()}
 
 
 def measure_steps(field: list[Contestant], repeats: int, steps: int, device: str) -> dict[str, list[float]]:
@@ -113,16 +154,40 @@ def compare(field: list[Contestant], turns: dict[str, list[float]]) -> list[dict
     return rows
 
 
+def add_phases(rows: list[dict[str, Any]], turns: dict[str, list[Phases]], operations: float) -> None:
+    """Add to rows of `compare` the median of forward and backward apart, and their rates in TFLOP/s.
+
+    `operations` are the forward's floating-point operations; the backward has twice as many.
+    """
+    for row in rows:
+        for phase, factor in (("forward", 1), ("backward", 2)):
+            if row["name"] in turns:
+                seconds = statistics.median(getattr(t, phase) for t in turns[row["name"]])
+                row[f"{phase}_ms"] = 1e3 * seconds
+                row[f"{phase}_tflops"] = factor * operations / seconds / 1e12
+
+
+PHASES = (
+    ("forward_ms", "forward"),
+    ("backward_ms", "backward"),
+    ("forward_tflops", "TFLOP/s f"),
+    ("backward_tflops", "TFLOP/s b"),
+)
+
+
 def show(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print the table of a comparison."""
-    print(f"\n{title}\n  {'':26}{'ms':>10}{'of dense':>10}{'against best rival':>20}")
+    """Print the table of a comparison, forward and backward apart where rows have them."""
+    phases = [(key, label) for key, label in PHASES if any(key in row for row in rows)]
+    labels = "".join(f"{label:>11}" for _, label in phases)
+    print(f"\n{title}\n  {'':26}{'ms':>10}{labels}{'of dense':>10}{'against best rival':>20}")
     for row in rows:
         if row["refuses"]:
             print(f"  {row['name']:26}  left out: {row['refuses']}")
             continue
         shares = (row["of_dense"], row["against_best_rival"])
         dense, rival = ("-" if s is None else f"{s:.2f}" for s in shares)
-        print(f"  {row['name']:26}{row['ms']:>10.2f}{dense:>10}{rival:>20}", flush=True)
+        apart = "".join(f"{row[key]:>11.{3 if 'flops' in key and row[key] < 1 else 2}f}" for key, _ in phases)
+        print(f"  {row['name']:26}{row['ms']:>10.2f}{apart}{dense:>10}{rival:>20}", flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:

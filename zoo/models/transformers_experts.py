@@ -49,7 +49,8 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     activation = activation_of(self)
     w_in, b_in, w_out, b_out = _weights(self)
     index, keep = top_k_index.long(), top_k_index < self.num_experts
-    if self._is_expert_parallel and not torch.compiler.is_compiling():
+    # transformers 5.17 does not say whether experts are spread: choices that are missing then weigh nothing.
+    if getattr(self, "_is_expert_parallel", False) and not torch.compiler.is_compiling():
         routing = Routing.from_choices(index, top_k_weights, self.num_experts, keep=keep)
     else:
         # Outside expert parallelism no choice is missing; should one be, it weighs nothing. Sizes stay fixed.

@@ -1,0 +1,284 @@
+"""The checks for a GPU, in small on the CPU: they pass on what is right, and find what is wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from zoo.bench.contestants import Shape
+from zoo.bench.gpu import capture, results, setting, tiles, times
+from zoo.moe import kernels
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "check_gpu.py"
+SHAPE = Shape(13, 16, 24, 4, 2)
+
+
+def small(**changes):
+    return replace(setting.cpu("reference"), shapes=(SHAPE,), **changes)
+
+
+def script(file, *arguments, **environment):
+    command = [sys.executable, str(SCRIPT), "--json", str(file), *arguments]
+    paths = os.pathsep.join([str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])
+    given = os.environ | {"PYTHONPATH": paths} | environment
+    return subprocess.run(command, env=given, capture_output=True, text=True)
+
+
+def test_every_section_runs_and_is_summed_up(tmp_path):
+    file = tmp_path / "out" / "check.json"
+    done = script(file, "--device", "cpu")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    written = json.loads(file.read_text())
+    assert written["machine"]["versions"]["torch"] == torch.__version__
+    names = ["device", "correct", "repeat", "sync", "graphs", "compile", "memory", "far", "decode", "time", "tiles"]
+    assert list(written["sections"]) == names
+    summary = done.stdout[done.stdout.index("section   result") :]
+    for name in names:
+        section = written["sections"][name]
+        assert section["error"] is None
+        assert section["rows"], name
+        assert re.search(rf"^{name} +ok ", summary, re.M)
+    assert any("TFLOP/s" in row["note"] for row in written["sections"]["time"]["rows"])
+
+
+def test_tiles_are_timed_under_the_interpreter(tmp_path):
+    file = tmp_path / "check.json"
+    options = ("--device", "cpu", "--only", "tiles,correct", "--shape", "3,16,16,2,1")
+    done = script(file, *options, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    sections = json.loads(file.read_text())["sections"]
+    row = sections["tiles"]["rows"][0]
+    assert row["figures"]["key"] == ["90", 2, "few"]
+    assert row["figures"]["table_ms"]["backward"] > 0
+    assert set(row["figures"]["best"]) == {"up", "down", "d_hidden", "d_x", "d_weight"}
+    assert all("ms" in entry for entry in row["figures"]["candidates"])
+    assert all(row["ok"] for row in sections["correct"]["rows"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_in_a_sentence(tmp_path):
+    done = script(tmp_path / "check.json")
+    assert done.returncode == 2
+    assert done.stderr == "check_gpu: no CUDA device was found here; --device cpu tries the script in small\n"
+
+
+def test_an_unknown_section_is_a_mistake(tmp_path):
+    done = script(tmp_path / "check.json", "--device", "cpu", "--only", "speed")
+    assert done.returncode == 2
+    assert "--only speed: expected some of device, correct" in done.stderr
+
+
+BREAK_TWO = """
+import os
+from zoo.bench.gpu import capture
+def fails(setting):
+    yield from ()
+    raise RuntimeError("broken here")
+def dies(setting):
+    os._exit(7)
+    yield
+capture.sync, capture.graphs = fails, dies
+"""
+
+
+def test_a_section_that_fails_or_dies_does_not_stop_the_others(tmp_path):
+    file = tmp_path / "check.json"
+    (tmp_path / "sitecustomize.py").write_text(BREAK_TWO)  # Python runs it first, in every process
+    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parents[1])])
+    done = script(file, "--device", "cpu", "--only", "sync,graphs,memory", PYTHONPATH=paths)
+    assert done.returncode == 1, done.stderr
+    sections = json.loads(file.read_text())["sections"]
+    assert sections["sync"]["error"] == "RuntimeError: broken here"
+    assert sections["graphs"]["error"] == "its process ended with status 7"
+    assert sections["memory"]["error"] is None
+    assert len(sections["memory"]["rows"]) == 4
+    summary = done.stdout[done.stdout.index("section   result") :]
+    assert re.search("^sync +FAIL .*broken here", summary, re.M)
+    assert re.search("^memory +ok", summary, re.M)
+
+
+def test_no_time_is_said_and_ends_every_section(tmp_path):
+    done = script(tmp_path / "check.json", "--device", "cpu", "--seconds", "0", "--only", "repeat,memory")
+    assert done.returncode == 1
+    assert done.stdout.count("TimeoutError: no time was left") == 4
+
+
+def spoilt(name, monkeypatch, module):
+    """Make our kernels wrong in one way."""
+    true = kernels.moe_mlp
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 1.1
+
+    def wrong(x, w_in, w_out, routing, *rest, **options):
+        if name == "dx":
+            x = Spoil.apply(x)
+        elif name == "dw_out":
+            w_out = Spoil.apply(w_out)
+        elif name == "dlogits":
+            routing.weight = Spoil.apply(routing.weight)
+        y = true(x, w_in, w_out, routing, *rest, **options)
+        return y * 1.1 if name == "y" else y
+
+    monkeypatch.setattr(module, "moe_mlp", wrong)
+
+
+@pytest.mark.parametrize("name", ["y", "dx", "dw_out", "dlogits"])
+def test_a_wrong_result_is_found(name, monkeypatch):
+    assert all(row.ok for row in results.correct(small()))
+    spoilt(name, monkeypatch, setting)
+    rows = list(results.correct(small()))
+    assert len(rows) == 7
+    wrong = [row for row in rows if not row.ok]
+    assert len(wrong) == len(rows) - (name == "dlogits")  # the choice of one expert among one has no gradient
+    assert all(name in row.note for row in wrong if name != "y")
+    assert not all(row.ok for row in results.far(small()))
+
+
+def test_a_result_that_is_not_a_number_is_found(monkeypatch):
+    true = setting.outputs_and_gradients
+    monkeypatch.setattr(
+        results, "outputs_and_gradients", lambda *args: {k: v * float("nan") for k, v in true(*args).items()}
+    )
+    assert not any(row.ok for row in (*results.correct(small()), *results.far(small())))
+
+
+def test_a_case_that_fails_does_not_stop_its_section(monkeypatch):
+    true = setting.outputs_and_gradients
+
+    def fails_for_one_token(given, p, dy):
+        if p.shape.tokens == 1:
+            raise RuntimeError("out of something")
+        return true(given, p, dy)
+
+    monkeypatch.setattr(results, "outputs_and_gradients", fails_for_one_token)
+    rows = {row.what: row for row in results.correct(small())}
+    failed = rows.pop("1,16,24,4,2")
+    assert not failed.ok
+    assert failed.note == "RuntimeError: out of something"
+    assert len(rows) == 6
+    assert all(row.ok for row in rows.values())
+
+
+def test_results_that_do_not_repeat_are_found(monkeypatch):
+    true = setting.outputs_and_gradients
+
+    def unsteady(*args):
+        found = true(*args)
+        found["dw_in"].view(-1)[torch.randint(found["dw_in"].numel(), ())] += torch.rand(())
+        return found
+
+    monkeypatch.setattr(results, "outputs_and_gradients", unsteady)
+    rows = list(results.repeat(small()))
+    assert all(row.ok is False and "dw_in differ" in row.note for row in rows)
+
+
+def test_waiting_for_the_gpu_is_found(monkeypatch):
+    calls = []
+
+    def waits(*args):
+        calls.append(args)
+        if len(calls) % 2 == 0:  # the first is before waiting is an error
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(capture, "outputs_and_gradients", waits)
+    first, second, layer = capture.sync(small())
+    assert (first.ok, second.ok, layer.ok) == (False, False, True)
+
+
+def test_a_graph_that_ignores_new_inputs_is_found(monkeypatch):
+    def stale(setting, step, leaves):
+        kept = step()
+        return lambda: kept
+
+    assert all(row.ok for row in capture.graphs(small()))
+    monkeypatch.setattr(capture, "captured", stale)
+    assert not any(row.ok for row in capture.graphs(small()))
+
+
+def test_a_compiled_layer_with_another_result_is_found(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda layer, **options: lambda x: layer(x) * 1.1)
+    assert [row.ok for row in capture.compiled(small())] == [False]
+
+
+def test_a_tensor_kept_for_nothing_is_found(monkeypatch):
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            ctx.save_for_backward(torch.ones(y.shape[0], 8, y.shape[1]))
+            return y * 1.0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    assert all(row.ok for row in capture.memory(small()))
+    true = capture.moe_mlp
+    monkeypatch.setattr(capture, "moe_mlp", lambda *args: Keep.apply(true(*args)))
+    assert not any(row.ok for row in capture.memory(small()))
+
+
+def test_decoding_counts_the_bytes_of_the_experts_that_are_chosen():
+    row = times.decode_row(small(), SHAPE._replace(tokens=1), 1e9)
+    assert row.figures["experts"] == 2
+    assert row.figures["bytes"] == 2 * 3 * 16 * 24 * 2
+    assert row.figures["target_us"] == pytest.approx(1e6 * row.figures["bytes"] / 0.8e9)
+
+
+def test_candidates_are_plans_whose_pairs_agree():
+    pytest.importorskip("triton")
+    from zoo.moe.kernels.triton.tiles import PLANS
+
+    for key in (("90", 2, "few"), ("90", 2, "some"), ("90", 2, "many")):
+        first, *others = tiles.candidates(PLANS[key])
+        assert first.plan is PLANS[key]
+        assert {name for one in others for name in one.kernels} == {"up", "down", "d_hidden", "d_x", "d_weight"}
+        for one in others:
+            changed = {n for n, t in vars(one.plan).items() if t != getattr(first.plan, n)}
+            assert changed == set(one.kernels)
+            assert one.plan.up.m == one.plan.down.m
+            assert one.plan.d_hidden.m == one.plan.d_x.m
+            assert all(t.m * t.n <= 128 * 256 for t in (getattr(one.plan, n) for n in changed))
+
+
+def test_a_plan_is_used_inside_its_block_alone():
+    pytest.importorskip("triton")
+    from zoo.moe.kernels.triton.tiles import PLANS, plan_for
+
+    shape = Shape(64, 256, 128, 4, 2)
+    key = tiles.key_of(shape, torch.bfloat16, "90")
+    table = PLANS[key]
+    other = replace(table, up=replace(table.up, warps=8))
+    x, w_in, w_out = tiles._like(shape, torch.bfloat16)
+    with tiles.planned(key, other):
+        assert plan_for(128, w_in, w_out, x) is other
+    assert plan_for(128, w_in, w_out, x) is table
+
+
+def test_plans_compile_without_a_gpu(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from zoo.moe.kernels.triton.tiles import PLANS
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shape = Shape(64, 256, 128, 16, 2)
+    key = tiles.key_of(shape, torch.bfloat16, "90")
+    plan = PLANS[key]
+    dtypes = {"x": torch.bfloat16, "weight": torch.float32, "token_index": torch.int64, "offsets": torch.int32}
+    job = tiles.Job(shape, dtypes, key, plan, 90)
+    impossible = replace(plan, up=replace(plan.up, k=7))
+    found = tiles.compile_all(small(), [job, replace(job, plan=impossible)])
+    assert found[0] is None
+    assert list(tmp_path.rglob("up_kernel.cubin"))
+    assert "CompilationError" in str(found[1])
