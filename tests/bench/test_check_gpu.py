@@ -49,7 +49,7 @@ def test_every_section_runs_and_is_summed_up(tmp_path):
 
 def test_tiles_are_timed_under_the_interpreter(tmp_path):
     file = tmp_path / "check.json"
-    options = ("--device", "cpu", "--only", "tiles,correct", "--shape", "3,16,16,2,1")
+    options = ("--device", "cpu", "--only", "tiles", "--shape", "3,16,16,2,1")
     done = script(file, *options, TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     sections = json.loads(file.read_text())["sections"]
@@ -58,7 +58,6 @@ def test_tiles_are_timed_under_the_interpreter(tmp_path):
     assert row["figures"]["table_ms"]["backward"] > 0
     assert set(row["figures"]["best"]) == {"up", "down", "d_hidden", "d_x", "d_weight"}
     assert all("ms" in entry for entry in row["figures"]["candidates"])
-    assert all(row["ok"] for row in sections["correct"]["rows"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
