@@ -119,7 +119,7 @@ def spoilt(name, monkeypatch, module):
 
         @staticmethod
         def backward(ctx, grad):
-            return grad * 1.1
+            return grad * 1.5
 
     def wrong(x, w_in, w_out, routing, *rest, **options):
         if name == "dx":
@@ -129,7 +129,7 @@ def spoilt(name, monkeypatch, module):
         elif name == "dlogits":
             routing.weight = Spoil.apply(routing.weight)
         y = true(x, w_in, w_out, routing, *rest, **options)
-        return y * 1.1 if name == "y" else y
+        return y * 1.5 if name == "y" else y
 
     monkeypatch.setattr(module, "moe_mlp", wrong)
 

@@ -107,8 +107,12 @@ def test_a_corrupt_image_is_an_error_that_names_the_file(files, damage):
     break_file(files[4], damage)
     with pytest.raises(ValueError, match=rf"{files[4]} is not a readable image .*data.on_corrupt=skip"):
         _ = ImageRows(unlabelled(files), Preparation(10))[4]
+
+
+def test_an_error_in_a_worker_names_the_file_too(files):
+    break_file(files[4], "gone")
     with pytest.raises(ValueError, match=files[4]):
-        batches(ImageRows(unlabelled(files), Preparation(10), STRONG), num_workers=2)
+        batches(ImageRows(unlabelled(files), Preparation(10), STRONG), num_workers=1)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "no image", "gone"])

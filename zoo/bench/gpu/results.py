@@ -41,13 +41,13 @@ class Sums:
         self.norm += float(exact.square().sum())
         self.count += exact.numel()
 
-    def figures(self, epsilon: float) -> dict[str, float]:
+    def figures(self, epsilon: float, assignments: int) -> dict[str, float]:
         """Relative errors, and ours as a multiple of what is allowed for the loop's."""
         if self.norm == 0:
             return {"ours": self.ours, "loop": self.loop, "ratio": 0.0 if self.ours <= epsilon**2 else float("inf")}
         ours, loop = ((part / self.norm) ** 0.5 for part in (self.ours, self.loop))
-        # The errors of a few numbers are luck, those of many are not.
-        luck = 2 * epsilon / self.count**0.5
+        # The errors of a few numbers are luck, those of many are not; few assignments make few different ones.
+        luck = 2 * epsilon / min(self.count, 4 * assignments) ** 0.5
         ratio = ours / (loop + luck)
         return {"ours": ours, "loop": loop, "ratio": ratio if ratio == ratio else float("inf")}
 
@@ -81,7 +81,7 @@ def against_loops(p: Problem, dy: Tensor, ours: dict[str, Tensor]) -> dict[str, 
         sums[name].add(ours[name], totals[dtype][i].to(dtype), totals[wide][i])
     exact, loop = (torch.autograd.grad(weight, logits, totals[each][2], retain_graph=True)[0] for each in (wide, dtype))
     sums["dlogits"].add(ours["dlogits"], loop, exact)
-    return {name: each.figures(torch.finfo(dtype).eps) for name, each in sums.items()}
+    return {name: each.figures(torch.finfo(dtype).eps, choice.numel()) for name, each in sums.items()}
 
 
 def _unusual(setting: Setting) -> Iterator[tuple[str, Shape, torch.dtype, bool]]:
