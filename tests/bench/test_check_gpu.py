@@ -102,12 +102,6 @@ def test_a_section_that_fails_or_dies_does_not_stop_the_others(tmp_path):
     assert re.search("^memory +ok", summary, re.M)
 
 
-def test_no_time_is_said_and_ends_every_section(tmp_path):
-    done = script(tmp_path / "check.json", "--device", "cpu", "--seconds", "0", "--only", "repeat,memory")
-    assert done.returncode == 1
-    assert done.stdout.count("TimeoutError: no time was left") == 4
-
-
 def spoilt(name, monkeypatch, module):
     """Make our kernels wrong in one way."""
     true = kernels.moe_mlp

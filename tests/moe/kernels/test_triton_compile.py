@@ -169,8 +169,7 @@ def test_gathered_rows_are_copied_asynchronously_sixteen_bytes_at_a_time(
             assert set(copies) - ({"4", "8"} if k.name == "d_weight_kernel" else set()) == {"10"}, k.name
 
 
-@pytest.mark.parametrize("rows", ["few", "some", "many"])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "turned"), [("few", False), ("some", True), ("many", False)])
 def test_blocks_through_descriptors_come_by_the_copy_engine(
     launches: Launches, rows: str, turned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -187,9 +186,9 @@ def test_blocks_through_descriptors_come_by_the_copy_engine(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "k"), [(1, 64, 8), (40960, 128, 8), (32768, 256, 16), (4096, 1024, 2), (16384, 8, 2)]
+    ("arch", "tokens", "experts", "k"),
+    [(80, 40960, 128, 8), (80, 4096, 1024, 2), (90, 1, 64, 8), (90, 32768, 256, 16), (90, 16384, 8, 2)],
 )
-@pytest.mark.parametrize("arch", [80, 90])
 def test_choosing_and_sorting_fit(
     imagine: Callable[[int], list[Compiled]], arch: int, tokens: int, experts: int, k: int, tmp_path: Path
 ) -> None:
