@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import zoo
 from zoo.pretrained import folder as folder_module
-from zoo.pretrained import hub
+from zoo.pretrained import hub, sparse_blocks
 
 KEY = "model.layers.1.mlp.experts.5.up_proj.weight"
 
@@ -285,3 +286,9 @@ def test_every_family_is_tested():
     from zoo.pretrained.language import FAMILIES as TABLE
 
     assert set(FAMILIES) == set(TABLE)
+
+
+def test_experts_that_an_older_transformers_holds_otherwise_are_named():
+    older = SimpleNamespace(experts=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"Linear of transformers \S+ does not hold its experts as newer versions do"):
+        sparse_blocks._moe(older, next(iter(sparse_blocks.BLOCKS.values())), None, None, {}, "auto")

@@ -59,15 +59,29 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return moe_mlp(hidden_states, w_in, w_out, routing, activation, b_in=b_in, b_out=b_out)
 
 
-@torch.compiler.assume_constant_result
 def activation_of(experts: Any) -> str:
     """Our name of the activation inside one of transformers' experts modules; found once, and kept on the module."""
+    if not torch.compiler.is_compiling():
+        return _activation_of(experts)
+    found = getattr(experts, "_zoo_activation", None)
+    return _constant_activation_of(experts) if found is None else found[1]
+
+
+def _activation_of(experts: Any) -> str:
     limits = tuple((k, v) for k, v in vars(experts).items() if type(v) in (int, float))
     known = experts.__dict__.get("_zoo_activation")
     if known is None or known[0] != limits:
         known = (limits, _find_activation(experts))
         experts._zoo_activation = known
     return known[1]
+
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 12):
+    _constant_activation_of = torch.compiler.assume_constant_result(_activation_of)
+else:  # torch 2.11 cannot with modules
+    _constant_activation_of = torch.compiler.disable(
+        _activation_of, reason="with torch 2.11 one graph needs a call of the model before it is compiled"
+    )
 
 
 def _find_activation(experts: Any) -> str:

@@ -147,6 +147,13 @@ def _moe(
     backend: str,
     shared: nn.Module | None = None,
 ) -> MoE:
+    if not hasattr(block.experts, "down_proj"):
+        import transformers
+
+        raise ValueError(
+            f"{type(block.experts).__name__} of transformers {transformers.__version__} does not hold its experts as "
+            f"newer versions do (down_proj [E, D, F]); expected a newer transformers"
+        )
     num_experts, dim, hidden = block.experts.down_proj.shape
     if row.transposed:
         dim, hidden = hidden, dim
