@@ -69,15 +69,14 @@ def test_few_and_many_rows_meet_a_weight(rows, length, dtype):
     assert error(out[0], exact[1] + b.double()) < limit
 
 
-@needs_onednn
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(
-    ("rows", "length", "columns"), [(64, 512, 256), (1, 5000, 300), (40, 6144, 200), (7, 3000, 90)]
+    ("rows", "length", "columns"), [(64, 512, 256), (1, 5000, 300), (40, 9000, 200), (7, 3000, 90)]
 )
-def test_long_sums_are_nearly_as_exact_as_plain_torch(rows, length, columns):
+def test_the_error_of_long_sums_does_not_grow(rows, length, columns):
     a, b, out = torch.randn(rows, length), torch.randn(length, columns), torch.empty(rows, columns)
-    exact = a.double() @ b.double()
-    assert error(products.mm(a, b, out), exact) <= 2 * error(a @ b, exact)
+    # A plain running sum of 9000 products is off by about 1.7e-6.
+    assert error(products.mm(a, b, out), a.double() @ b.double()) <= 10 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.usefixtures("library", "amx")
