@@ -69,11 +69,13 @@ def test_few_and_many_rows_meet_a_weight(rows, length, dtype):
     assert error(out[0], exact[1] + b.double()) < limit
 
 
-@pytest.mark.usefixtures("library")
+@needs_onednn
 @pytest.mark.parametrize(
     ("rows", "length", "columns"), [(64, 512, 256), (1, 5000, 300), (40, 9000, 200), (7, 3000, 90)]
 )
-def test_the_error_of_long_sums_does_not_grow(rows, length, columns):
+def test_the_error_of_onednns_long_sums_does_not_grow(rows, length, columns, monkeypatch):
+    monkeypatch.setattr(products, "onednn_float32", lambda: True)
+    monkeypatch.setattr(products, "LARGE", 1)
     a, b, out = torch.randn(rows, length), torch.randn(length, columns), torch.empty(rows, columns)
     # A plain running sum of 9000 products is off by about 1.7e-6.
     assert error(products.mm(a, b, out), a.double() @ b.double()) <= 10 * torch.finfo(torch.float32).eps
