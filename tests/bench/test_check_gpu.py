@@ -135,7 +135,8 @@ def test_a_wrong_result_is_found(name, monkeypatch):
     rows = list(results.correct(small()))
     assert len(rows) == 7
     wrong = [row for row in rows if not row.ok]
-    assert len(wrong) == len(rows) - (name == "dlogits")  # the choice of one expert among one has no gradient
+    # The choice of one expert among one has no gradient, and those of few tokens are not looked at.
+    assert len(wrong) == (3 if name == "dlogits" else len(rows))
     assert all(name in row.note for row in wrong if name != "y")
     assert not all(row.ok for row in results.far(small()))
 
