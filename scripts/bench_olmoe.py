@@ -53,20 +53,19 @@ def theirs(args: argparse.Namespace) -> Any:
     """transformers' model with random weights."""
     from transformers import OlmoeForCausalLM
 
+    config = configuration(args.model.removeprefix("language/"), **overrides(args))
     with torch.device(args.device):
-        return OlmoeForCausalLM._from_config(config_of(args), dtype=getattr(torch, args.dtype)).train()
+        return OlmoeForCausalLM._from_config(config, dtype=getattr(torch, args.dtype)).train()
 
 
-def config_of(args: argparse.Namespace) -> Any:
-    layers = {} if args.layers is None else {"num_hidden_layers": args.layers}
-    return configuration(args.model.removeprefix("language/"), **layers)
+def overrides(args: argparse.Namespace) -> dict[str, int]:
+    return {} if args.layers is None else {"num_hidden_layers": args.layers}
 
 
 def ours(args: argparse.Namespace, model: Any) -> Any:
     """The same model on our core, with the very parameters of transformers' one."""
-    layers = {} if args.layers is None else {"num_hidden_layers": args.layers}
     with torch.device("meta"):
-        core: Any = zoo.create_model(args.model, dtype=args.dtype, **layers)
+        core: Any = zoo.create_model(args.model, dtype=args.dtype, **overrides(args))
     for name, _ in list(core.named_parameters()):
         parent, _, last = name.rpartition(".")
         source = model.get_parameter(name.replace(".mlp.router.", ".mlp.gate."))

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .turns import add_phases, compare, machine, measure_phases, show
+from .turns import add_phases, compare, machine, measure_phases, show, totals
 
 if TYPE_CHECKING:
     from .contestants import Shape
@@ -81,7 +81,7 @@ def measured(
     if not backward:  # a dense MLP reads one set of weights, each token K of them: not the same work
         field = [one for one in field if one.group != "limit"]
     turns = measure_phases([one for one in field if one.refuses is None], repeats, backward, device)
-    rows = compare(field, {name: [sum(phases) for phases in taken] for name, taken in turns.items()})
+    rows = compare(field, totals(turns))
     if backward:
         add_phases(rows, turns, 6 * shape.tokens * shape.hidden_dim * shape.dim * shape.k)
     what = "forward + backward" if backward else f"forward of {shape.tokens} token(s)"

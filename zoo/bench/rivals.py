@@ -147,9 +147,7 @@ def check(field: list[Contestant], backward: bool) -> None:
                 one.refuses = _difference(y.detach(), expected)
             if backward and one.refuses is None:
                 one.refuses = _lacking(one, y)
-        except (
-            Exception
-        ) as error:  # another project's kernels may fail in any way; the others are measured all the same
+        except Exception as error:  # another project's kernels may fail in any way; the others are measured
             one.refuses = f"it failed with {_words(error)}"
         for leaf in one.leaves:
             leaf.grad = None

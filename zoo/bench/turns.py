@@ -54,7 +54,7 @@ def _turn(one: Contestant, grad: torch.Tensor | None, device: str) -> Phases:
 
     for leaf in one.leaves:
         leaf.grad = None
-    mark, between = _cuda_marks() if device.startswith("cuda") else _host_marks()
+    mark, between = marks(device)
     mark()
     if grad is None:
         with torch.no_grad():
@@ -67,14 +67,18 @@ def _turn(one: Contestant, grad: torch.Tensor | None, device: str) -> Phases:
     return Phases(*between())
 
 
-def _host_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
+def marks(device: str) -> tuple[Callable[[], None], Callable[[], list[float]]]:
     """What notes a moment, and what gives the seconds between those noted."""
+    return _cuda_marks() if device.startswith("cuda") else _host_marks()
+
+
+def _host_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
     times: list[float] = []
     return lambda: times.append(time.perf_counter()), lambda: [b - a for a, b in pairwise(times)]
 
 
 def _cuda_marks() -> tuple[Callable[[], None], Callable[[], list[float]]]:
-    """The same on the GPU's own clock, so that the host is not waited for between forward and backward."""
+    """On the GPU's own clock, so that the host is not waited for between forward and backward."""
     import torch
 
     events: list[Any] = []
@@ -120,7 +124,12 @@ def measure_phases(field: list[Contestant], repeats: int, backward: bool, device
 
 def measure(field: list[Contestant], repeats: int, backward: bool, device: str) -> dict[str, list[float]]:
     """Seconds of every turn of every contestant."""
-    return {name: [sum(t) for t in turns] for name, turns in measure_phases(field, repeats, backward, device).items()}
+    return totals(measure_phases(field, repeats, backward, device))
+
+
+def totals(turns: dict[str, list[Phases]]) -> dict[str, list[float]]:
+    """Seconds of every turn, forward and backward together."""
+    return {name: [sum(phases) for phases in taken] for name, taken in turns.items()}
 
 
 def measure_steps(field: list[Contestant], repeats: int, steps: int, device: str) -> dict[str, list[float]]:

@@ -94,9 +94,8 @@ class _ReluStack(torch.autograd.Function):
                 d_pre = memory.empty((tokens, experts * units), grad.dtype)
                 _relu_backward(d_hidden, hidden, _by_expert(d_pre, experts))
                 if needs_parameters:
-                    d_joint = (
-                        products.mm(d_pre.T, inputs, torch.empty_like(weight)).to(dtype).unflatten(0, (experts, units))
-                    )
+                    d_joint = products.mm(d_pre.T, inputs, torch.empty_like(weight)).to(dtype)
+                    d_joint = d_joint.unflatten(0, (experts, units))
                     d_weights[0], d_biases[0] = d_joint[..., : ctx.dim], d_joint[..., ctx.dim]
                 if needs_x:
                     dx = products.mm(d_pre, weight, memory.empty((tokens, weight.shape[1]), grad.dtype))
@@ -105,13 +104,11 @@ class _ReluStack(torch.autograd.Function):
             d_pre = memory.empty(hidden.shape, grad.dtype)
             _relu_backward(d_hidden, hidden, d_pre)
             if needs_parameters:
-                d_weight = torch.empty_like(weight)
-                products.bmm(d_pre.mT, inputs, d_weight)
-                d_weights[layer], d_biases[layer] = d_weight.to(dtype), d_pre.sum(1, dtype=dtype)
+                d_weights[layer] = products.bmm(d_pre.mT, inputs, torch.empty_like(weight)).to(dtype)
+                d_biases[layer] = d_pre.sum(1, dtype=dtype)
             if not (needs_x or any(needs[:layer]) or any(needs[ctx.depth : ctx.depth + layer])):
                 break
-            d_hidden = memory.empty(inputs.shape, grad.dtype)
-            products.bmm(d_pre, weight, d_hidden)
+            d_hidden = products.bmm(d_pre, weight, memory.empty(inputs.shape, grad.dtype))
         if needs_x and not ctx.shared:
             dx = d_hidden.transpose(0, 1).to(x_dtype)
         return dx, None, *d_weights, *d_biases

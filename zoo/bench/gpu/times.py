@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,6 +11,7 @@ import torch
 from ...moe.kernels import moe_mlp
 from ..contestants import Problem, Shape
 from ..moe import measured
+from ..turns import marks
 from .setting import Row, Setting, route, text, tried
 
 # Share of the measured bandwidth of a copy at which decoding should read the chosen experts.
@@ -24,17 +24,11 @@ def seconds(setting: Setting, run: Callable[[], object], repeats: int) -> float:
     """Median time of `run`, after one that warms up."""
     times = []
     for i in range(1 + repeats):
-        if setting.cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            setting.wait()
-            took = start.elapsed_time(end) / 1e3
-        else:
-            began = time.perf_counter()
-            run()
-            took = time.perf_counter() - began
+        mark, between = marks(setting.device)
+        mark()
+        run()
+        mark()
+        (took,) = between()
         if i:
             times.append(took)
     return statistics.median(times)

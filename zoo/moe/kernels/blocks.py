@@ -67,8 +67,7 @@ class Plan(NamedTuple):
 
 def kept_rows(assignments: int, experts: int, dtype: torch.dtype) -> int:
     """Rows of the pre-activations kept for the backward: enough for any padding."""
-    padded = products.compiles(dtype)
-    return assignments * 5 // 4 + 32 * experts if padded else assignments
+    return assignments * 5 // 4 + 32 * experts if products.compiles(dtype) else assignments
 
 
 def plan(token_index: Tensor, offsets: Tensor, w_in: Tensor, w_out: Tensor, dtype: torch.dtype) -> Plan:
@@ -100,7 +99,7 @@ def _group(counts: list[int], wide: int, work: int) -> list[Block]:
     for e, count in enumerate(counts):
         if not count:
             continue
-        m, last = padded(count), blocks[-1] if blocks else None
+        m, last = _padded(count), blocks[-1] if blocks else None
         if last and last.experts.stop == e:
             size, most = last.size + 1, max(m, last.rows)
             few = (products.has_amx() and size == 2) or size * most * wide <= BLOCK
@@ -115,7 +114,7 @@ def _group(counts: list[int], wide: int, work: int) -> list[Block]:
     return blocks
 
 
-def padded(rows: int) -> int:
+def _padded(rows: int) -> int:
     """Rows to compute for `rows` real ones: few sizes, and on AMX whole tiles of 32 rows, up to a third faster."""
     if rows <= 8:
         return rows

@@ -11,8 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import triton
-
 # Most experts that a program of the Triton kernels holds.
 MOST = 1024
 
@@ -35,7 +33,7 @@ class Sorted(NamedTuple):
 
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest scores [T, E] of every token, best first, and their experts: [T, k] each."""
-    if scores.dtype in triton.DTYPES and _can(scores, scores.shape[1]):
+    if scores.dtype != torch.float64 and _can(scores, scores.shape[1]):
         expert = torch.ops.zoo.top_k(scores.detach(), k)
         return scores.gather(1, expert), expert
     return scores.topk(k, dim=-1)
@@ -64,7 +62,11 @@ def sort_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor 
 
 def _can(x: Tensor, num_experts: int) -> bool:
     """Whether the Triton kernels can run."""
-    return x.is_cuda and num_experts <= MOST and triton.unavailable(x) is None
+    if not x.is_cuda or num_experts > MOST:
+        return False
+    from . import triton  # elsewhere its kernels need not be defined
+
+    return triton.unavailable(x) is None
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:

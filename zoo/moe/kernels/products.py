@@ -73,8 +73,9 @@ def cast(w: Tensor, dtype: torch.dtype) -> Tensor:
     return w if w.dtype == dtype else w.to(dtype)  # the check is cheaper than a call that does nothing
 
 
-def bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
+def bmm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out [G, M, N] = a [G, M, K] @ b [G, K, N]; out lies by rows or by columns."""
+    result = out
     if out.stride(2) != 1:
         a, b, out = b.mT, a.mT, out.mT
     if a.dtype != out.dtype:
@@ -86,6 +87,7 @@ def bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a[0], b[0], out=out[0])
     else:
         torch.bmm(a, b, out=out)
+    return result
 
 
 def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -151,5 +153,4 @@ def very_few(w: Tensor) -> int:
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """out [M, N] = a [M, K] @ b [K, N]; out lies by rows or by columns."""
-    bmm(a[None], b[None], out[None])
-    return out
+    return bmm(a[None], b[None], out[None])[0]
