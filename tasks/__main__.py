@@ -20,6 +20,7 @@ train and run models, a domain each (zoo DOMAIN --help):
   report [FOLDER]       write the report of a demo again, or of a vision-language run
   plan --config FILE    what training takes on so many GPUs, and on which mesh: memory, bytes, time
   bench NAME            measure moe, vision or recommendation against their limit and their rivals
+  tune                  search for the fastest tiles of the Triton kernels on this GPU, and keep them
 """
 
 
@@ -116,6 +117,12 @@ def _bench(args: Sequence[str]) -> int:
     return importlib.import_module(f"zoo.bench.{args[0]}").main(args[1:])
 
 
+def _tune(args: Sequence[str]) -> int:
+    from zoo.bench.tune import main
+
+    return main(args)
+
+
 def _plan(args: Sequence[str]) -> int:
     from tasks.plan import main
 
@@ -128,6 +135,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _report,
     "bench": _bench,
     "plan": _plan,
+    "tune": _tune,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 
 from zoo.bench import turns
 from zoo.bench.contestants import Problem, Shape, ours
-from zoo.bench.gpu import capture, setting, tiles, times
+from zoo.bench.gpu import capture, setting, times
 
 SHAPE = Shape(13, 16, 24, 4, 2)
 
@@ -113,47 +113,3 @@ def test_decoding_is_timed_over_a_sequence_of_calls(cuda, monkeypatch):
     assert fast.figures["graph_us"] == pytest.approx(1)
     assert fast.ok == (fast.figures["target_us"] >= 1)
     assert not times.decode_row(small(), SHAPE._replace(tokens=1), 1e15).ok
-
-
-def test_the_fastest_tile_of_each_kernel_is_kept(cuda, monkeypatch):
-    pytest.importorskip("triton")
-
-    class Timer:
-        """Two stages in `up` double the speed of the forward; five in d_x do not fit."""
-
-        def __init__(self, *given):
-            pass
-
-        def __call__(self, candidate, forward):
-            if candidate.plan.d_x.stages == 5:
-                raise RuntimeError("out of resource: shared memory")
-            return 1.0 if forward and candidate.plan.up.stages == 2 else 2.0
-
-    jobs = []
-    monkeypatch.setattr(tiles, "Timer", Timer)
-    monkeypatch.setattr(tiles, "compile_all", lambda given, wanted: jobs.extend(wanted) or [None] * len(wanted))
-    compiled, row, *_ = tiles.tiles(small())
-    assert "0 failed" in compiled.note
-    assert {job.arch for job in jobs} == {90}
-    assert all(job.dtypes["weight"] == torch.float32 for job in jobs)
-    assert row.figures["best"]["up"]["stages"] == 2
-    assert row.figures["best_ms"]["forward"] == 1000
-    errors = [entry for entry in row.figures["candidates"] if "error" in entry]
-    assert errors
-    assert all("shared memory" in entry["error"] for entry in errors)
-
-
-def test_plans_are_compiled_by_several_processes(monkeypatch, tmp_path):
-    pytest.importorskip("triton")
-    from zoo.moe.kernels.triton.tiles import PLANS
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    shape = Shape(64, 256, 128, 16, 2)
-    key = tiles.key_of(shape, torch.bfloat16, "90")
-    dtypes = {"x": torch.bfloat16, "weight": torch.float32, "token_index": torch.int64, "offsets": torch.int32}
-    job = tiles.Job(shape, dtypes, key, PLANS[key], 90)
-    assert tiles.compile_all(small(processes=2), [job]) == [None]
-    assert list(tmp_path.rglob("up_kernel.cubin"))
-    hurried = small(processes=2, deadline=time.monotonic())
-    late = tiles.compile_all(hurried, [replace(job, shape=shape._replace(tokens=t)) for t in range(64, 72)])
-    assert "not compiled in time" in late

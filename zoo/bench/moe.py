@@ -48,17 +48,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
-    for text in args.shape or ():
-        parts = text.split(",")
-        if len(parts) != 5 or not all(p.strip().isdigit() and int(p) for p in parts):
-            parser.error(f"--shape {text}: expected five positive integers T,D,F,E,K")
-        if int(parts[4]) > int(parts[3]):
-            parser.error(f"--shape {text}: K = {parts[4]} choices of E = {parts[3]} experts")
+    check_shapes(parser, args.shape)
     if args.decode is not None and args.decode < 1:
         parser.error(f"--decode {args.decode}: expected at least 1 token")
     if args.repeats < 1:
         parser.error(f"--repeats {args.repeats}: expected at least 1")
     return args
+
+
+def check_shapes(parser: argparse.ArgumentParser, shapes: Sequence[str] | None) -> None:
+    """End with a message about the first --shape that is not T,D,F,E,K."""
+    for text in shapes or ():
+        parts = text.split(",")
+        if len(parts) != 5 or not all(p.strip().isdigit() and int(p) for p in parts):
+            parser.error(f"--shape {text}: expected five positive integers T,D,F,E,K")
+        if int(parts[4]) > int(parts[3]):
+            parser.error(f"--shape {text}: K = {parts[4]} choices of E = {parts[3]} experts")
 
 
 def shape_of(text: str) -> Shape:

@@ -11,7 +11,7 @@ import torch
 from zoo.moe import Routing
 from zoo.moe.kernels import moe_mlp
 from zoo.moe.kernels import triton as kernels
-from zoo.moe.kernels.triton.tiles import PLANS
+from zoo.moe.kernels.triton.plans import PLANS
 
 
 @pytest.mark.parametrize("name", ["triton_cases.py", "choice_cases.py"])

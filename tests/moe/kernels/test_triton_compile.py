@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,34 +17,19 @@ import pytest
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from zoo.bench.gpu.ahead import imagined
 from zoo.moe.kernels import ACTIVATIONS
 from zoo.moe.kernels import triton as kernels
-from zoo.moe.kernels.triton import choose, tiles
+from zoo.moe.kernels.triton import choose, plans, tiles
 
 # The "80" tiles must fit the smallest Ampere and Ada chips, not only the A100 (163 KB).
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
 EXPERTS = 4
 ROWS = {"few": 4, "some": 64, "many": 512, "odd": 512}
 WIDTHS = {"few": (1024, 2048), "some": (1024, 2048), "many": (1024, 2048), "odd": (1001, 2003)}
-
-
-@dataclass
-class ImaginedGPU:
-    """As much of a Triton driver as compiling needs; the device number is the architecture."""
-
-    arch: int
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @dataclass
@@ -61,23 +47,24 @@ Launches = Callable[..., list[Compiled]]
 
 
 @pytest.fixture
-def imagine(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[Compiled]]:
+def imagine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Compiled]]]:
     """Make launches compilations for an architecture, which gather in the list that is given."""
     seen: list[Compiled] = []
-    run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **options: int) -> None:
-        kernel = run(self, *args, grid=grid, warmup=True, **options)
-        seen.append(Compiled(self.__name__, options, kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.shared))
+    def keep(function: JITFunction, options: dict[str, int], kernel: CompiledKernel) -> None:
+        asm, shared = kernel.asm, kernel.metadata.shared
+        seen.append(Compiled(function.__name__, options, asm["ptx"], asm["cubin"], shared))
 
-    def start(arch: int) -> list[Compiled]:
-        monkeypatch.setattr(JITFunction, "run", compile_only)
-        monkeypatch.setattr(triton.runtime.driver, "_active", ImaginedGPU(arch))
-        monkeypatch.setattr(tiles, "architecture", lambda device: str(arch))
-        seen.clear()
-        return seen
+    with ExitStack() as stack:
 
-    return start
+        def start(arch: int) -> list[Compiled]:
+            stack.close()
+            seen.clear()
+            stack.enter_context(imagined(arch, keep))
+            monkeypatch.setattr(tiles, "architecture", lambda device: str(arch))
+            return seen
+
+        yield start
 
 
 @pytest.fixture
@@ -141,7 +128,7 @@ def test_every_tile_of_the_table_fits(
     # The clamped activation with biases needs the most registers.
     seen = launches(arch, dtype, rows, "swiglu_clamped", bias=True)
     check(seen, arch, dtype, tmp_path)
-    plan = tiles.PLANS[str(arch), dtype.itemsize, rows]
+    plan = plans.PLANS[str(arch), dtype.itemsize, rows]
     used = {(k.options["BLOCK_M"], k.options["BLOCK_N"], k.options["BLOCK_K"]) for k in seen if "BLOCK_K" in k.options}
     assert used == {(t.m, t.n, t.k) for t in (plan.up, plan.down, plan.d_hidden, plan.d_x, plan.d_weight)}
 
@@ -173,9 +160,9 @@ def test_gathered_rows_are_copied_asynchronously_sixteen_bytes_at_a_time(
 def test_blocks_through_descriptors_come_by_the_copy_engine(
     launches: Launches, rows: str, turned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    plan = vars(tiles.PLANS["90", 2, rows])
-    described = tiles.Plan(**{name: replace(tile, described=True) for name, tile in plan.items()})
-    monkeypatch.setitem(tiles.PLANS, ("90", 2, rows), described)
+    plan = vars(plans.PLANS["90", 2, rows])
+    described = plans.Plan(**{name: replace(tile, described=True) for name, tile in plan.items()})
+    monkeypatch.setitem(plans.PLANS, ("90", 2, rows), described)
     seen = launches(90, torch.bfloat16, rows, turned=turned)
     check(seen, 90, torch.bfloat16, tmp_path)
     for k in seen:

@@ -15,14 +15,14 @@ from torch import Tensor
 from zoo.moe import Routing
 from zoo.moe.kernels import ACTIVATIONS, moe_mlp, reference
 from zoo.moe.kernels import triton as kernels
-from zoo.moe.kernels.triton import tiles
+from zoo.moe.kernels.triton import plans
 from zoo.moe.kernels.triton.backward import d_hidden
 from zoo.moe.kernels.triton.combine import TokenLists, combine
 from zoo.moe.kernels.triton.expert_grads import d_bias, d_weight
 from zoo.moe.kernels.triton.forward import up_projection
 from zoo.moe.kernels.triton.gemm import grouped_gemm
+from zoo.moe.kernels.triton.plans import Tile
 from zoo.moe.kernels.triton.schedule import RowTiles
-from zoo.moe.kernels.triton.tiles import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("y", "dx", "dw_in", "dw_out", "db_in", "db_out", "dweight")
@@ -143,9 +143,9 @@ def test_blocks_through_descriptors_are_the_same(
     c = make(T, D, F, E, K, activation, torch.bfloat16, bias=True)
     turned = replace(c, w_in=c.w_in.mT.contiguous().mT, w_out=c.w_out.mT.contiguous().mT)
     pointers = run(kernels, c)
-    for key, plan in tiles.PLANS.items():
+    for key, plan in plans.PLANS.items():
         described = {name: replace(tile, described=True) for name, tile in vars(plan).items()}
-        monkeypatch.setitem(tiles.PLANS, key, tiles.Plan(**described))
+        monkeypatch.setitem(plans.PLANS, key, plans.Plan(**described))
     for each in (c, turned):
         for name, ours in run(kernels, each).items():
             assert torch.equal(ours, pointers[name]), name

@@ -5,6 +5,7 @@ A section is a generator of `Row`s, so that what was found before it fails or ru
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,7 +82,8 @@ def gpu(device: str = "cuda") -> Setting:
     shapes = tuple(map(shape_of, LARGE))
     # Tokens, weights, pre-activations and expert outputs have more than 2^31 elements each.
     far = Shape(2**19 + 37, 4096, 1024, 264, 2)
-    return Setting(device, "triton", torch.bfloat16, shapes, (1, 16, 128, 1024), far, repeats=7, processes=14)
+    processes = max(1, (os.cpu_count() or 1) - 2)
+    return Setting(device, "triton", torch.bfloat16, shapes, (1, 16, 128, 1024), far, repeats=7, processes=processes)
 
 
 def cpu(backend: str) -> Setting:

@@ -18,8 +18,9 @@ from .expert_grads import d_bias, d_weight
 from .forward import unit_stride
 from .gemm import grouped_gemm, product
 from .numerics import quarters, store
+from .plans import Tile
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
-from .tiles import Tile, input_precision, plan_for
+from .tiles import input_precision, plan_for
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import Tile
+from .plans import Tile
 
 
 @triton.jit

@@ -7,8 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .numerics import dot, store
+from .plans import Tile
 from .schedule import grouped_order
-from .tiles import Tile, input_precision
+from .tiles import input_precision
 
 
 @triton.jit

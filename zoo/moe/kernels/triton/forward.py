@@ -11,8 +11,9 @@ from .combine import combine, token_lists
 from .descriptors import described_weight, weight_block
 from .gemm import grouped_gemm
 from .numerics import dot, quarters, store
+from .plans import Tile
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
-from .tiles import Tile, input_precision, plan_for
+from .tiles import input_precision, plan_for
 
 
 @triton.jit

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .descriptors import described_rows, described_weight, weight_block
 from .numerics import dot, store
+from .plans import Tile
 from .schedule import RowTiles, grouped_order
-from .tiles import Tile, input_precision
+from .tiles import input_precision
 
 
 @triton.jit
