@@ -1,4 +1,4 @@
-"""Compile every kernel with every tile of the table for sm_80 and sm_90, without a GPU.
+"""Compile every kernel with every tile of the table for sm_80 and sm_90, some for sm_100 and sm_120, without a GPU.
 
 The host code runs on meta tensors, and launches are turned into compilations for an imagined GPU: what is
 compiled is exactly what would be launched.
@@ -26,7 +26,10 @@ from zoo.moe.kernels import triton as kernels
 from zoo.moe.kernels.triton import choose, plans, tiles
 
 # The "80" tiles must fit the smallest Ampere and Ada chips, not only the A100 (163 KB).
-SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# The part of the table that each architecture uses, and the instruction of large products.
+TABLE = {80: "80", 90: "90", 100: "90", 120: "80"}
+PRODUCT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"}
 EXPERTS = 4
 ROWS = {"few": 4, "some": 64, "many": 512, "odd": 512}
 WIDTHS = {"few": (1024, 2048), "some": (1024, 2048), "many": (1024, 2048), "odd": (1001, 2003)}
@@ -61,7 +64,7 @@ def imagine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], list[Co
             stack.close()
             seen.clear()
             stack.enter_context(imagined(arch, keep))
-            monkeypatch.setattr(tiles, "architecture", lambda device: str(arch))
+            monkeypatch.setattr(tiles, "architecture", lambda device: TABLE[arch])
             return seen
 
         yield start
@@ -113,10 +116,18 @@ def check(seen: list[Compiled], arch: int, dtype: torch.dtype, folder: Path) -> 
     for k in products:
         if dtype == torch.float32:
             assert "fma.rn.f32" in k.ptx, k.name
-        elif arch == 90 and k.options["BLOCK_M"] >= 64:
-            assert "wgmma.mma_async" in k.ptx, k.name
+        elif k.options["BLOCK_M"] >= 64:
+            assert PRODUCT[arch] in k.ptx, k.name
         else:
             assert "mma.sync" in k.ptx, k.name
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)], ids=str)
+def test_the_table_is_that_of_the_compute_capability(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert tiles.architecture(torch.device("cuda")) == TABLE[10 * capability[0]]
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -133,8 +144,11 @@ def test_every_tile_of_the_table_fits(
     assert used == {(t.m, t.n, t.k) for t in (plan.up, plan.down, plan.d_hidden, plan.d_x, plan.d_weight)}
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu_tanh", "relu2"])
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize(
+    ("arch", "activation"),
+    [(arch, name) for arch in (80, 90) for name in ("swiglu", "geglu", "gelu_tanh", "relu2")]
+    + [(100, "swiglu"), (120, "swiglu")],
+)
 def test_activations_fit_the_largest_tiles(launches: Launches, arch: int, activation: str, tmp_path: Path) -> None:
     check(launches(arch, torch.bfloat16, "many", activation), arch, torch.bfloat16, tmp_path)
 
