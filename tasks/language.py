@@ -25,7 +25,7 @@ import zoo
 from tasks.generation import generate, prompt_ids
 from tasks.training import Overrides, Task, share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
-from zoo.pretrained.sparse_relatives import published_config
+from zoo.pretrained.causal import check_published
 
 
 class LanguageData(LightningDataModule):
@@ -200,7 +200,7 @@ class LanguageTask(Task):
     def check_model(self, model: Any, data: Any) -> None:
         """Raise what would keep the trained model from being exported, where that is asked for."""
         if self.hparams["export"]:
-            published_config(model)
+            check_published(model)
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Tokens in a batch."""

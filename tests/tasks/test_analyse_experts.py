@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(model, texts, tmp_path, capsys):
     kept.write_text("mine")
     dense, out = tmp_path / "dense", tmp_path / "new.html"
     dense.mkdir()
-    (dense / "config.json").write_text('{"model_type": "llama"}')
+    (dense / "config.json").write_text('{"model_type": "lama"}')
     torch.save({"state_dict": {"model.a": torch.zeros(1)}}, bad)
     text = texts[0]
     for args, told in (

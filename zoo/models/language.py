@@ -1,7 +1,6 @@
-"""Language models: transformers' causal language models of five families on our MoE layers, by name.
+"""Language models: transformers' causal language models on our MoE layers, by name.
 
-MODELS is data: a family (transformers' model_type) and the fields of its configuration. The tiny ones train on a
-laptop; the real ones have the published sizes, and build under `torch.device("meta")`.
+Families of `zoo.pretrained.language` take any option; the others are transformers' models whose sparse blocks change.
 """
 
 from __future__ import annotations
@@ -10,125 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..nearest import unknown
+from .language_sizes import MODELS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-_TINY = {
-    "vocab_size": 1024,
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-# name: (family, configuration)
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral_tiny": ("mixtral", {**_TINY, "intermediate_size": 256, "num_local_experts": 8}),
-    "olmoe_tiny": (
-        "olmoe",
-        {**_TINY, "intermediate_size": 128, "num_experts": 16, "num_experts_per_tok": 4},
-    ),
-    "qwen2_moe_tiny": (
-        "qwen2_moe",
-        {
-            **_TINY,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 256,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-        },
-    ),
-    "qwen3_moe_tiny": (
-        "qwen3_moe",
-        {
-            **_TINY,
-            "head_dim": 32,
-            "moe_intermediate_size": 128,
-            "num_experts": 16,
-            "num_experts_per_tok": 4,
-            "norm_topk_prob": True,
-        },
-    ),
-    "deepseek_v3_tiny": (
-        "deepseek_v3",
-        {
-            **_TINY,
-            "num_key_value_heads": 4,
-            "intermediate_size": 512,
-            "first_k_dense_replace": 1,
-            "moe_intermediate_size": 128,
-            "n_routed_experts": 16,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 3,
-            "n_group": 4,
-            "topk_group": 2,
-            "q_lora_rank": 64,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 24,
-            "qk_rope_head_dim": 8,
-            "v_head_dim": 32,
-            "num_nextn_predict_layers": 0,
-        },
-    ),
-    "mixtral_8x7b": ("mixtral", {"max_position_embeddings": 32768}),
-    "mixtral_8x22b": (
-        "mixtral",
-        {
-            "vocab_size": 32768,
-            "hidden_size": 6144,
-            "intermediate_size": 16384,
-            "num_hidden_layers": 56,
-            "num_attention_heads": 48,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 65536,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-        },
-    ),
-    "olmoe_1b_7b": ("olmoe", {"intermediate_size": 1024}),
-    "qwen1.5_moe_a2.7b": (
-        "qwen2_moe",
-        {
-            "max_position_embeddings": 8192,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "bos_token_id": 151643,
-            "eos_token_id": 151643,
-        },
-    ),
-    "qwen3_30b_a3b": (
-        "qwen3_moe",
-        {
-            "num_hidden_layers": 48,
-            "head_dim": 128,
-            "max_position_embeddings": 40960,
-            "norm_topk_prob": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-        },
-    ),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {
-            "max_position_embeddings": 163840,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 40.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "original_max_position_embeddings": 4096,
-            },
-        },
-    ),
-}
 
 
 def build(
@@ -161,18 +46,33 @@ def build(
         shortcut   true or {"layers": "every-2", "hidden_dim": 256}: in pairs of layers the experts read the first and
                    are added in the second, each of them with a dense MLP (ScMoE, see `ShortcutMoE`) of that width,
                    config.intermediate_size if not said, in place of the family's shared experts
-    (see `zoo.layers`). Such a model has no published layout. backend is that of `moe_mlp`. dense makes the dense twin
+    (see `zoo.layers`). Such a model has no published layout. These four are for the families of
+    `zoo.pretrained.language` alone. backend is that of `moe_mlp`. dense makes the dense twin
     instead (see `dense_twin`). All other keywords are fields of the family's configuration.
     Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..gates import gate_factory, layer_gates
     from ..layers import attention_factory, depth_factory, experts_factory, shortcut_layers
-    from ..pretrained import adopt
-    from ..pretrained.language import activation_of
+    from ..pretrained import adopt, causal
+    from ..pretrained.language import FAMILIES, activation_of
 
     if dense:
         return dense_twin(name, dtype=dtype, attn_implementation=attn_implementation, **fields)
     config = configuration(name, **fields)
+    if config.model_type not in FAMILIES:
+        others = {"experts": experts, "attention": attention, "mixture_of_depths": mixture_of_depths}
+        for option, value in {**others, "shortcut": shortcut}.items():
+            if value is not None and value is not False:
+                raise ValueError(f"{option}: not for {config.model_type}; expected a model of {', '.join(FAMILIES)}")
+        return causal.build(
+            config,
+            router=router,
+            losses=losses,
+            capacity=capacity,
+            backend=backend,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+        )
     layers = config.num_hidden_layers
     family = adopt.family_of(config.model_type)
     given = adopt.gate_arguments(losses, capacity)
@@ -213,12 +113,12 @@ def build(
 
 def configuration(name: str, **fields: Any) -> Any:
     """transformers' configuration of the model called `name`, with `fields` changed; ValueError for unknown ones."""
-    from ..pretrained.language import FAMILIES
+    from ..pretrained.causal import class_of
 
     if name not in MODELS:
         raise unknown("language model", name, MODELS)
     model_type, preset = MODELS[name]
-    config_class = FAMILIES[model_type].classes()[0]
+    config_class = class_of(model_type).config_class
     _check_fields(config_class, fields)
     aliases = config_class.attribute_map
     merged = {aliases.get(field, field): value for field, value in preset.items()}
@@ -258,7 +158,8 @@ def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
     """
     import copy
 
-    from ..pretrained import adopt
+    from ..pretrained import adopt, causal
+    from ..pretrained.language import FAMILIES
 
     dtype = overrides.pop("dtype", None)
     attention = overrides.pop("attn_implementation", None)
@@ -274,6 +175,8 @@ def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
         for name, value in overrides.items():
             setattr(config, name, value)
         dtype = dtype or next(model.parameters()).dtype
+    if config.model_type not in FAMILIES:
+        return causal.build(config, dense=True, dtype=dtype, attn_implementation=attention)
     return adopt.build(config, dense=True, dtype=dtype, attn_implementation=attention)
 
 

@@ -19,6 +19,7 @@ from ..moe.routers import MoEPlusPlusRouter, TopKRouter
 from ..moe.routers.moe_plus_plus import GatingResidual
 
 KEY = "moe_context"
+MIXERS = ("self_attn", "linear_attn", "mamba", "conv")  # what a decoder layer has before its MLP
 
 
 class _Link:
@@ -45,7 +46,7 @@ def pass_context(model: Any) -> None:
     base.register_forward_pre_hook(_put, with_kwargs=True)
     for layer in base.layers:
         moe: Any = moe_of(layer)
-        attention = layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
+        attention = next(getattr(layer, name) for name in MIXERS if hasattr(layer, name))
         if moe is not None:
             # One plain object in both, so that deepcopy and pickle keep the pair together.
             link: Any = _Link()

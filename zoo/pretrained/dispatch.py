@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from . import causal, hub, image_text, moe_llava, recommendation, vision_language
 from . import folder as language
-from . import hub, image_text, moe_llava, recommendation, vision_language
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
@@ -41,7 +41,9 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         return moe_llava.from_pretrained(path, **options)
     if image_text.is_image_text(path):
         return image_text.from_pretrained(path, **options)
-    return language.from_pretrained(path, **options)
+    if language.has_table(path):
+        return language.from_pretrained(path, **options)
+    return causal.from_pretrained(path, **options)
 
 
 def save_pretrained(
@@ -66,7 +68,7 @@ def save_pretrained(
         return recommendation.save(model, folder, overwrite=overwrite)
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)
-    if image_text.is_wrapper(model):
+    if image_text.is_wrapper(model) or causal.is_ours(model):
         return image_text.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     return language.save_pretrained(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
 

@@ -29,6 +29,14 @@ GATE = re.compile(r".*\.gate\.(weight|e_score_correction_bias)")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
+def has_table(folder: Path) -> bool:
+    """Whether a folder's config.json names one of the families that are read here."""
+    try:
+        return _read_json(folder / CONFIG).get("model_type") in FAMILIES
+    except (OSError, ValueError):
+        return False
+
+
 def from_pretrained(
     source: str | os.PathLike[str],
     *,

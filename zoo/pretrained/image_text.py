@@ -10,7 +10,7 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,12 @@ def from_pretrained(
     capacity: Any = None,
     attn_implementation: str | None = None,
     mesh: Mesh | None = None,
+    find: Callable[[str, str], Any] | None = None,
 ) -> Any:
     """A published vision-language checkpoint as transformers' model, the sparse blocks of its language model on `MoE`.
 
-    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too. A dense model is transformers' own as it
+    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too; `find` gives the class of a model type,
+    by default `class_of`. A dense model is transformers' own as it
     is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts
     behind transformers' own routers on our kernels where they can.
 
@@ -82,7 +84,9 @@ def from_pretrained(
     tensors transformers computes from those of its files; FileNotFoundError where there are no weights.
     """
     raw = files._read_json(folder / files.CONFIG)
-    found = class_of(str(raw.get("model_type")), where=f" in {folder / files.CONFIG}")
+    if not isinstance(model_type := raw.get("model_type"), str):
+        raise ValueError(f"{folder / files.CONFIG}: no model_type; expected the configuration of a transformers model")
+    found = (find or class_of)(model_type, f" in {folder / files.CONFIG}")
     files._refuse_quantized(raw, folder)
     entries = files._entries(folder)  # names the file that is missing or damaged
     files.check_router(router, mesh)

@@ -18,7 +18,7 @@ from ..moe.routers import TopKRouter
 from ..nearest import unknown
 
 if TYPE_CHECKING:
-    from .sparse_blocks import SparseBlock
+    from .sparse_rows import SparseBlock
 
 
 @dataclass(frozen=True)

@@ -2,96 +2,24 @@
 
 Where `adopt` builds a language model and fills it from files of its own reading, here transformers has made the whole
 model, fresh or from a folder, and only its sparse blocks change: weights in our layout stay the very tensors they are.
-One row a language model; everything else, vision towers and projectors too, stays transformers' own.
+One row a language model (`sparse_rows`); everything else, vision towers and projectors too, stays transformers' own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..moe import Experts, IsolatedMoE, MoE, Router
+from ..moe import MLP, Experts, IsolatedMoE, MoE, Router
 from ..moe.routers import TopKRouter
 from .context import decoder_of, moe_of
-from .language import FAMILIES, _deepseek_v3, activation_of, check_router
+from .language import check_router
+from .sparse_rows import BLOCKS, SparseBlock
 
-PLACES = ("mlp", "feed_forward")
-
-
-@dataclass(frozen=True)
-class SparseBlock:
-    """One row: the gate of a language model's sparse block, and where the block keeps what.
-
-    `transposed` where its experts are [E, D, 2F] and [E, F, D]; `parts` where it has blocks of its own for text and for
-    what was seen; `weigh_input` as in `Experts`; `activation` where the configuration's is not that of the experts.
-    """
-
-    prefix: str
-    router: Callable[[Any], dict[str, Any]]
-    gate: str = "gate"
-    bias: str = "e_score_correction_bias"
-    shared: str | None = None
-    shared_gate: str | None = None
-    transposed: bool = False
-    parts: tuple[str, ...] = ()
-    weigh_input: bool = False
-    activation: str | None = None
-
-
-def _qwen3_vl_moe(config: Any) -> dict[str, Any]:
-    return {"k": config.num_experts_per_tok, "normalize": True, "normalize_eps": 0.0}
-
-
-def _aria(config: Any) -> dict[str, Any]:
-    return {"k": config.moe_topk, "score": "softmax_topk"}
-
-
-def _llama4(config: Any) -> dict[str, Any]:
-    return {"k": config.num_experts_per_tok, "score": "sigmoid"}
-
-
-def _ernie(config: Any) -> dict[str, Any]:
-    # The sum of the chosen is divided by, but at least moe_norm_min = 1e-12: the same where any is chosen in earnest.
-    return {"k": config.moe_k, "normalize": True, "normalize_eps": 1e-20, "selection_bias": True}
-
-
-def _deepseek_v2(config: Any) -> dict[str, Any]:
-    grouped = config.topk_method == "group_limited_greedy"
-    groups = {"num_groups": config.n_group, "group_topk": config.topk_group, "group_score": "max"}
-    return {"k": config.num_experts_per_tok, "scale": config.routed_scaling_factor, **(groups if grouped else {})}
-
-
-# By the model_type of the language model's configuration.
-BLOCKS: dict[str, SparseBlock] = {
-    **{
-        name: SparseBlock(row.prefix, row.router, shared=row.shared, shared_gate=row.shared_gate)
-        for name, row in FAMILIES.items()
-    },
-    "qwen3_vl_moe_text": SparseBlock("Qwen3VLMoe", _qwen3_vl_moe),
-    "qwen3_5_moe_text": SparseBlock(
-        "Qwen3_5Moe", _qwen3_vl_moe, shared="shared_expert", shared_gate="shared_expert_gate"
-    ),
-    "glm4v_moe_text": SparseBlock("Glm4vMoe", _deepseek_v3, shared="shared_experts"),
-    "aria_text": SparseBlock(
-        "Aria", _aria, gate="router", shared="shared_experts", transposed=True, activation="swiglu"
-    ),
-    "llama4_text": SparseBlock(
-        "Llama4", _llama4, gate="router", shared="shared_expert", transposed=True, weigh_input=True
-    ),
-    "ernie4_5_vl_moe_text": SparseBlock(
-        "Ernie4_5_VLMoe",
-        _ernie,
-        bias="moe_statics.e_score_correction_bias",
-        shared="shared_experts",
-        parts=("text_moe", "vision_moe"),
-    ),
-    "deepseek_ocr2_text": SparseBlock("DeepseekOcr2", _deepseek_v2, shared="shared_experts"),
-    "unlimited_ocr_text": SparseBlock("UnlimitedOcr", _deepseek_v2, shared="shared_experts"),
-}
+PLACES = ("mlp", "feed_forward", "block_sparse_moe")
 
 
 def row_of(model: Any) -> SparseBlock | None:
@@ -105,8 +33,11 @@ def adopt_blocks(
     make: Callable[[int, int], Callable[[], Router]] | None = None,
     router_args: dict[str, Any] | None = None,
     backend: str = "auto",
+    dense: bool = False,
 ) -> list[str]:
     """Replace every sparse block of the model's language model by ours, in place; returns the names of the new ones.
+
+    With `dense` by one fresh MLP each, as wide as a token's experts and the shared ones together.
 
     make gives, for a width and a number of experts, what makes one gate; by default the family's own is made, with
     router_args on top. Gates take over the block's weight and selection bias where they have a place for it.
@@ -122,10 +53,31 @@ def adopt_blocks(
             block = getattr(layer, place, None)
             if block is None or not (hasattr(block, "experts") or (row.parts and hasattr(block, row.parts[0]))):
                 continue
-            setattr(layer, place, _ours(block, row, config, make, router_args or {}, backend))
+            ours = _ours(block, row, config, make, router_args or {}, backend)
+            setattr(layer, place, _dense(ours, config) if dense else ours)
             layer.is_moe_layer = False  # Llama 4's layer expects two results where it is
+            if row.pair:
+                getattr(layer, place).register_forward_hook(_in_pair)
             found.append(f"{names[layer]}.{place}")
     return found
+
+
+def _dense(moe: Any, config: Any) -> MLP:
+    experts, shared = moe.experts, moe.shared
+    width = moe.router.k * experts.hidden_dim + (0 if shared is None else shared.down_proj.in_features)
+    weight = experts.down_proj
+    with weight.device:
+        mlp = MLP(experts.dim, width, experts.activation, experts.b_in is not None).to(weight.dtype)
+    for name, parameter in mlp.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, config.initializer_range)
+    return mlp
+
+
+def _in_pair(moe: nn.Module, args: Any, output: Tensor) -> tuple[Tensor, None]:
+    return output, None
 
 
 def _ours(
@@ -157,32 +109,56 @@ def _moe(
     num_experts, dim, hidden = block.experts.down_proj.shape
     if row.transposed:
         dim, hidden = hidden, dim
-    gate = getattr(block, row.gate)
+    gate = block.get_submodule(row.gate)
     with torch.device("meta"):
-        activation = row.activation or activation_of(config)
-        experts = Experts(num_experts, dim, hidden, activation, backend=backend, weigh_input=row.weigh_input)
-    for name in ("gate_up_proj", "down_proj"):
+        experts = Experts(
+            num_experts,
+            dim,
+            hidden,
+            row.activation(config),
+            row.biases,
+            backend=backend,
+            weigh_input=row.weigh_input,
+        )
+    for name, _ in list(experts.named_parameters()):
         theirs = getattr(block.experts, name)
-        if row.transposed:
-            theirs = nn.Parameter(theirs.transpose(1, 2).contiguous(), theirs.requires_grad)
-        setattr(experts, name, theirs)
+        weight = _to_ours(name, theirs.detach(), row)
+        setattr(experts, name, theirs if weight is None else nn.Parameter(weight, theirs.requires_grad))
     with torch.device(gate.weight.device):
         factory = make(dim, num_experts) if make else None
         router = factory() if factory else TopKRouter(dim, num_experts, **{**row.router(config), **router_args})
     for parameter in router.parameters():
         parameter.data = parameter.data.to(gate.weight.dtype)
-    _take_over(router, gate, row)
+    _take_over(router, block, row)
     moe = MoE(router, experts, shared=shared, shared_gate=row.shared_gate is not None)
     if row.shared_gate and moe.shared_gate is not None:
         moe.shared_gate = getattr(block, row.shared_gate)
     return moe
 
 
-def _take_over(router: Router, gate: Any, row: SparseBlock) -> None:
-    weight = getattr(router, "weight", None)
-    if isinstance(weight, nn.Parameter) and weight.shape == gate.weight.shape:
-        router.weight = gate.weight
-    bias, target = _submodule_tensor(gate, row.bias), getattr(router, "selection_bias", None)
+def _to_ours(name: str, weight: Tensor, row: SparseBlock) -> Tensor | None:
+    """An experts' tensor in our layout; None where that is transformers'."""
+    turned, woven = row.transposed and weight.dim() == 3, row.interleaved and name.startswith("gate_up_proj")
+    if not (turned or woven):
+        return None
+    weight = weight.transpose(1, 2) if turned else weight
+    return weight.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2) if woven else weight.contiguous()
+
+
+def _to_theirs(name: str, weight: Tensor, row: SparseBlock) -> Tensor:
+    """An experts' tensor in transformers' layout."""
+    if row.interleaved and name.startswith("gate_up_proj"):
+        weight = weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return weight.transpose(1, 2).contiguous() if row.transposed and weight.dim() == 3 else weight
+
+
+def _take_over(router: Router, block: Any, row: SparseBlock) -> None:
+    gate = block.get_submodule(row.gate)
+    for name in ("weight", "bias"):
+        ours, theirs = getattr(router, name, None), getattr(gate, name, None)
+        if isinstance(ours, nn.Parameter) and isinstance(theirs, nn.Parameter) and ours.shape == theirs.shape:
+            setattr(router, name, theirs)
+    bias, target = _submodule_tensor(block, row.bias), getattr(router, "selection_bias", None)
     if bias is not None and target is not None and target.numel() == bias.numel():
         router.selection_bias = bias.detach().reshape(target.shape).to(target.dtype).clone()
 
@@ -215,13 +191,13 @@ def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[st
     if name.startswith("parts."):
         _, number, name = name.split(".", 2)
         inside = f"{block}.{row.parts[int(number)]}"
-    if name in ("experts.gate_up_proj", "experts.down_proj"):
-        return f"{inside}.{name}", tensor.transpose(1, 2).contiguous() if row.transposed else tensor
-    if name == "router.weight":
-        return f"{inside}.{row.gate}.weight", tensor
+    if name.startswith("experts."):
+        return f"{inside}.{name}", _to_theirs(name.removeprefix("experts."), tensor, row)
+    if name in ("router.weight", "router.bias"):
+        return f"{inside}.{row.gate}.{name.removeprefix('router.')}", tensor
     if name == "router.selection_bias":
         # ERNIE keeps a row for each group of experts, of which there is one.
-        return f"{inside}.{row.gate}.{row.bias}", tensor[None] if row.parts else tensor
+        return f"{inside}.{row.bias}", tensor[None] if "moe_statics" in row.bias else tensor
     if name.startswith("shared.") and row.shared:
         return f"{block}.{row.shared}.{name.removeprefix('shared.')}", tensor
     if name == "shared_gate.weight" and row.shared_gate:
