@@ -5,8 +5,8 @@ computes is found out by probing, not by its name: its own gate or activation is
 that it may clamp at, and must equal one of our activations there. Weights in another layout (transposed, or gate and up
 interleaved) are rearranged in each call, through autograd. Whatever cannot be expressed raises ValueError.
 
-Not supported in transformers 5.23: deepseek_v4, glm5_next, hy_v4 (SwiGLU clamped at a limit of their own); inkling2
-(soft caps inside the gate); muse_spark (a norm after each expert).
+Not supported in transformers 5.24: deepseek_v4, glm5_next, hy_v4, hy_v4_vl (SwiGLU clamped at a limit of their own);
+inkling2, inkling2_loop (soft caps inside the gate); muse_spark (a norm after each expert).
 """
 
 from __future__ import annotations
