@@ -11,6 +11,7 @@ inkling2, inkling2_loop (soft caps inside the gate); muse_spark (a norm after ea
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -88,7 +89,9 @@ def _find_activation(experts: Any) -> str:
     label = f"{type(experts).__name__} with experts_implementation='zoo'"
     if getattr(experts, "has_post_expert_norm", False):
         raise ValueError(f"{label}: a norm after each expert is not supported; use 'eager' or 'grouped_mm'")
-    if extra := {name for name, _ in experts.named_parameters()} - _PARAMETERS:
+    # A weight may be parametrized, as by peft's LoRA: then it is what its parametrization makes of it.
+    names = {re.sub(r"^parametrizations\.(\w+)\..*", r"\1", name) for name, _ in experts.named_parameters()}
+    if extra := names - _PARAMETERS:
         raise ValueError(
             f"{label}: parameters {', '.join(sorted(extra))} are not supported; use 'eager' or 'grouped_mm'"
         )
