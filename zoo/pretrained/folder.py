@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import gate_factory
+from ..moe import MoE
+from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
@@ -68,7 +70,8 @@ def from_pretrained(
     _refuse_quantized(raw, folder)
     config = family.classes()[0].from_pretrained(folder)
     entries = _entries(folder)
-    if dtype == "auto":
+    as_stored = dtype == "auto"
+    if as_stored:
         dtype = config.dtype or stored_dtype(entries)
     given = adopt.gate_arguments(losses, capacity)
     make = None
@@ -90,6 +93,8 @@ def from_pretrained(
         targets = _targets(model, family, entries, folder, own_gates=True)
         sharded.spread_and_fill(model, targets, entries, mesh, device)
     elif torch.device(next(model.parameters()).device).type != "meta":
+        if as_stored:
+            _widen_gates(model, family, entries)
         targets = _targets(model, family, entries, folder, own_gates=router is None)
         with torch.no_grad():
             for key, target in sorted(
@@ -218,6 +223,15 @@ def _targets(model: Any, family: Family, entries: dict[str, Entry], folder: Path
     for key, target in targets.items():
         entries[key].check(target)
     return targets
+
+
+def _widen_gates(model: Any, family: Family, entries: Mapping[str, Entry]) -> None:
+    """Let gates be float32 where files hold them so beside narrower weights, as transformers 5.24 writes DeepSeek's."""
+    for name, module in model.named_modules():
+        entry = entries.get(f"{name.removesuffix('mlp')}{family.block}.gate.weight")
+        if entry and isinstance(module, MoE) and isinstance(module.router, TopKRouter):
+            weight = module.router.weight
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, DTYPES[entry.dtype]))
 
 
 def _unread(model: Any) -> str:
