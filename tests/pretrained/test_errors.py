@@ -55,7 +55,7 @@ def test_an_unknown_family_is_named_with_the_nearest(broken):
     edit(broken / "config.json", lambda c: c.update(model_type="olmoe2"))
     raises(broken, ValueError, broken / "config.json", "'olmoe2'; did you mean olmoe")
     edit(broken / "config.json", lambda c: c.pop("model_type"))
-    raises(broken, ValueError, broken / "config.json", "known: deepseek_v3, mixtral")
+    raises(broken, ValueError, broken / "config.json", "known: deepseek_v2, deepseek_v3")
 
 
 def test_a_missing_key_is_named(broken):

@@ -19,7 +19,7 @@ from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
-from .language import FAMILIES, Family, resolve_dtype, tensors_on_disk
+from .language import Family, resolve_dtype, tensors_on_disk
 from .sparse_relatives import published_config
 from .staging import staged
 from .tensorfile import DTYPES, Entry, read_header, write_file
@@ -47,7 +47,10 @@ def from_pretrained(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Any:
-    """A published Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE or DeepSeek-V3 checkpoint as a transformers model on our layers.
+    """A published checkpoint of a language model as a transformers model on our layers.
+
+    Families: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3, and those of `zoo.pretrained.language.READABLE`:
+    FlexOlmo, Mellum, DeepSeek-V2 and V3.2, dots.llm1, GLM-4.5, 4.7 Flash and 5, Solar Open.
 
     source: a folder with config.json and safetensors files, or a hub repository id (then revision, cache_dir,
     local_files_only and token are the hub's). dtype "auto" keeps the checkpoint's. router, losses and capacity are
@@ -126,7 +129,7 @@ def save_pretrained(
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     config = published_config(model)
-    family = FAMILIES[config.model_type]
+    family = adopt.family_of(config.model_type)
     limit = _bytes(max_shard_size)
     state = None
     if is_spread(model):
@@ -240,6 +243,7 @@ def _unread(model: Any) -> str:
     first = model.config.num_hidden_layers
     extra = getattr(model.config, "num_nextn_predict_layers", 0) or 0
     ignored += [rf"model\.layers\.{layer}\..*" for layer in range(first, first + extra)]
+    ignored += [f".*(?:{pattern}).*" for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # transformers' own
     return "|".join(ignored)
 
 

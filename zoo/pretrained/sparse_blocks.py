@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..moe import Experts, IsolatedMoE, MoE, Router
 from ..moe.routers import TopKRouter
 from .context import decoder_of, moe_of
-from .language import FAMILIES, _deepseek_v3, activation_of, check_router
+from .language import FAMILIES, _deepseek_v2, _deepseek_v3, activation_of, check_router
 
 PLACES = ("mlp", "feed_forward")
 
@@ -57,12 +57,6 @@ def _llama4(config: Any) -> dict[str, Any]:
 def _ernie(config: Any) -> dict[str, Any]:
     # The sum of the chosen is divided by, but at least moe_norm_min = 1e-12: the same where any is chosen in earnest.
     return {"k": config.moe_k, "normalize": True, "normalize_eps": 1e-20, "selection_bias": True}
-
-
-def _deepseek_v2(config: Any) -> dict[str, Any]:
-    grouped = config.topk_method == "group_limited_greedy"
-    groups = {"num_groups": config.n_group, "group_topk": config.topk_group, "group_score": "max"}
-    return {"k": config.num_experts_per_tok, "scale": config.routed_scaling_factor, **(groups if grouped else {})}
 
 
 # By the model_type of the language model's configuration.
