@@ -1,4 +1,4 @@
-"""Train a pretrained model on: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE or DeepSeek-V3, from a folder or the hub.
+"""Train a pretrained model on, of any family that `zoo.from_pretrained` reads, from a folder or the hub.
 
 python scripts/continue_language.py my-model my/texts/ --out my-model-2
 """

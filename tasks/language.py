@@ -192,15 +192,20 @@ class LanguageTask(Task):
             if tokenizer is not None and self.hparams["vocab_size"] is None:
                 self.hparams["vocab_size"] = self.overrides.get("vocab_size", tokenizer.vocab_size)
             self.model = self.build()
-        size = self.model.get_input_embeddings().num_embeddings
-        if tokenizer is not None and tokenizer.vocab_size > size:
-            raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only {size}")
+        if tokenizer is not None:
+            check_vocabulary(self.model, tokenizer)
         self.prepare_model(self.recompute_layers)
 
+    def checked_on_meta(self) -> bool:
+        """Always: of a pretrained model that reads the configuration and the heads of its files."""
+        return True
+
     def check_model(self, model: Any, data: Any) -> None:
-        """Raise what would keep the trained model from being exported, where that is asked for."""
+        """Raise what would keep the trained model from being exported, where asked for, or from reading the tokens."""
         if self.hparams["export"]:
             check_published(model)
+        if self.hparams["pretrained"] and not data.tokenizer_name.startswith("bpe:"):
+            check_vocabulary(model, data.tokenizer)
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Tokens in a batch."""
@@ -257,3 +262,10 @@ class LanguageTask(Task):
         super().on_fit_end()
         if self.hparams["export"] and self.trainer.is_global_zero:
             self.trainer.datamodule.tokenizer.save_pretrained(self.hparams["export"])  # type: ignore[attr-defined]
+
+
+def check_vocabulary(model: Any, tokenizer: Tokenizer) -> None:
+    """Raise ValueError for a tokenizer with more tokens than a model has embeddings."""
+    size = model.get_input_embeddings().num_embeddings
+    if tokenizer.vocab_size > size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's vocabulary only {size}")

@@ -118,7 +118,7 @@ class Task(LightningModule):
         learning_rate(self.hparams["schedule"], self.hparams["warmup_steps"], 1)
 
     def checked_on_meta(self) -> bool:
-        """Whether `build` needs no memory on the meta device; a pretrained model is read first."""
+        """Whether `build` needs no memory on the meta device; here, for a pretrained model it may."""
         return not self.hparams["pretrained"]
 
     def check_model(self, model: Any, data: Any) -> None:

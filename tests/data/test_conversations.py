@@ -50,6 +50,13 @@ def test_a_file_is_split_by_the_image_and_read_as_it_is(folder: Path) -> None:
     assert parts["val"].load(0)[0].getpixel((0, 0)) == (number,) * 3
 
 
+def test_a_line_separator_inside_a_text_ends_no_line(folder: Path) -> None:
+    rows = [json.dumps(record("Why?\u2028Say.", f"So {i}.\u0085"), ensure_ascii=False) for i in range(4)]
+    (folder / "all.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    found = open_conversations(str(folder / "all.jsonl"), held_out=0).split("train")
+    assert [found.conversation(i).turns[1][1] for i in range(len(found))] == [f"So {i}.\u0085" for i in range(4)]
+
+
 def test_a_folder_has_its_own_splits_and_images_elsewhere(folder: Path) -> None:
     (folder / "talk").mkdir()
     for split, count in (("train", 3), ("validation", 2)):

@@ -131,3 +131,46 @@ def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="nobody/nothing"):
         open_corpus("hub:nobody/nothing")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_json_lines_end_at_line_feeds_alone(tmp_path, end):
+    texts = [f"page {i}\u2028line\u0085\x0c\x1e end" for i in range(60)]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "data.jsonl").write_bytes(("\ufeff" + end.join(lines)).encode())
+    splits = everything(open_corpus(str(tmp_path / "data.jsonl")))
+    assert sorted(t for s in splits.values() for t in s) == sorted(texts)
+
+
+def test_a_json_line_without_text_is_left_out_and_one_of_another_type_is_named(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"text": None if i % 2 else f"text {i}"}) + "\n" for i in range(200)))
+    splits = everything(open_corpus(str(file)))
+    assert sorted(t for s in splits.values() for t in s) == sorted(f"text {i}" for i in range(0, 200, 2))
+    file.write_text('{"text": "fine"}\n{"text": 7}\n')
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 2: expected text in 'text', got int"):
+        open_corpus(str(file))
+
+
+def test_files_of_one_name_are_all_read_and_none_twice(tmp_path):
+    for folder in "pqr":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "part.txt").write_text(folder * 500)
+    every = [str(tmp_path / folder) for folder in "pqr"]
+    files = [f"{folder}/part.txt" for folder in every]
+    for source in (every, files, str(tmp_path / "*" / "part.txt"), [*every, *files, str(tmp_path / "?" / "*.txt")]):
+        corpus = open_corpus(source)
+        text = "".join("".join(documents) for documents in everything(corpus).values())
+        assert sorted(text) == sorted("p" * 500 + "q" * 500 + "r" * 500)
+        assert "3 files, 1500 bytes" in corpus.description
+
+
+@pytest.mark.parametrize("count", [20, 25, 40])
+def test_every_split_has_text_however_the_keys_of_some_documents_fall(tmp_path, count):
+    for attempt in range(20):
+        file = tmp_path / f"{attempt}.jsonl"
+        texts = [f"document {i} of some length" for i in range(count)]
+        file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        splits = everything(open_corpus(str(file)))
+        assert all("".join(documents) for documents in splits.values())
+        assert sorted("".join(t for s in splits.values() for t in s)) == sorted("".join(texts))

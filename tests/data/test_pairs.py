@@ -89,7 +89,11 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
     with (tmp_path / "a.csv").open("w", newline="") as out:
         csv.writer(out).writerows([("path", "caption", "split"), *((f"{i}.png", t, s) for i, t, s in rows)])
     (tmp_path / "b.jsonl").write_text(
-        "".join(json.dumps({"image": f"{i}.png", "text": t, "split": s}) + "\n" for i, t, s in rows)
+        "".join(
+            json.dumps({"image": f"{i}.png", "text": t, "split": s, "note": "\u2028"}, ensure_ascii=False) + "\n"
+            for i, t, s in rows
+        ),
+        encoding="utf-8",
     )
     listed = [
         {"file_name": f"{i}.png", "captions": [t for j, t, _ in rows if j == i], "split": s} for i, _, s in rows[:4]

@@ -135,3 +135,16 @@ def test_words_are_learnt_by_name_and_other_names_need_no_texts():
     assert open_or_learn_words("bytes", none).fingerprint == "bytes"
     with pytest.raises(ValueError, match="expected words:SIZE"):
         open_or_learn_words("words:x", none)
+
+
+def test_every_id_is_below_the_size_of_a_vocabulary_with_gaps():
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, "a": 40, "b": 7}
+    backend = Backend(models.WordLevel(words, unk_token="b"))
+    tokenizer = SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+    [(ids, _)] = tokenizer.encode(["a"])
+    assert ids.tolist() == [40]
+    assert tokenizer.vocab_size == 41

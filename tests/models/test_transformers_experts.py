@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_families import experts_classes, tiny_model
 from torch import nn
+from torch.nn.utils import parametrize
 from transformers import GptOssConfig, MixtralConfig, MixtralForCausalLM, NemotronHConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -161,6 +162,33 @@ def test_unknown_parameters_and_quantised_weights_are_refused():
     experts = mixtral_experts().requires_grad_(False).to(torch.float8_e4m3fn)
     with pytest.raises(ValueError, match="float8"):
         experts_forward(experts, torch.zeros(1, 8), torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, 2))
+
+
+class LowRank(nn.Module):
+    """What peft's LoRA makes of the weights of stacked experts."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(weight.shape[0], 2, weight.shape[2]))
+        self.b = nn.Parameter(torch.randn(weight.shape[0], weight.shape[1], 2))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.b @ self.a
+
+
+def test_parametrized_weights_are_what_their_parametrizations_make_of_them():
+    experts = mixtral_experts()
+    for name in ("gate_up_proj", "down_proj"):
+        parametrize.register_parametrization(experts, name, LowRank(getattr(experts, name)))
+    x, index, weight = torch.randn(7, 8), torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    experts.config._experts_implementation = "eager"
+    theirs = experts(x, index, weight)
+    ours = experts_forward(experts, x, index, weight)
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(experts.parameters())
+    assert len(parameters) == 6
+    for a, b in zip(torch.autograd.grad(ours.sum(), parameters), torch.autograd.grad(theirs.sum(), parameters)):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("called_before", [True, False])

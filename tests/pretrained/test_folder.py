@@ -101,6 +101,31 @@ def test_a_model_trained_here_is_read_by_plain_transformers(family, tmp_path):
         assert torch.equal(parameter, plain.get_parameter(name)), name
 
 
+def test_gates_that_the_files_have_in_float32_stay_so(tmp_path):
+    # As transformers 5.24 writes DeepSeek-V3 in bfloat16; the logits are those of the gates as they were trained.
+    plain = theirs("deepseek_v3").to(torch.bfloat16)
+    for name, parameter in plain.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            parameter.data = torch.randn(parameter.shape) * 0.2
+    for module in plain.modules():
+        if hasattr(module, "e_score_correction_bias"):
+            module.e_score_correction_bias = module.e_score_correction_bias.float()
+    plain.save_pretrained(tmp_path / "theirs")
+    before = tensors(tmp_path / "theirs")
+    assert {t.dtype for key, t in before.items() if key.endswith("gate.weight")} == {torch.float32}
+    model = zoo.from_pretrained(tmp_path / "theirs")
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert wide == {name for name, _ in model.named_parameters() if name.endswith("router.weight")}
+    x, moe = torch.randn(50, 64).bfloat16(), next(m for m in model.modules() if isinstance(m, MoE))
+    logits = x.double() @ before["model.layers.1.mlp.gate.weight"].double().T
+    assert error(moe.router._logits(x.float()).double(), logits) < 1e-6
+    model.save_pretrained(tmp_path / "saved")
+    after = tensors(tmp_path / "saved")
+    assert all(torch.equal(after[key], t) and after[key].dtype == t.dtype for key, t in before.items())
+    given = zoo.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16)
+    assert {p.dtype for p in given.parameters()} == {torch.bfloat16}
+
+
 def test_the_dtype_is_the_checkpoints_unless_given(tmp_path):
     theirs("deepseek_v3").to(torch.bfloat16).save_pretrained(tmp_path)
     assert {p.dtype for p in zoo.from_pretrained(tmp_path).parameters()} == {torch.bfloat16}

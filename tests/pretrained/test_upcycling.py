@@ -265,6 +265,12 @@ def test_an_mlp_that_computes_something_else_is_refused():
         zoo.upcycle(dense)
 
 
+def test_an_mlp_that_takes_more_than_tokens_is_refused():
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64)
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn takes more than tokens: .*'residual'"):
+        zoo.upcycle(transformers.MptForCausalLM(config))
+
+
 def test_a_model_without_mlps_and_one_that_is_sparse_already_are_refused():
     with pytest.raises(ValueError, match="ResNet has no blocks with an MLP"):
         zoo.upcycle(timm.create_model("resnet10t"))

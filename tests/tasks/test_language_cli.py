@@ -161,6 +161,34 @@ def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--model.pretrained", "MISSING"], "no such folder"),
+        (["--model.router.class_path", "zoo.moe.routers.HashRouter"], "HashRouter: give vocab_size"),
+        (
+            ["--model.router", "{class_path: zoo.moe.routers.ExpertChoiceRouter}", "--model.export", "OUT"],
+            "ExpertChoiceRouter cannot be expressed in the Mixtral layout",
+        ),
+        (["--data.tokenizer", "bytes"], "the tokenizer has 259 tokens, but the model's vocabulary only 256"),
+    ],
+)
+def test_a_mistake_about_a_pretrained_model_is_one_line_before_any_work(args, told, tmp_path, capsys):
+    model = zoo.create_model("language/mixtral_tiny", vocab_size=256, num_hidden_layers=1, hidden_size=32)
+    zoo.save_pretrained(model, tmp_path / "model")
+    (tmp_path / "text.txt").write_text("some text\n" * 100)
+    options = {"MISSING": str(tmp_path / "missing"), "OUT": str(tmp_path / "out")}
+    args = ["--model.pretrained", tmp_path / "model", *(options.get(arg, arg) for arg in args)]
+    if "--data.tokenizer" not in args:
+        args += ["--data.tokenizer", "bpe:260"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": {"source": str(tmp_path / "text.txt")}}))
+    assert cli("fit", tmp_path / "config.yaml", "--trainer.default_root_dir", tmp_path / "runs", *args) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert told in errors[0]
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     ("content", "told"),
     [
         ({"model": {"netwrk": "language/mixtral_tiny"}}, "'model.netwrk'; did you mean model.network"),

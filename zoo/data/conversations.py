@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .captions import IMAGE_TOKEN, Scenes
-from .corpus import SPLITS
+from .corpus import SPLITS, json_lines
 from .images import ALIASES
 
 if TYPE_CHECKING:
@@ -245,7 +245,7 @@ def _records(file: Path) -> Iterator[tuple[int, Any]]:
         if file.suffix == ".json":
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for _, line in json_lines(text)]
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(records, list) or not records:

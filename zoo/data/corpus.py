@@ -14,6 +14,7 @@ import platform
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
@@ -67,13 +68,18 @@ def stdlib() -> Corpus:
 
 
 def local(patterns: Sequence[str], text_column: str = "text") -> Corpus:
-    """Files, folders (all text files below them) and glob patterns."""
+    """Files, folders (all text files below them) and glob patterns; a file that several of them mean is read once."""
     files: dict[str, Path] = {}
+    known: set[Path] = set()
     for pattern in patterns:
         found = _match(pattern)
         if not found:
             raise FileNotFoundError(f"no text file matches {pattern!r} (from {Path.cwd()})")
-        files.update(found)
+        for key, path in found:
+            if (real := path.resolve()) not in known:
+                known.add(real)
+                # Files of one name, in two folders, are numbered in the order in which they are named.
+                files[next(k for k in _numbered(key) if k not in files)] = path
     size = sum(path.stat().st_size for path in files.values())
     return _from_files(files, f"{', '.join(patterns)}: {len(files)} files, {size} bytes", text_column)
 
@@ -119,7 +125,10 @@ def split_of(key: str) -> str:
 
 
 def _from_files(files: dict[str, Path], description: str, text_column: str) -> Corpus:
-    """A corpus of files by key; few documents are cut in three, so that one file is enough to train and test on."""
+    """A corpus of files by key.
+
+    Few documents, or none whose key falls to one of the splits, are cut in three: one file is enough to train and test.
+    """
     order = sorted(files)
     stats = [(key, files[key].stat().st_size, files[key].stat().st_mtime_ns) for key in order]
 
@@ -127,7 +136,14 @@ def _from_files(files: dict[str, Path], description: str, text_column: str) -> C
         for key in order:
             yield from _read(key, files[key], text_column)
 
-    few = sum(1 for _, _ in zip(range(FEW), everything())) < FEW
+    homes: set[str] = set()
+    for number, (key, _) in enumerate(everything(), 1):
+        homes.add(split_of(key))
+        if number >= FEW and len(homes) == len(SPLITS):
+            few = False
+            break
+    else:
+        few = True
 
     def documents(split: str) -> Iterator[str]:
         for key, text in everything():
@@ -140,17 +156,29 @@ def _from_files(files: dict[str, Path], description: str, text_column: str) -> C
 
 
 def _read(key: str, path: Path, text_column: str) -> Iterator[tuple[str, str]]:
-    text = path.read_bytes().decode("utf-8", errors="replace")
+    text = path.read_bytes().decode("utf-8-sig", errors="replace")
     if path.suffix != ".jsonl":
         yield key, text
         return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(text):
         try:
-            yield f"{key}:{number}", json.loads(line)[text_column]
+            found = json.loads(line)[text_column]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected a JSON object with {text_column!r}: {error}") from error
+        if not isinstance(found, str | None):
+            raise ValueError(f"{path}, line {number}: expected text in {text_column!r}, got {type(found).__name__}")
+        if found:
+            yield f"{key}:{number}", found
+
+
+def json_lines(text: str) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of the lines of a `.jsonl` file that are not empty.
+
+    Only line feeds end one: `str.splitlines` would cut strings at characters that JSON allows in them, such as U+2028.
+    """
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line
 
 
 def _cut(text: str) -> tuple[str, str, str]:
@@ -162,18 +190,23 @@ def _cut(text: str) -> tuple[str, str, str]:
     return text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]
 
 
-def _match(pattern: str) -> dict[str, Path]:
-    """Files a pattern stands for, by key: the path below the folder named, or the file's name."""
+def _numbered(key: str) -> Iterator[str]:
+    yield key
+    yield from (f"{key}#{number}" for number in count(2))
+
+
+def _match(pattern: str) -> list[tuple[str, Path]]:
+    """Keys and files a pattern stands for, in order; a key is the path below the folder named, or the file's name."""
     path = Path(pattern).expanduser()
     if path.is_dir():
         below = (p for p in path.rglob("*") if p.is_file())
         visible = ((p.relative_to(path), p) for p in below)
-        return {
-            relative.as_posix(): p
+        return sorted(
+            (relative.as_posix(), p)
             for relative, p in visible
             if not any(part.startswith(".") for part in relative.parts) and b"\0" not in _head(p)
-        }
-    return {Path(p).name: Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file()}
+        )
+    return [(Path(p).name, Path(p)) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
 
 
 def _head(path: Path) -> bytes:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .corpus import SPLITS
+from .corpus import SPLITS, json_lines
 from .images import ALIASES, Files, divided, is_image
 
 if TYPE_CHECKING:
@@ -165,11 +165,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
         yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
         return
     try:
-        content = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(text)
-        )
+        content = [json.loads(line) for _, line in json_lines(text)] if path.suffix == ".jsonl" else json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():

@@ -89,7 +89,7 @@ class SubwordTokenizer:
         self.start: int = start
         self.end: int | None = fast.eos_token_id
         self.pad: int = next(i for i in (fast.pad_token_id, fast.eos_token_id, start) if i is not None)
-        self.vocab_size: int = self.backend.get_vocab_size()
+        self.vocab_size: int = 1 + max(self.backend.get_vocab().values())  # ids may leave gaps
         self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -54,16 +54,16 @@ def build(
     from ..gates import gate_factory, layer_gates
     from ..layers import attention_factory, depth_factory, experts_factory, shortcut_layers
     from ..pretrained import adopt, causal
-    from ..pretrained.language import FAMILIES, activation_of
+    from ..pretrained.language import TABLES, activation_of
 
     if dense:
         return dense_twin(name, dtype=dtype, attn_implementation=attn_implementation, **fields)
     config = configuration(name, **fields)
-    if config.model_type not in FAMILIES:
+    if config.model_type not in TABLES:
         others = {"experts": experts, "attention": attention, "mixture_of_depths": mixture_of_depths}
         for option, value in {**others, "shortcut": shortcut}.items():
             if value is not None and value is not False:
-                raise ValueError(f"{option}: not for {config.model_type}; expected a model of {', '.join(FAMILIES)}")
+                raise ValueError(f"{option}: not for {config.model_type}; expected a model of {', '.join(TABLES)}")
         return causal.build(
             config,
             router=router,
@@ -159,7 +159,7 @@ def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
     import copy
 
     from ..pretrained import adopt, causal
-    from ..pretrained.language import FAMILIES
+    from ..pretrained.language import TABLES
 
     dtype = overrides.pop("dtype", None)
     attention = overrides.pop("attn_implementation", None)
@@ -175,7 +175,7 @@ def dense_twin(model: str | nn.Module, **overrides: Any) -> nn.Module:
         for name, value in overrides.items():
             setattr(config, name, value)
         dtype = dtype or next(model.parameters()).dtype
-    if config.model_type not in FAMILIES:
+    if config.model_type not in TABLES:
         return causal.build(config, dense=True, dtype=dtype, attn_implementation=attention)
     return adopt.build(config, dense=True, dtype=dtype, attn_implementation=attention)
 

@@ -5,12 +5,13 @@ computes is found out by probing, not by its name: its own gate or activation is
 that it may clamp at, and must equal one of our activations there. Weights in another layout (transposed, or gate and up
 interleaved) are rearranged in each call, through autograd. Whatever cannot be expressed raises ValueError.
 
-Not supported in transformers 5.23: deepseek_v4, glm5_next, hy_v4 (SwiGLU clamped at a limit of their own); inkling2
-(soft caps inside the gate); muse_spark (a norm after each expert).
+Not supported in transformers 5.24: deepseek_v4, glm5_next, hy_v4, hy_v4_vl (SwiGLU clamped at a limit of their own);
+inkling2, inkling2_loop (soft caps inside the gate); muse_spark (a norm after each expert).
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -88,7 +89,9 @@ def _find_activation(experts: Any) -> str:
     label = f"{type(experts).__name__} with experts_implementation='zoo'"
     if getattr(experts, "has_post_expert_norm", False):
         raise ValueError(f"{label}: a norm after each expert is not supported; use 'eager' or 'grouped_mm'")
-    if extra := {name for name, _ in experts.named_parameters()} - _PARAMETERS:
+    # A weight may be parametrized, as by peft's LoRA: then it is what its parametrization makes of it.
+    names = {re.sub(r"^parametrizations\.(\w+)\..*", r"\1", name) for name, _ in experts.named_parameters()}
+    if extra := names - _PARAMETERS:
         raise ValueError(
             f"{label}: parameters {', '.join(sorted(extra))} are not supported; use 'eager' or 'grouped_mm'"
         )

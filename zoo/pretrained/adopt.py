@@ -14,16 +14,16 @@ from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from .context import pass_context
 from .decoders import put_attention, put_depth, put_shortcuts
-from .language import FAMILIES, Family, activation_of, resolve_dtype
+from .language import TABLES, Family, activation_of, resolve_dtype
 
 RouterFactory = Callable[[], Router]
 
 
 def family_of(model_type: str, where: str = "") -> Family:
     """The family of a configuration's model_type; raises ValueError naming the nearest ones and `where` it was read."""
-    if model_type not in FAMILIES:
-        raise unknown(f"language family{where}", str(model_type), FAMILIES)
-    return FAMILIES[model_type]
+    if model_type not in TABLES:
+        raise unknown(f"language family{where}", str(model_type), TABLES)
+    return TABLES[model_type]
 
 
 def gate_arguments(losses: Mapping[str, Any] | None, capacity: Any) -> dict[str, Any]:
@@ -124,9 +124,7 @@ def shared_width(config: Any) -> int:
     """Hidden width of a family's shared experts together, zero without any."""
     if config.model_type == "qwen2_moe":
         return config.shared_expert_intermediate_size
-    if config.model_type == "deepseek_v3":
-        return config.moe_intermediate_size * config.n_shared_experts
-    return 0
+    return config.moe_intermediate_size * config.n_shared_experts if family_of(config.model_type).shared else 0
 
 
 def _dense(config: Any, family: Family, dtype: torch.dtype) -> MLP:

@@ -17,7 +17,7 @@ from ..moe import MoE
 from ..nearest import unknown
 from . import image_text
 from .context import decoder_of
-from .language import FAMILIES, resolve_dtype
+from .language import TABLES, resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates
 from .sparse_relatives import published_config
 from .sparse_rows import BLOCKS
@@ -36,7 +36,7 @@ def class_of(model_type: str, where: str = "") -> Any:
     import transformers
 
     if model_type not in known_types():
-        raise unknown(f"language family{where}", str(model_type), {*FAMILIES, *known_types()})
+        raise unknown(f"language family{where}", str(model_type), {*TABLES, *known_types()})
     return getattr(transformers, known_types()[model_type])
 
 
@@ -65,7 +65,7 @@ def is_ours(model: nn.Module) -> bool:
     """Whether a language model came from here, so that `zoo.pretrained.image_text.save` writes it."""
     config: Any = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
-    if model_type in FAMILIES or model_type not in known_types() or not hasattr(model, "get_decoder"):
+    if model_type in TABLES or model_type not in known_types() or not hasattr(model, "get_decoder"):
         return False
     return decoder_of(model).config.model_type in BLOCKS or not any(isinstance(m, MoE) for m in model.modules())
 

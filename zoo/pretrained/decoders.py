@@ -14,6 +14,7 @@ from ..moe.routers import MoEPlusPlusRouter
 from .context import KEY
 
 PER_TOKEN = ("token_ids", "position_ids", "index", "cos", "sin", "seen")
+CACHES = ("cache", "past_key_values")  # what transformers calls its cache, from 5.24 and before
 
 
 class DecoderAttention(nn.Module):
@@ -34,11 +35,11 @@ class DecoderAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
         **keywords: Any,
     ) -> tuple[Tensor, None]:
         """Attend from tokens [B, S, D]; the second value, attention weights, is None."""
-        cache = None if past_key_values is None else _Cache(past_key_values, self.layer_idx)
+        kept = _kept(keywords)
+        cache = None if kept is None else _Cache(kept, self.layer_idx)
         context = {name: value for name, value in (keywords.get(KEY) or {}).items() if name != "causal"}
         seen = visible(attention_mask)
         return self.attention(
@@ -78,13 +79,12 @@ class DecoderDepth(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **keywords: Any,
     ) -> Tensor:
         """Tokens [B, S, D] to tokens [B, S, D]. Raises ValueError when a cache is given."""
-        if past_key_values is not None:
+        if _kept(keywords) is not None:
             raise ValueError("mixture of depths keeps no keys and values: call the model with use_cache=False")
         batch, length = hidden_states.shape[:2]
         context = dict(keywords.pop(KEY, None) or {})
@@ -129,7 +129,6 @@ class _Chosen(nn.Module):
             x,
             attention_mask=bias,
             position_ids=position_ids,
-            past_key_values=None,
             use_cache=False,
             position_embeddings=None if cos is None else (cos, sin),
             **keywords,
@@ -159,11 +158,18 @@ class DecoderPair(nn.Module):
         # A layer recomputed alone would miss the other end of the shortcut, and a cache would be filled twice.
         for layer in (self.first, self.second):
             layer.gradient_checkpointing = False  # type: ignore[assignment]
-        keywords |= {"past_key_values": None, "use_cache": False}
+        _kept(keywords)
+        keywords["use_cache"] = False
         return self._gradient_checkpointing_func(partial(self._both, **keywords), hidden_states)
 
     def _both(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
         return self.second(self.first(hidden_states, **keywords), **keywords)
+
+
+def _kept(keywords: dict[str, Any]) -> Any:
+    """Take transformers' cache of keys and values out of a layer's keywords; None where there is none."""
+    found = [keywords.pop(name, None) for name in CACHES]
+    return next((cache for cache in found if cache is not None), None)
 
 
 def _among(index: Tensor, seen: Tensor | None, mask: Tensor | None) -> Tensor:

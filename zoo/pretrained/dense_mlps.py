@@ -130,7 +130,10 @@ class DenseMLP:
         found = moe_mlp(
             x, one["w_in"], one["w_out"], routing, self.activation, "reference", b_in=biases[0], b_out=biases[1]
         )
-        expected = self(x)
+        try:
+            expected = self(x)
+        except TypeError as wrong:  # MPT's MLP, say, adds the residual itself
+            raise ValueError(f"upcycle: {self.name} takes more than tokens: {wrong}") from wrong
         error = (found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
         if found.shape != expected.shape or not error < TOLERANCE.get(weight.dtype, 0.1):
             raise ValueError(

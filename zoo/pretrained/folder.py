@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import gate_factory
+from ..moe import MoE
+from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
-from .language import FAMILIES, Family, resolve_dtype, tensors_on_disk
+from .language import TABLES, Family, resolve_dtype, tensors_on_disk
 from .sparse_relatives import published_config
 from .staging import staged
 from .tensorfile import DTYPES, Entry, read_header, write_file
@@ -32,7 +34,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def has_table(folder: Path) -> bool:
     """Whether a folder's config.json names one of the families that are read here."""
     try:
-        return _read_json(folder / CONFIG).get("model_type") in FAMILIES
+        return _read_json(folder / CONFIG).get("model_type") in TABLES
     except (OSError, ValueError):
         return False
 
@@ -53,7 +55,10 @@ def from_pretrained(
     local_files_only: bool = False,
     token: str | bool | None = None,
 ) -> Any:
-    """A published Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE or DeepSeek-V3 checkpoint as a transformers model on our layers.
+    """A published checkpoint of a language model as a transformers model on our layers.
+
+    Families: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3, and those of `zoo.pretrained.language.READABLE`:
+    FlexOlmo, Mellum, DeepSeek-V2 and V3.2, dots.llm1, GLM-4.5, 4.7 Flash and 5, Solar Open.
 
     source: a folder with config.json and safetensors files, or a hub repository id (then revision, cache_dir,
     local_files_only and token are the hub's). dtype "auto" keeps the checkpoint's. router, losses and capacity are
@@ -76,7 +81,8 @@ def from_pretrained(
     _refuse_quantized(raw, folder)
     config = family.classes()[0].from_pretrained(folder)
     entries = _entries(folder)
-    if dtype == "auto":
+    as_stored = dtype == "auto"
+    if as_stored:
         dtype = config.dtype or stored_dtype(entries)
     given = adopt.gate_arguments(losses, capacity)
     make = None
@@ -98,6 +104,8 @@ def from_pretrained(
         targets = _targets(model, family, entries, folder, own_gates=True)
         sharded.spread_and_fill(model, targets, entries, mesh, device)
     elif torch.device(next(model.parameters()).device).type != "meta":
+        if as_stored:
+            _widen_gates(model, family, entries)
         targets = _targets(model, family, entries, folder, own_gates=router is None)
         with torch.no_grad():
             for key, target in sorted(
@@ -129,7 +137,7 @@ def save_pretrained(
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     config = published_config(model)
-    family = FAMILIES[config.model_type]
+    family = adopt.family_of(config.model_type)
     limit = _bytes(max_shard_size)
     state = None
     if is_spread(model):
@@ -228,12 +236,22 @@ def _targets(model: Any, family: Family, entries: dict[str, Entry], folder: Path
     return targets
 
 
+def _widen_gates(model: Any, family: Family, entries: Mapping[str, Entry]) -> None:
+    """Let gates be float32 where files hold them so beside narrower weights, as transformers 5.24 writes DeepSeek's."""
+    for name, module in model.named_modules():
+        entry = entries.get(f"{name.removesuffix('mlp')}{family.block}.gate.weight")
+        if entry and isinstance(module, MoE) and isinstance(module.router, TopKRouter):
+            weight = module.router.weight
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, DTYPES[entry.dtype]))
+
+
 def _unread(model: Any) -> str:
     """Pattern of keys that published files may hold beyond the model: tables computed anew, tied and extra layers."""
     ignored = [r".*\.rotary_emb\.inv_freq", *(re.escape(key) for key in model.all_tied_weights_keys)]
     first = model.config.num_hidden_layers
     extra = getattr(model.config, "num_nextn_predict_layers", 0) or 0
     ignored += [rf"model\.layers\.{layer}\..*" for layer in range(first, first + extra)]
+    ignored += [f".*(?:{pattern}).*" for pattern in model._keys_to_ignore_on_load_unexpected or ()]  # transformers' own
     return "|".join(ignored)
 
 

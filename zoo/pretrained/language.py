@@ -35,9 +35,11 @@ class Family:
     shared_gate: str | None = None
 
     def classes(self) -> tuple[Any, Any]:
-        """transformers' configuration and causal language model classes."""
+        """transformers' configuration and causal language model classes; ValueError where it is too old for them."""
         import transformers
 
+        if not hasattr(transformers, f"{self.prefix}ForCausalLM"):
+            raise ValueError(f"transformers {transformers.__version__} has no {self.prefix}; expected a newer one")
         return getattr(transformers, f"{self.prefix}Config"), getattr(transformers, f"{self.prefix}ForCausalLM")
 
 
@@ -71,6 +73,18 @@ def _deepseek_v3(config: Any) -> dict[str, Any]:
     }
 
 
+def _deepseek_v2(config: Any) -> dict[str, Any]:
+    grouped = config.topk_method == "group_limited_greedy"
+    groups = {"num_groups": config.n_group, "group_topk": config.topk_group, "group_score": "max"}
+    return {"k": config.num_experts_per_tok, "scale": config.routed_scaling_factor, **(groups if grouped else {})}
+
+
+_DEEPSEEK: dict[str, Any] = {
+    "num_experts": "n_routed_experts",
+    "hidden": "moe_intermediate_size",
+    "shared": "shared_experts",
+}
+
 FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "Mixtral",
@@ -90,14 +104,29 @@ FAMILIES: dict[str, Family] = {
         shared_gate="shared_expert_gate",
     ),
     "qwen3_moe": Family("Qwen3Moe", num_experts="num_experts", hidden="moe_intermediate_size", router=_softmax),
-    "deepseek_v3": Family(
-        "DeepseekV3",
-        num_experts="n_routed_experts",
-        hidden="moe_intermediate_size",
-        router=_deepseek_v3,
-        shared="shared_experts",
-    ),
+    "deepseek_v3": Family("DeepseekV3", **_DEEPSEEK, router=_deepseek_v3),
 }
+
+
+# Read and written as those above: blocks of the same kinds in other decoders.
+READABLE: dict[str, Family] = {
+    "flex_olmo": Family("FlexOlmo", num_experts="num_experts", hidden="intermediate_size", router=_softmax),
+    "mellum": Family("Mellum", num_experts="num_experts", hidden="moe_intermediate_size", router=_softmax),
+    "deepseek_v2": Family("DeepseekV2", **_DEEPSEEK, router=_deepseek_v2),
+    **{
+        model_type: Family(prefix, **_DEEPSEEK, router=_deepseek_v3)
+        for model_type, prefix in {
+            "deepseek_v32": "DeepseekV32",
+            "dots1": "Dots1",
+            "glm4_moe": "Glm4Moe",
+            "glm4_moe_lite": "Glm4MoeLite",
+            "glm_moe_dsa": "GlmMoeDsa",
+            "solar_open": "SolarOpen",
+        }.items()
+    },
+}
+
+TABLES = FAMILIES | READABLE
 
 
 def check_router(name: str, router: Any, family: Family | SparseBlock, config: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from ..moe import Experts, MoE, NeuronExperts, ShortcutMoE
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
-from .language import FAMILIES, check_router
+from .language import TABLES, check_router
 
 RELATIVES = {"mistral": "mixtral", "llama": "mixtral", "qwen3": "qwen3_moe"}
 OWN = ("model_type", "architectures", "transformers_version", "layer_types", "max_window_layers")
@@ -38,22 +38,22 @@ def published_config(model: Any) -> Any:
             raise TypeError(f"save_pretrained: no published layout has a place for {name}, {what}; keep its state_dict")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     model_type = getattr(config, "model_type", None)
-    if not layers or model_type not in FAMILIES.keys() | RELATIVES.keys():
+    if not layers or model_type not in TABLES.keys() | RELATIVES.keys():
         raise TypeError(
             f"save_pretrained: {type(model).__name__} has no published layout; expected a model of "
-            f"{', '.join(FAMILIES)} from zoo.create_model or zoo.from_pretrained, an upcycled one of "
+            f"{', '.join(TABLES)} from zoo.create_model or zoo.from_pretrained, an upcycled one of "
             f"{', '.join(RELATIVES)}, or a vision model"
         )
     if model_type in RELATIVES:
         config = _relative(model, config, layers)
     for name, layer in layers.items():
-        check_router(f"{name}.router", layer.router, FAMILIES[config.model_type], config)
+        check_router(f"{name}.router", layer.router, adopt.family_of(config.model_type), config)
     return config
 
 
 def _relative(model: Any, config: Any, layers: dict[str, MoE]) -> Any:
     family_name = RELATIVES[config.model_type]
-    family = FAMILIES[family_name]
+    family = TABLES[family_name]
     label = f"save_pretrained: an upcycled {config.model_type} in the {family.prefix} layout"
     blocks = model.model.layers
     dense = [i for i in range(len(blocks)) if f"model.layers.{i}.mlp" not in layers]

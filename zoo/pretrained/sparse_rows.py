@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .language import FAMILIES, _deepseek_v3, _mixtral, _softmax, activation_of
+from .language import TABLES, _deepseek_v2, _deepseek_v3, _mixtral, _softmax, activation_of
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,6 @@ def _llama4(config: Any) -> dict[str, Any]:
 def _ernie(config: Any) -> dict[str, Any]:
     # The sum of the chosen is divided by, but at least moe_norm_min = 1e-12: the same where any is chosen in earnest.
     return {"k": config.moe_k, "normalize": True, "normalize_eps": 1e-20, "selection_bias": True}
-
-
-def _deepseek_v2(config: Any) -> dict[str, Any]:
-    grouped = config.topk_method == "group_limited_greedy"
-    groups = {"num_groups": config.n_group, "group_topk": config.topk_group, "group_score": "max"}
-    return {"k": config.num_experts_per_tok, "scale": config.routed_scaling_factor, **(groups if grouped else {})}
 
 
 def _gpt_oss(config: Any) -> dict[str, Any]:
@@ -110,29 +104,21 @@ def _swiglu(config: Any) -> str:
 BLOCKS: dict[str, SparseBlock] = {
     **{
         name: SparseBlock(row.prefix, row.router, shared=row.shared, shared_gate=row.shared_gate)
-        for name, row in FAMILIES.items()
+        for name, row in TABLES.items()
     },
     # DeepSeek-V3's gate
     **{
         name: SparseBlock(prefix, _deepseek_v3, shared="shared_experts")
         for name, prefix in {
             "bailing_hybrid": "BailingHybrid",
-            "deepseek_v32": "DeepseekV32",
-            "dots1": "Dots1",
             "exaone_moe": "ExaoneMoe",
-            "glm4_moe": "Glm4Moe",
-            "glm4_moe_lite": "Glm4MoeLite",
             "glm4v_moe_text": "Glm4vMoe",
-            "glm_moe_dsa": "GlmMoeDsa",
             "kimi_linear": "KimiLinear",
-            "solar_open": "SolarOpen",
         }.items()
     },
     "mimo_v2_flash": SparseBlock("MiMoV2Flash", _deepseek_v3),
     # softmax over all experts
-    "flex_olmo": SparseBlock("FlexOlmo", _softmax),
     "jamba": SparseBlock("Jamba", _unnormalized, gate="router"),
-    "mellum": SparseBlock("Mellum", _softmax),
     "minimax": SparseBlock("MiniMax", _mixtral),
     "hunyuan_v1_moe": SparseBlock("HunYuanMoEV1", _normalized, gate="gate.wg", shared="shared_mlp"),
     "qwen3_next": SparseBlock("Qwen3Next", _softmax, shared="shared_expert", shared_gate="shared_expert_gate"),
@@ -144,7 +130,6 @@ BLOCKS: dict[str, SparseBlock] = {
         name: SparseBlock(prefix, _deepseek_v2, shared="shared_experts")
         for name, prefix in {
             "deepseek_ocr2_text": "DeepseekOcr2",
-            "deepseek_v2": "DeepseekV2",
             "unlimited_ocr_text": "UnlimitedOcr",
         }.items()
     },
