@@ -133,6 +133,7 @@ class TaskCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`; sys.argv is what data parallelism starts more processes with, and stays as it is."""
+        self._args = args
         argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns about args beside those of the process
         try:
             super().parse_arguments(parser, args)
@@ -140,9 +141,10 @@ class TaskCLI(LightningCLI):
             sys.argv = argv
 
     def _parse_ckpt_path(self) -> None:
-        # A checkpoint's own hyper-parameters fill in for a config file; they do not overrule one.
+        # A checkpoint's own hyper-parameters fill in for a config file; they overrule neither one nor what is said.
         if not self.config[self._only].get("config"):
             super()._parse_ckpt_path()
+            self.config = self.parser.parse_args(self._args, namespace=self.config)
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
