@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from tasks.training import share_of
@@ -18,6 +19,11 @@ from zoo.data.images_rows import ImageRows, unlabelled
 from zoo.data.images_transforms import Augment, Preparation
 
 NO_AUGMENTATION = Augment()
+
+
+def channels_of(model: Any) -> int:
+    """Of images that a model takes: its first convolution's; three where it has none."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
 class VisionData(LightningDataModule):

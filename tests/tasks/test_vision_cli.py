@@ -150,6 +150,44 @@ def test_fit_validate_test_and_predict(tmp_path, capsys):
     assert written.read_text() == before
 
 
+def test_an_exported_model_predicts_its_own_classes_without_the_images_it_was_trained_on(tmp_path, capsys):
+    for name, value in (("black things", 0), ("very white", 255), ("grey", 128)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 24), (value, value, abs(value - i))).save(tmp_path / "images" / name / f"{i}.png")
+    data = ["--data.source", tmp_path / "images", "--data.image_size=32", "--data.batch_size=8"]
+    model = ["--model.network=vision/convnext_moe_tiny_test", "--model.lr=0.01", "--model.warmup_steps=5"]
+    quickly = ["--trainer.check_val_every_n_epoch=null"]
+    export = tmp_path / "exported"
+    assert (
+        main(["vision", "fit", *map(str, [*data, *model, *quick(tmp_path, 40), *quickly, "--model.export", export])])
+        == 0
+    )
+    found = tmp_path / "found.csv"
+    where = ["--data.images", f"[{tmp_path / 'images'}]", "--model.predictions", found, "--data.image_size=32"]
+    assert main(["vision", "predict", "--model.pretrained", str(export), *map(str, where)]) == 0
+    with found.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert {row["class"] for row in rows} <= {"black things", "very white", "grey"}
+    assert sum(Path(row["path"]).parent.name == row["class"] for row in rows) > 20
+
+    # A fine-tuned head has the classes of the data, whatever those of the model that it started from.
+    for name in ("a", "b"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 24), (25 * i, 0, 0)).save(tmp_path / "other" / name / f"{i}.png")
+    other = ["--data.source", tmp_path / "other", "--data.image_size=32", "--data.batch_size=8"]
+    start = ["--model.pretrained", export, "--model.overrides.new_head=true", *quick(tmp_path / "second", 2), *quickly]
+    assert main(["vision", "fit", *map(str, [*other, *start])]) == 0
+    last = tmp_path / "second" / "vision" / "version_0" / "checkpoints" / "last.ckpt"
+    where = ["--data.images", f"[{tmp_path / 'other'}]", "--model.predictions", tmp_path / "second.csv"]
+    # What the checkpoint was trained with stands where nothing else is said; what is said goes first.
+    assert main(["vision", "predict", *map(str, [*other, *where, "--ckpt_path", last])]) == 0
+    with (tmp_path / "second.csv").open() as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
