@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -167,7 +167,8 @@ class TaskCLI(LightningCLI):
         fitting = self.subcommand == "fit" and not config.get("fast_dev_run")
         if config.get("logger") is None:
             kwargs["logger"] = loggers(config["default_root_dir"], self.domain) if fitting else False
-        callbacks = list(config.get("callbacks") or [])
+        given = config.get("callbacks") or []
+        callbacks = [given] if isinstance(given, Callback) else list(given)
         if fitting and config.get("enable_checkpointing") is not False:
             callbacks += [SaveLast()]
             # Lightning would otherwise add one of its own, which writes an epoch's last step a second time.

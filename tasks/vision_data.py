@@ -100,6 +100,8 @@ class VisionData(LightningDataModule):
             return
         if subcommand == "fit":
             self.images.check()
+            if (count := len(self.images.split("train"))) < self.batch_size:
+                raise ValueError(f"{count} images to train on do not fill one batch: batch_size is {self.batch_size}")
         elif subcommand != "predict":
             self.images.split("val" if subcommand == "validate" else subcommand)
 
@@ -138,9 +140,9 @@ class VisionData(LightningDataModule):
         """Shuffled and augmented batches that can be taken up again in the middle of an epoch."""
         return self._loader("train", self.augment)
 
-    def val_dataloader(self) -> Loader:
-        """Every image of the validation split once."""
-        return self._loader("val")
+    def val_dataloader(self) -> Loader | list[Any]:
+        """Every image of the validation split once; nothing where training goes without one."""
+        return self._loader("val") if "val" in self.images.splits else []
 
     def test_dataloader(self) -> Loader:
         """Every image of the test split once."""

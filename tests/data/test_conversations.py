@@ -50,6 +50,15 @@ def test_a_file_is_split_by_the_image_and_read_as_it_is(folder: Path) -> None:
     assert parts["val"].load(0)[0].getpixel((0, 0)) == (number,) * 3
 
 
+def test_lines_of_a_jsonl_file_end_where_json_says(folder: Path) -> None:
+    odd = "a\u2028b\x85c\u2029d"  # ends of lines to Python, but characters like others to JSON
+    records = [record("What?", f"{odd}{i}", id=i) for i in range(3)]
+    lines = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in records)
+    (folder / "odd.jsonl").write_text(lines, encoding="utf-8")
+    found = open_conversations(str(folder / "odd.jsonl"), held_out=0).split("train")
+    assert [found.conversation(i).turns[1][1] for i in range(3)] == [f"{odd}{i}" for i in range(3)]
+
+
 def test_a_folder_has_its_own_splits_and_images_elsewhere(folder: Path) -> None:
     (folder / "talk").mkdir()
     for split, count in (("train", 3), ("validation", 2)):

@@ -243,7 +243,7 @@ def _records(file: Path) -> Iterator[tuple[int, Any]]:
         if file.suffix == ".json":
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.splitlines() if line.strip()]
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]  # strings may hold others
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
     if not isinstance(records, list) or not records:

@@ -144,7 +144,7 @@ def _read(key: str, path: Path, text_column: str) -> Iterator[tuple[str, str]]:
     if path.suffix != ".jsonl":
         yield key, text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -166,7 +166,7 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
         return
     try:
         content = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [json.loads(line) for line in text.split("\n") if line.strip()]
             if path.suffix == ".jsonl"
             else json.loads(text)
         )
