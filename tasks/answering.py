@@ -27,6 +27,13 @@ def open_processor(source: str) -> Any:
     return processor
 
 
+def processor_of(model: Any) -> str | None:
+    """The folder that a model was read from, where its processor lies beside it."""
+    folder = getattr(model, "name_or_path", None)
+    names = ("processor_config.json", "preprocessor_config.json")
+    return folder if folder and any((Path(folder) / name).is_file() for name in names) else None
+
+
 def open_image(path: str | Path) -> Any:
     """An image in RGB; raises FileNotFoundError and ValueError naming the file."""
     if not Path(path).is_file():
