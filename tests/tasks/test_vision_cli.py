@@ -150,6 +150,12 @@ def test_fit_validate_test_and_predict(tmp_path, capsys):
     assert written.read_text() == before
 
 
+def test_training_goes_without_held_out_images_and_with_one_callback_alone(tmp_path):
+    options = ["--data.held_out=0", "--trainer.callbacks=tasks.averaging.RunningAverage", "--trainer.max_epochs=1"]
+    assert cli("fit", CONFIGS / "vmoe_digits.yaml", *quick(tmp_path, 2), *options) == 0
+    assert (tmp_path / "vision" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
 def test_an_exported_model_predicts_its_own_classes_without_the_images_it_was_trained_on(tmp_path, capsys):
     for name, value in (("black things", 0), ("very white", 255), ("grey", 128)):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -198,6 +204,7 @@ def test_an_exported_model_predicts_its_own_classes_without_the_images_it_was_tr
         (["--model.num_classes", "7"], "the model has 7 classes, but scikit-learn's digits has 10"),
         (["--model.mixp", "0.2"], "did you mean model.mixup"),
         (["--data.source", "digts"], "did you mean digits"),
+        (["--data.batch_size", "5000"], "1439 images to train on do not fill one batch: batch_size is 5000"),
         (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--data.channels", "2"], "channels must be 1 (grey) or 3 (colour), got 2"),
         (["--data.augment.flip", "7"], "augment.flip is a probability, got 7"),
