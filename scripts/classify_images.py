@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import zoo
-from tasks.vision import VisionData
+from tasks.vision_data import VisionData, channels_of
 from zoo.data.images import image_files
 from zoo.data.images_rows import ImageRows, unlabelled
 
@@ -25,7 +25,7 @@ def main() -> None:
     model = zoo.from_pretrained(args.model, device=device)
     names = model.pretrained_cfg.get("label_names")
     files = image_files(args.images)
-    wanted = VisionData(channels=model.patch_embed.proj.in_channels).preparation(model)
+    wanted = VisionData(channels=channels_of(model)).preparation(model)
     for batch in DataLoader(ImageRows(unlabelled(files), wanted), args.batch_size):
         with torch.inference_mode():
             chances, classes = model(batch["image"].to(device)).softmax(-1).max(-1)

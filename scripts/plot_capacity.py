@@ -8,7 +8,7 @@ from pathlib import Path
 
 import zoo
 from tasks.capacity import FACTORS, trade_off
-from tasks.vision import VisionData
+from tasks.vision_data import VisionData, channels_of
 from zoo.report.chart import Series
 from zoo.report.picture import picture
 
@@ -26,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
 
     model = zoo.from_pretrained(args.model)
-    data = VisionData(args.source, channels=model.patch_embed.proj.in_channels)
+    data = VisionData(args.source, channels=channels_of(model))
     points = trade_off(model, list(data.batches(args.split, model=model)), args.factors, args.choices)
     print("order           k  capacity   kept  Mmult/image  accuracy")
     for p in points:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from zoo.data.pictures import in_mode, open_picture
+
 
 def open_processor(source: str) -> Any:
     """transformers' processor of a model folder or hub repository: its tokenizer, chat template and image preparation.
@@ -25,15 +27,19 @@ def open_processor(source: str) -> Any:
     return processor
 
 
+def processor_of(model: Any) -> str | None:
+    """The folder that a model was read from, where its processor lies beside it."""
+    folder = getattr(model, "name_or_path", None)
+    names = ("processor_config.json", "preprocessor_config.json")
+    return folder if folder and any((Path(folder) / name).is_file() for name in names) else None
+
+
 def open_image(path: str | Path) -> Any:
     """An image in RGB; raises FileNotFoundError and ValueError naming the file."""
-    from PIL import Image
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no image {str(path)!r} (from {Path.cwd()})")
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return in_mode(open_picture(path), "RGB")
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{path}: not an image that can be read ({error})") from error
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from tasks.answering import open_processor
+from tasks.answering import open_processor, processor_of
 from tasks.training import share_of
 from zoo.data import Loader
 from zoo.data.captions import digit_scenes, vocabulary
@@ -27,10 +27,10 @@ class InstructionData(LightningDataModule):
         source: "digits" (questions about scikit-learn's handwritten digits on a grid), a .json or .jsonl file as
             LLaVA's, or a folder with train.json, val.json and test.json.
         images: the folder that paths of images begin in; that of the source by default.
-        processor: a folder or hub repository with the model's processor; by default one is made of `tokenizer`, and of
-            what the model's vision tower takes.
-        tokenizer: of a processor that is made: "words" (those of the training conversations), "words:SIZE", "bytes", a
-            folder, or a hub repository.
+        processor: a folder or hub repository with the model's processor; by default that of the folder that the model
+            is read from, or one that is made of `tokenizer`, and of what the model's vision tower takes.
+        tokenizer: make a processor of it: "words" (those of the training conversations; where the model has no
+            processor this is the default), "words:SIZE", "bytes", a folder, or a hub repository.
         chat_template: "plain" (images and captions, for a projector), "vicuna" (LLaVA's), "chatml", or a file; the
             processor's own by default, or "vicuna".
         system: what the system says first in every conversation.
@@ -57,7 +57,7 @@ class InstructionData(LightningDataModule):
         source: str = "digits",
         images: str | None = None,
         processor: str | None = None,
-        tokenizer: str = "words",
+        tokenizer: str | None = None,
         chat_template: str | None = None,
         system: str | None = None,
         length: int | None = None,
@@ -104,7 +104,7 @@ class InstructionData(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """That of a processor that is made."""
-        return open_or_learn_words(self.tokenizer_name, lambda: ["USER: ASSISTANT: . ?", *self._texts()])
+        return open_or_learn_words(self.tokenizer_name or "words", lambda: ["USER: ASSISTANT: . ?", *self._texts()])
 
     def _texts(self) -> list[str]:
         if self.source == "digits":
@@ -125,7 +125,7 @@ class InstructionData(LightningDataModule):
         and for a model that cannot take several in a row.
         """
         if self._chat is None:
-            name = self.processor_name
+            name = self.processor_name or (None if self.tokenizer_name else processor_of(model))
             processor = open_processor(name) if name else llava_processor(self.tokenizer, model.config)
             own = getattr(processor, "chat_template", None)
             self._chat = Chat(processor, self.chat_template or (None if own else "vicuna"), self.system)
@@ -159,7 +159,7 @@ class InstructionData(LightningDataModule):
             image_files(self.show)
         else:
             self.conversations.split({"fit": "train", "validate": "val"}.get(subcommand, subcommand))
-        if self.processor_name is None:
+        if self.processor_name is None and self.tokenizer_name is not None:
             _ = self.tokenizer
 
     def prepare_data(self) -> None:
@@ -209,5 +209,5 @@ class InstructionData(LightningDataModule):
         if self._chat is not None and state_dict["chat"] != self.chat.fingerprint:
             raise ValueError(
                 f"the checkpoint was trained with another tokenizer, chat template or size of images than those of "
-                f"{self.processor_name or self.tokenizer_name!r}"
+                f"{self.processor_name or self.tokenizer_name or self.source!r}"
             )

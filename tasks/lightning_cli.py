@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -133,6 +133,7 @@ class TaskCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse `args`; sys.argv is what data parallelism starts more processes with, and stays as it is."""
+        self._args = args
         argv, sys.argv = sys.argv, sys.argv[:1]  # Lightning warns about args beside those of the process
         try:
             super().parse_arguments(parser, args)
@@ -140,9 +141,10 @@ class TaskCLI(LightningCLI):
             sys.argv = argv
 
     def _parse_ckpt_path(self) -> None:
-        # A checkpoint's own hyper-parameters fill in for a config file; they do not overrule one.
+        # A checkpoint's own hyper-parameters fill in for a config file; they overrule neither one nor what is said.
         if not self.config[self._only].get("config"):
             super()._parse_ckpt_path()
+            self.config = self.parser.parse_args(self._args, namespace=self.config)
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
@@ -165,7 +167,8 @@ class TaskCLI(LightningCLI):
         fitting = self.subcommand == "fit" and not config.get("fast_dev_run")
         if config.get("logger") is None:
             kwargs["logger"] = loggers(config["default_root_dir"], self.domain) if fitting else False
-        callbacks = list(config.get("callbacks") or [])
+        given = config.get("callbacks") or []
+        callbacks = [given] if isinstance(given, Callback) else list(given)
         if fitting and config.get("enable_checkpointing") is not False:
             callbacks += [SaveLast()]
             # Lightning would otherwise add one of its own, which writes an epoch's last step a second time.

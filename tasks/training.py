@@ -84,8 +84,6 @@ class Task(LightningModule):
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
         self.network = network
         self.model = network if isinstance(network, nn.Module) else None
-        if export and Path(export).exists() and any(Path(export).iterdir()):
-            raise ValueError(f"export: {export} exists and is not empty")
         self._compiled = False
         self._sums: Tensor | None = None
         self._balance = LayerBalance()
@@ -98,8 +96,15 @@ class Task(LightningModule):
         """How many of `unit` a batch holds."""
         raise NotImplementedError
 
+    def setup(self, stage: str) -> None:
+        """Raise ValueError before training, not after it, where the folder to export to is taken."""
+        export = self.hparams["export"]
+        if stage == "fit" and export and Path(export).exists() and any(Path(export).iterdir()):
+            raise ValueError(f"export: {export} exists and is not empty")
+
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
         """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        self.setup(subcommand)
         if subcommand == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):

@@ -21,7 +21,7 @@ import zoo
 from tasks.optim import layered
 from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task
-from tasks.vision_data import VisionData
+from tasks.vision_data import VisionData, channels_of
 from zoo.data.images_rows import IGNORE
 
 __all__ = ["VisionData", "VisionTask"]
@@ -54,7 +54,8 @@ class VisionTask(Task):
         num_classes: of the model; the data's by default.
         image_size: of the model; the data's by default, and if that has none the model's own.
         channels: of the model; the data's by default.
-        objective: "softmax" or, as V-MoE was pretrained, "sigmoid" cross-entropy.
+        objective: "softmax" or, as V-MoE was pretrained, "sigmoid" cross-entropy; evaluation's loss and predicted
+            probabilities are of the same kind.
         label_smoothing: share of the target that goes to all classes evenly.
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none; with both each batch gets one of them.
@@ -89,6 +90,8 @@ class VisionTask(Task):
     ) -> None:
         super().__init__(network, **training)
         self.overrides: dict[str, Any] = dict(overrides or {})
+        self._predicting = False
+        self._classes: tuple[str, ...] | None = None  # of a pretrained model that only predicts; else those of the data
         if pretrained and upcycle:
             raise ValueError("pretrained and upcycle exclude each other: both say where the weights come from")
         self._mix = self._mixing() if mixup or cutmix else None
@@ -112,12 +115,19 @@ class VisionTask(Task):
 
             how = dict(h["upcycle"])
             weights = how.pop("pretrained", False) and not torch.empty(0).is_meta
+            if takes_any_size(how["model"]):
+                sizes.pop("img_size", None)
             dense = timm.create_model(how.pop("model"), pretrained=weights, **sizes, **self.overrides)
             return zoo.upcycle(dense, **how, **gate)
         assert isinstance(self.network, str)
         if takes_any_size(self.network.removeprefix("vision/")):
             sizes.pop("img_size", None)
         return zoo.create_model(self.network, **{**sizes, **self.overrides, **gate})
+
+    def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
+        """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        self._predicting = subcommand == "predict" and checkpoint is None
+        super().check_run(trainer, data, subcommand, checkpoint)
 
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
@@ -131,11 +141,11 @@ class VisionTask(Task):
         """Raise ValueError when model and data differ in classes, channels or image size."""
         if data is None:
             return
-        if model.num_classes != len(data.classes):
+        if self._classes is None and model.num_classes != len(data.classes):
             raise ValueError(
                 f"the model has {model.num_classes} classes, but {data.images.origin} has {len(data.classes)}"
             )
-        channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+        channels = channels_of(model)
         if channels != data.channels:
             raise ValueError(f"the model takes {channels} channels, but data.channels is {data.channels}")
         patches = getattr(model, "patch_embed", None)
@@ -149,11 +159,24 @@ class VisionTask(Task):
 
     def _adopt_sizes(self, data: Any) -> None:
         """Take from the data what the arguments leave open."""
-        found = {"num_classes": len(data.classes), "image_size": data.image_size, "channels": data.channels}
+        found = {"image_size": data.image_size, "channels": data.channels}
+        if not self._own_classes():
+            found["num_classes"] = len(data.classes)
         keywords = {"image_size": "img_size", "channels": "in_chans"}
         for name, value in found.items():
             if self.hparams[name] is None and keywords.get(name, name) not in self.overrides:
                 self.hparams[name] = value
+
+    def _own_classes(self) -> bool:
+        """Whether images are to be told apart by the classes of a pretrained model, whatever those of the data."""
+        trainer = self._trainer
+        predicting = self._predicting or (trainer is not None and trainer.predicting and trainer.ckpt_path is None)
+        return predicting and bool(self.hparams["pretrained"]) and not self.overrides.get("new_head")
+
+    def _class_names(self, data: Any) -> tuple[str, ...]:
+        """Names of a pretrained model's classes: those kept with it, else the data's where as many, else numbers."""
+        count, kept = self.model.num_classes, (getattr(self.model, "pretrained_cfg", None) or {}).get("label_names")
+        return tuple(kept or (data.classes if len(data.classes) == count else map(str, range(count))))
 
     def configure_model(self) -> None:
         """Build the model once the classes are known; Lightning calls this."""
@@ -162,6 +185,8 @@ class VisionTask(Task):
             if data is not None:
                 self._adopt_sizes(data)
             self.model = self.build()
+            if data is not None and self._own_classes():
+                self._classes = self._class_names(data)
         self.check_model(self.model, data)
         self.prepare_model(lambda: self.model.set_grad_checkpointing(True))
 
@@ -183,8 +208,10 @@ class VisionTask(Task):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of logits [B, classes] with targets [B, classes] that sum to one, smoothed, [B] float32."""
-        logits, smoothing, classes = logits.float(), self.hparams["label_smoothing"], targets.shape[1]
-        targets = targets * (1 - smoothing) + smoothing / classes
+        smoothing, classes = self.hparams["label_smoothing"], targets.shape[1]
+        return self._cross_entropy(logits.float(), targets * (1 - smoothing) + smoothing / classes)
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.hparams["objective"] == "sigmoid":
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
         return F.cross_entropy(logits, targets, reduction="none")
@@ -213,7 +240,8 @@ class VisionTask(Task):
         with zoo.moe.record(self.model) as step:
             logits = self.model(batch["image"]).double()
         labels, real = batch["label"], batch["label"] != IGNORE
-        loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+        targets = F.one_hot(labels.clamp(min=0), logits.shape[1]).to(logits.dtype)
+        loss = (self._cross_entropy(logits, targets) * real).sum()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums = [loss, real.sum(), best[:, 0].sum(), best.sum(), batch["skipped"].sum()]
         self.add_to_evaluation(step, torch.stack([value.double() for value in sums]))
@@ -230,8 +258,10 @@ class VisionTask(Task):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Path, class and probability of each image."""
         rows: Any = self.trainer.predict_dataloaders
-        classes = self.trainer.datamodule.classes  # type: ignore[attr-defined]
-        chances, best = self.model(batch["image"]).float().softmax(-1).max(-1)
+        classes = self._classes or self.trainer.datamodule.classes  # type: ignore[attr-defined]
+        logits = self.model(batch["image"]).float()
+        sigmoid = self.hparams["objective"] == "sigmoid"
+        chances, best = (logits.sigmoid() if sigmoid else logits.softmax(-1)).max(-1)
         return [
             {"path": rows.data.split.names[index], "class": classes[label], "probability": round(chance, 6)}
             for index, label, chance in zip(batch["index"].tolist(), best.tolist(), chances.tolist())

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from tasks.training import share_of
@@ -18,6 +19,11 @@ from zoo.data.images_rows import ImageRows, unlabelled
 from zoo.data.images_transforms import Augment, Preparation
 
 NO_AUGMENTATION = Augment()
+
+
+def channels_of(model: Any) -> int:
+    """Of images that a model takes: its first convolution's; three where it has none."""
+    return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
 class VisionData(LightningDataModule):
@@ -94,6 +100,8 @@ class VisionData(LightningDataModule):
             return
         if subcommand == "fit":
             self.images.check()
+            if (count := len(self.images.split("train"))) < self.batch_size:
+                raise ValueError(f"{count} images to train on do not fill one batch: batch_size is {self.batch_size}")
         elif subcommand != "predict":
             self.images.split("val" if subcommand == "validate" else subcommand)
 
@@ -132,9 +140,9 @@ class VisionData(LightningDataModule):
         """Shuffled and augmented batches that can be taken up again in the middle of an epoch."""
         return self._loader("train", self.augment)
 
-    def val_dataloader(self) -> Loader:
-        """Every image of the validation split once."""
-        return self._loader("val")
+    def val_dataloader(self) -> Loader | list[Any]:
+        """Every image of the validation split once; nothing where training goes without one."""
+        return self._loader("val") if "val" in self.images.splits else []
 
     def test_dataloader(self) -> Loader:
         """Every image of the test split once."""

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
 
     raise SystemExit(main("vision_language"))
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +109,10 @@ class ContrastiveTask(Task):
                 raise ValueError(f"the model's {name} is {own}, but data.{name} is {asked}")
 
     def _adopt_sizes(self, data: Any) -> None:
-        """Take from the data what the arguments leave open."""
+        """Take from the data what the arguments leave open; the data take the tokenizer beside a pretrained model."""
+        if data.tokenizer_name is None:
+            folder = self.hparams["pretrained"]
+            data.tokenizer_name = folder if folder and (Path(folder) / "tokenizer.json").is_file() else "words"
         found = {"vocab_size": data.tokenizer.vocab_size}
         found |= {name: getattr(data, name) for name in ("text_length", "image_size", "channels")}
         for name, value in found.items():

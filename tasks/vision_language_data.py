@@ -36,7 +36,7 @@ class VisionLanguageData(LightningDataModule):
             of one digit by default.
         templates: what is said of a class, with {} for its name; several are averaged.
         tokenizer: "words" (those of the training texts), "words:SIZE" (the most frequent), "bytes", a folder, or a hub
-            repository.
+            repository; by default that of the folder that the model is read from, or "words".
         text_length: tokens of the longest text, start and end among them; the model's by default.
         image_size: height and width that images are brought to; the model's by default.
         channels: 1 or 3; the model's by default.
@@ -57,7 +57,7 @@ class VisionLanguageData(LightningDataModule):
         source: str = "digits",
         zero_shot: str | None = None,
         templates: list[str] | None = None,
-        tokenizer: str = "words",
+        tokenizer: str | None = None,
         text_length: int | None = None,
         image_size: int | None = None,
         channels: int | None = None,
@@ -103,7 +103,7 @@ class VisionLanguageData(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Texts to tokens; words are those of the training texts alone."""
-        return open_or_learn_words(self.tokenizer_name, self._texts)
+        return open_or_learn_words(self.tokenizer_name or "words", self._texts)
 
     def _texts(self) -> Iterable[str]:
         train = self.pairs.split("train")
@@ -140,7 +140,8 @@ class VisionLanguageData(LightningDataModule):
         for template in self.templates:
             if "{}" not in template:
                 raise ValueError(f"template {template!r} has no {{}}, where the name of a class belongs")
-        _ = self.tokenizer
+        if self.tokenizer_name is not None:
+            _ = self.tokenizer
 
     def prepare_data(self) -> None:
         """Say what there is, on one process only."""

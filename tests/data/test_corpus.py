@@ -88,6 +88,14 @@ def test_json_lines_hold_one_document_each(tmp_path):
     assert sorted(t for s in splits.values() for t in s) == sorted(f"text {i}" for i in range(50))
 
 
+def test_json_lines_end_where_json_says(tmp_path):
+    texts = [f"text {i} a\u2028b\x85c" for i in range(50)]  # ends of lines to Python, but characters to JSON
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "odd.jsonl").write_text(lines, encoding="utf-8")
+    splits = everything(open_corpus(str(tmp_path / "odd.jsonl")))
+    assert sorted(t for s in splits.values() for t in s) == sorted(texts)
+
+
 def test_a_bad_json_line_is_named(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"text": "fine"}\n{"txt": "wrong column"}\n')

@@ -83,10 +83,10 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
         (0, "nought", "train"),
         (1, 'one, "so"\nto say', "train"),
         (2, "two", "val"),
-        (3, "three", "test"),
+        (3, "three\u2028lines", "test"),
         (0, "zero", "train"),
     ]
-    with (tmp_path / "a.csv").open("w", newline="") as out:
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as out:
         csv.writer(out).writerows([("path", "caption", "split"), *((f"{i}.png", t, s) for i, t, s in rows)])
     (tmp_path / "b.jsonl").write_text(
         "".join(
@@ -105,7 +105,7 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
         found.append({split: content(part) for split, part in pairs.splits.items()})
     assert found[0] == found[1] == found[2]
     assert found[0]["train"] == [(0, ["nought", "zero"]), (1, ['one, "so"\nto say'])]
-    assert found[0]["test"] == [(3, ["three"])]
+    assert found[0]["test"] == [(3, ["three\u2028lines"])]
     coco = {
         "images": [{"id": 90 + i, "file_name": f"{i}.png"} for i in range(4)],
         "annotations": [{"image_id": 90 + i, "caption": t} for i, t, _ in rows],

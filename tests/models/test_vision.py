@@ -33,6 +33,13 @@ def images(batch: int = 3, size: int = 32, channels: int = 3) -> Tensor:
     return torch.randn(batch, channels, size, size)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_a_model_that_drops_nothing_is_exported_as_one_graph(name: str) -> None:
+    model, x = make(name).eval(), images()
+    with torch.no_grad():
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
 def test_timm_and_zoo_list_the_same_models() -> None:
     assert set(timm.list_models("*moe*")) >= set(MODELS)
     assert zoo.list_models("vision/*") == sorted(f"vision/{name}" for name in MODELS)

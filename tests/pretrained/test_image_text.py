@@ -288,9 +288,12 @@ def test_copies_are_whole(checkpoints, tmp_path):
 
 
 def test_the_dtype_is_the_checkpoints_unless_given(tmp_path):
-    theirs("glm4v_moe_tiny").to(torch.bfloat16).save_pretrained(tmp_path)
+    dense = theirs("glm4v_moe_tiny").to(torch.bfloat16)
+    dense.save_pretrained(tmp_path)
     model = zoo.from_pretrained(tmp_path)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    kept = {p.dtype for p in type(dense).from_pretrained(tmp_path, dtype="auto").parameters()}
+    assert {p.dtype for p in model.parameters()} == kept  # newer transformers reads gates in float32
+    assert torch.bfloat16 in kept
     assert moes(model)[0].router.selection_bias.dtype == torch.float32
     assert {p.dtype for p in zoo.from_pretrained(tmp_path, dtype="float32").parameters()} == {torch.float32}
     assert all(p.is_meta for p in zoo.from_pretrained(tmp_path, device="meta").parameters())

@@ -268,6 +268,9 @@ def test_other_backbones_are_saved_and_read_with_other_heads_and_channels(name, 
     with torch.no_grad():
         assert torch.equal(zoo.from_pretrained(tmp_path / "saved")(x), model(x))
         assert torch.equal(theirs(x), model(x))
+    larger = zoo.from_pretrained(tmp_path / "saved", img_size=64)
+    assert larger.pretrained_cfg["input_size"] == (3, 64, 64)
+    assert larger(torch.randn(1, 3, 64, 64)).shape == (1, 5)
     grey = zoo.from_pretrained(tmp_path / "saved", in_chans=1, num_classes=3, new_head=True)
     other = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True, in_chans=1, num_classes=3)
     assert grey(x[:, :1]).shape == (2, 3)
@@ -303,6 +306,21 @@ def test_an_upcycled_timm_model_is_saved_and_read(tmp_path):
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("xcit_nano_12_p8_224", {"depth": 2, "img_size": 32}),  # one number for the sides of a patch
+        ("naflexvit_base_patch16_gap", {"depth": 2, "embed_dim": 48, "num_heads": 3}),  # patches go through a matrix
+    ],
+)
+def test_upcycled_models_with_other_kinds_of_patches_are_saved_and_read(name, arguments, tmp_path):
+    model = zoo.upcycle(timm.create_model(name, num_classes=5, **arguments), layers=[1], num_experts=2).eval()
+    zoo.save_pretrained(model, tmp_path / "sparse")
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(zoo.from_pretrained(tmp_path / "sparse")(x), model(x))
 
 
 def test_a_timm_model_with_experts_put_in_by_name_is_saved_and_read(tmp_path):

@@ -20,7 +20,7 @@ from zoo.data.captions import vocabulary
 from zoo.data.chat import Chat
 from zoo.data.conversations import Conversation
 from zoo.data.conversations_rows import ConversationRows
-from zoo.data.processors import with_image_token
+from zoo.data.processors import llava_processor, with_image_token
 from zoo.data.tokenizer import learn_words
 
 TEMPLATE = (
@@ -125,3 +125,18 @@ def test_gradients_averaged_over_processes_are_those_of_all_answers_together(qwe
         mean = sum(part.get(name, torch.zeros(())) for part in found) / 2
         close = 1e-5 * float(whole.abs().max()) + 1e-8
         torch.testing.assert_close(mean, whole, rtol=0, atol=close)
+
+
+def test_a_model_from_a_folder_brings_its_processor(tmp_path):
+    fresh = zoo.create_model("vision_language/moe_llava_tiny")
+    zoo.save_pretrained(fresh, tmp_path / "model")
+    processor = llava_processor(learn_words(["USER : ASSISTANT : quite other words"]), fresh.config)
+    processor.save_pretrained(tmp_path / "model")
+    model, words = zoo.from_pretrained(tmp_path / "model"), processor.tokenizer.get_vocab()
+    for given, same in (({}, True), ({"tokenizer": "words"}, False)):
+        data = InstructionData(**given)
+        data.fit_to(model, None)
+        assert (data.chat.processor.tokenizer.get_vocab() == words) is same
+    data = InstructionData()
+    data.fit_to(fresh, None)  # made here, so that there is no folder
+    assert data.chat.processor.tokenizer.get_vocab() != words

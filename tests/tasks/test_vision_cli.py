@@ -150,6 +150,50 @@ def test_fit_validate_test_and_predict(tmp_path, capsys):
     assert written.read_text() == before
 
 
+def test_training_goes_without_held_out_images_and_with_one_callback_alone(tmp_path):
+    options = ["--data.held_out=0", "--trainer.callbacks=tasks.averaging.RunningAverage", "--trainer.max_epochs=1"]
+    assert cli("fit", CONFIGS / "vmoe_digits.yaml", *quick(tmp_path, 2), *options) == 0
+    assert (tmp_path / "vision" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_an_exported_model_predicts_its_own_classes_without_the_images_it_was_trained_on(tmp_path, capsys):
+    for name, value in (("black things", 0), ("very white", 255), ("grey", 128)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 24), (value, value, abs(value - i))).save(tmp_path / "images" / name / f"{i}.png")
+    data = ["--data.source", tmp_path / "images", "--data.image_size=32", "--data.batch_size=8"]
+    model = ["--model.network=vision/convnext_moe_tiny_test", "--model.lr=0.01", "--model.warmup_steps=5"]
+    quickly = ["--trainer.check_val_every_n_epoch=null"]
+    export = tmp_path / "exported"
+    assert (
+        main(["vision", "fit", *map(str, [*data, *model, *quick(tmp_path, 40), *quickly, "--model.export", export])])
+        == 0
+    )
+    found = tmp_path / "found.csv"
+    where = ["--data.images", f"[{tmp_path / 'images'}]", "--model.predictions", found, "--data.image_size=32"]
+    assert main(["vision", "predict", "--model.pretrained", str(export), *map(str, where)]) == 0
+    with found.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 30
+    assert {row["class"] for row in rows} <= {"black things", "very white", "grey"}
+    assert sum(Path(row["path"]).parent.name == row["class"] for row in rows) > 20
+
+    # A fine-tuned head has the classes of the data, whatever those of the model that it started from.
+    for name in ("a", "b"):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (20, 24), (25 * i, 0, 0)).save(tmp_path / "other" / name / f"{i}.png")
+    other = ["--data.source", tmp_path / "other", "--data.image_size=32", "--data.batch_size=8"]
+    start = ["--model.pretrained", export, "--model.overrides.new_head=true", *quick(tmp_path / "second", 2), *quickly]
+    assert main(["vision", "fit", *map(str, [*other, *start])]) == 0
+    last = tmp_path / "second" / "vision" / "version_0" / "checkpoints" / "last.ckpt"
+    where = ["--data.images", f"[{tmp_path / 'other'}]", "--model.predictions", tmp_path / "second.csv"]
+    # What the checkpoint was trained with stands where nothing else is said; what is said goes first.
+    assert main(["vision", "predict", *map(str, [*other, *where, "--ckpt_path", last])]) == 0
+    with (tmp_path / "second.csv").open() as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= {"a", "b"}
+
+
 @pytest.mark.parametrize(
     ("args", "told"),
     [
@@ -160,6 +204,7 @@ def test_fit_validate_test_and_predict(tmp_path, capsys):
         (["--model.num_classes", "7"], "the model has 7 classes, but scikit-learn's digits has 10"),
         (["--model.mixp", "0.2"], "did you mean model.mixup"),
         (["--data.source", "digts"], "did you mean digits"),
+        (["--data.batch_size", "5000"], "1439 images to train on do not fill one batch: batch_size is 5000"),
         (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--data.channels", "2"], "channels must be 1 (grey) or 3 (colour), got 2"),
         (["--data.augment.flip", "7"], "augment.flip is a probability, got 7"),

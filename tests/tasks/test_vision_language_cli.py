@@ -21,8 +21,10 @@ import zoo
 from tasks.__main__ import main
 from tasks.instruction import InstructionTask
 from tasks.modalities import ModalityShares
+from tasks.vision_language import ContrastiveTask, VisionLanguageData
 from zoo.data import open_tokenizer
 from zoo.data.captions import NUMBERS, digit_scenes
+from zoo.data.tokenizer import learn_words
 from zoo.moe import record, telemetry
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "vision_language"
@@ -221,3 +223,19 @@ def test_a_mistake_is_one_line_before_any_work(
     assert len(errors) == 1
     assert told in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_from_a_folder_brings_its_tokenizer(tmp_path):
+    tokenizer = learn_words(["quite other words than those of digits"])
+    model = zoo.create_model("vision_language/limoe_tiny", vocab_size=tokenizer.vocab_size)
+    zoo.save_pretrained(model, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    task, data = ContrastiveTask(pretrained=str(tmp_path / "model")), VisionLanguageData()
+    data.check("fit")
+    task.check(data)
+    assert data.tokenizer.fingerprint == tokenizer.fingerprint
+    with pytest.raises(ValueError, match=r"the model has \d+ token ids, but the tokenizer 'words' 54"):
+        task.check_model(model, VisionLanguageData(tokenizer="words"))
+    task, data = ContrastiveTask(), VisionLanguageData()
+    task.check(data)
+    assert data.tokenizer.vocab_size == 54  # words of the drawn pictures' captions

@@ -47,6 +47,15 @@ def test_finetune_then_classify_and_plot(pictures, tmp_path, monkeypatch, capsys
     assert (tmp_path / "capacity.svg").read_text().startswith("<svg xmlns")
 
 
+def test_classify_and_plot_with_a_model_that_has_no_patches(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    zoo.save_pretrained(zoo.create_model("vision/convnext_moe_tiny_test", num_classes=2), "convolutional")
+    run(monkeypatch, "classify_images.py", "convolutional", pictures)
+    assert len(capsys.readouterr().out.splitlines()) == 24
+    run(monkeypatch, "plot_capacity.py", "convolutional", pictures, "--factors", 0.5)
+    assert capsys.readouterr().out.count("batch priority") == 1
+
+
 def test_upcycle_a_timm_model(pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--steps", 2, "--batch-size", 8, "--image-size", 32, "--experts", 4, "--scratch"]

@@ -75,6 +75,23 @@ def test_figures_of_an_evaluation_are_sklearns(tmp_path):
     assert result["test/skipped_images"] == 0
 
 
+def test_a_sigmoid_objective_is_evaluated_and_predicts_by_sigmoids(tmp_path):
+    torch.manual_seed(0)
+    task, data = make_task(capacity=8.0, objective="sigmoid", label_smoothing=0.1), make_data(batch_size=64)
+    task._adopt_sizes(data)
+    task.model = task.build()
+    torch.nn.init.normal_(task.model.head.weight)
+    [result] = make_trainer(tmp_path, limit_test_batches=1.0).test(task, data, verbose=False)
+    losses = []
+    task.model.eval()
+    with torch.no_grad():
+        for batch in data.batches("test"):
+            chances = task.model(batch["image"]).double().sigmoid()
+            right = F.one_hot(batch["label"], 10).bool()
+            losses += (-(torch.where(right, chances, 1 - chances).log().sum(1))).tolist()
+    assert result["test/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 def test_images_that_are_no_images_count_nowhere_in_an_evaluation(tmp_path):
     task, data = make_task(), make_data()
     make_trainer(tmp_path).validate(task, data, verbose=False)
@@ -293,6 +310,9 @@ def test_a_dense_timm_model_is_upcycled_and_starts_where_it_was():
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images), dense.eval()(images), rtol=1e-4, atol=1e-5)
+    # A convolutional network takes images of any size, and has no argument for it.
+    task = VisionTask(upcycle={"model": "test_convnext", "layers": "last-1"}, num_classes=10, image_size=32)
+    assert task.build()(images).shape == (2, 10)
     with pytest.raises(ValueError, match="pretrained and upcycle exclude each other"):
         VisionTask(pretrained="x", upcycle={"model": "test_vit"})
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .captions import IMAGE_TOKEN, Scenes
 from .corpus import SPLITS, json_lines
 from .images import ALIASES
+from .pictures import in_mode, open_picture, picture_size
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,12 +117,12 @@ class FileConversations:
 
     def sizes(self, index: int) -> list[tuple[int, int]]:
         """Read from the head of each file."""
-        return [_opened(self.folder / path, lambda image: image.size) for path in self.conversations[index].images]
+        return [_read_image(self.folder / path, picture_size) for path in self.conversations[index].images]
 
     def load(self, index: int) -> list[Image]:
         """Decode them."""
         paths = self.conversations[index].images
-        return [_opened(self.folder / path, lambda image: image.convert("RGB")) for path in paths]
+        return [_read_image(self.folder / path, lambda file: in_mode(open_picture(file), "RGB")) for path in paths]
 
     @property
     def fingerprint(self) -> str:
@@ -132,12 +133,9 @@ class FileConversations:
         return digest.hexdigest()[:16]
 
 
-def _opened(path: Path, what: Any) -> Any:
-    from PIL import Image
-
+def _read_image(path: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        with Image.open(path) as image:
-            return what(image)
+        return read(path)
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{path} is not a readable image ({error})") from error
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..nearest import unknown
 from .corpus import SPLITS
+from .pictures import open_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -195,11 +196,7 @@ class Files:
 
     def load(self, index: int) -> Image:
         """Decode one."""
-        from PIL import Image
-
-        with Image.open(self.paths[index]) as image:
-            image.load()
-            return image
+        return open_picture(self.paths[index])
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .pictures import in_mode
+
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
@@ -76,7 +78,7 @@ class Preparation:
         from timm.data import create_transform
 
         transform = create_transform(**self._shared(), crop_pct=self.crop_pct)
-        return lambda image: transform(image.convert(MODES[self.channels]))
+        return lambda image: transform(in_mode(image, MODES[self.channels]))
 
     def training(self, augment: Augment) -> Transform:
         """The same at random; policies see colour, whatever the model takes."""
@@ -99,7 +101,7 @@ class Preparation:
         steps = [*parts[:2], *([Grayscale()] if self.channels == 1 else []), parts[2]]
 
         def transform(image: Image) -> Any:
-            out: Any = image.convert("RGB")
+            out: Any = in_mode(image, "RGB")
             for step in steps:
                 out = step(out)
             return out

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from .images import EXTENSIONS
+from .pictures import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,11 +30,7 @@ class Sample:
 
     def load(self) -> Image:
         """Decode the image; raises OSError, ValueError or SyntaxError for a corrupt one."""
-        from PIL import Image
-
-        with Image.open(io.BytesIO(self.image)) as image:
-            image.load()
-            return image
+        return open_picture(io.BytesIO(self.image))
 
 
 def read_shard(path: str) -> Iterator[Sample]:

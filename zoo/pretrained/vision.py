@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args
 
@@ -101,8 +102,9 @@ def from_timm(
 ) -> Any:
     """A vision model from a folder in timm's layout, as `zoo.save_pretrained` and timm write it.
 
-    Arguments go before those that config.json holds, as in `from_vmoe`. Raises ValueError naming file and tensor for
-    missing and surplus tensors, wrong shapes, a damaged file, and a num_classes that is not the checkpoint's.
+    Arguments go before those that config.json holds, as in `from_vmoe`; where a model takes images of any size,
+    img_size is the one that its `pretrained_cfg` names. Raises ValueError naming file and tensor for missing and
+    surplus tensors, wrong shapes, a damaged file, and a num_classes that is not the checkpoint's.
     """
     path = Path(folder).expanduser()
     config = read_config(path)
@@ -116,14 +118,16 @@ def from_timm(
     cfg = dict(config.get("pretrained_cfg") or {})
     if not timm.is_model(config["architecture"]):
         raise ValueError(f"{path / CONFIG}: architecture {config['architecture']!r} is none of timm's and none of ours")
+    size = cfg.get("input_size", (3, 0, 0))
+    if "img_size" in arguments and "img_size" not in stored and _takes_any_size(config["architecture"]):
+        cfg["input_size"] = (int(stored.get("in_chans", 3)), *to_2tuple(merged.pop("img_size")))
     model = _build(config["architecture"], merged, cfg, dtype, device, draw=bool(config.get(UPCYCLED)))
     for how in config.get(UPCYCLED, []):
         model = upcycle(model, **how)
     model = put_layers(model, **config.get(CHANGED, {}))
     if not next(model.parameters()).is_meta:
-        size = cfg.get("input_size", (3, 0, 0))
-        patch = getattr(getattr(model, "patch_embed", None), "patch_size", None)
-        grid = (size[1] // patch[0], size[2] // patch[1]) if patch else None
+        patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", None))
+        grid = (size[1] // patch[0], size[2] // patch[1]) if patch[0] else None
         channels = int(stored.get("in_chans", size[0]))
         fill(model, entries, path / WEIGHTS, channels=channels, grid=grid, head=not (new_head or num_classes == 0))
     if new_head:
@@ -219,6 +223,12 @@ def _build(
     place: Any = {"device": None if device is None else torch.device(device), "dtype": resolve_dtype(dtype)}
     with nullcontext() if draw else Unset():  # weights are about to be read
         return timm.create_model(name, pretrained_cfg_overlay=overlay, **arguments, **place)
+
+
+def _takes_any_size(architecture: str) -> bool:
+    """Whether it has no argument for the size of images, as convolutional networks have none."""
+    known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
+    return known is not None and not known.fixed_input_size
 
 
 def _assumed(model: Any, known: Mapping[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def _as_stored(name: str, ours: Tensor, shape: tuple[int, ...], channels: int | 
     """The tensor to read into: the model's own, or one of the checkpoint's size where that is adapted afterwards."""
     if name == POSITIONS and len(shape) == 3 and shape != tuple(ours.shape):
         return ours.new_empty(1, shape[1], ours.shape[2])
-    if channels is not None and channels != ours.shape[1]:
+    if channels is not None and ours.dim() == 4 and channels != ours.shape[1]:
         return ours.new_empty(ours.shape[0], channels, *ours.shape[2:])
     return ours
 

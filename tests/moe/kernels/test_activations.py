@@ -21,6 +21,7 @@ BY_TORCH = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # github.com/openai/CLIP, model.py
 }
 
 

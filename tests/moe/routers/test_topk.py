@@ -386,3 +386,16 @@ def test_normalized_logits_have_the_standard_deviation_asked_for() -> None:
     flat = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
     weights(TopKRouter(4, 4, 2, normalize_logits=1.0), flat).sum().backward()
     assert not flat.grad.any()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("drop", ["choice", "position", "probability", "priority", "random", "unordered"])
+@pytest.mark.parametrize("tokens", [0, 1, 37])
+def test_places_for_all_tokens_drop_nothing(drop: Any, masked: bool, tokens: int) -> None:
+    logits, mask = torch.randn(tokens, 6), torch.rand(tokens) > 0.3 if masked else None
+    wanted = TopKRouter(8, 6, k=3).route(logits, mask=mask)
+    for size in (None, 10):
+        capacity = Capacity(tokens=size or max(tokens, 1), drop=drop)
+        found = TopKRouter(8, 6, k=3, capacity=capacity, group_size=size).route(logits, mask=mask)
+        assert torch.equal(found.dense(), wanted.dense())
+        assert torch.equal(found.counts, wanted.counts)

@@ -182,6 +182,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("gelu", False, GELU),
         Activation("gelu_tanh", False, GELU_TANH),
         Activation("silu", False, SILU),
+        Activation("quick_gelu", False, SHARP_SILU),  # CLIP's
     )
 }
 

@@ -208,7 +208,7 @@ class TopKRouter(Router):
                 del sources["noise_std"]
             losses = self.losses(sources, self._loss_groups(logits.shape[0], batch))
         if self.capacity is not None:
-            keep = self._within_capacity(asked, weight, noisy, batch)
+            keep = self._within_capacity(asked, weight, noisy, batch, keep)
         if self._renormalizes():
             weight = weight if keep is None else weight * keep
             weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(weight.dtype).eps)
@@ -277,15 +277,19 @@ class TopKRouter(Router):
         counts = count_experts(asked, self.num_experts)
         self.load_since_update = counts if self.load_since_update is None else self.load_since_update + counts
 
-    def _within_capacity(self, asked: Tensor, weight: Tensor, logits: Tensor, batch: int | None) -> Tensor:
-        """Which choices find a place, [T, K] bool."""
+    def _within_capacity(
+        self, asked: Tensor, weight: Tensor, logits: Tensor, batch: int | None, keep: Tensor | None
+    ) -> Tensor | None:
+        """Which of the choices that keep has, all where it is None, find a place: [T, K] bool, or None for all."""
         assert self.capacity is not None
+        size = self._group_tokens(asked.shape[0], batch)
+        places = self.capacity.places(size, self.k, self.num_experts, self.training)
+        if places >= size:  # a token asks an expert for one place at most
+            return keep
         if self.capacity.drop in ("priority", "priority_sum") and (self.normalize or self.score == "softmax_topk"):
             # Weights that sum to one a token do not tell tokens apart; the router's confidence does.
             scores = self._scores(logits) if self.score == "sigmoid" else logits.softmax(-1)
             weight = scores.gather(-1, asked.clamp(max=self.num_experts - 1))
-        size = self._group_tokens(asked.shape[0], batch)
-        places = self.capacity.places(size, self.k, self.num_experts, self.training)
         return self.capacity.keep_in_groups(asked, weight, self.num_experts, places, size)
 
     def _group_tokens(self, tokens: int, batch: int | None) -> int:

@@ -19,6 +19,7 @@ FORMS = {
     "gelu": "gelu",
     "gelu_tanh": "gelu_tanh",
     "silu": "silu",
+    "quick_gelu": "sharp_silu",
 }
 
 # In the interpreter a constant must stand to the right of a tensor.
