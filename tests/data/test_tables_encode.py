@@ -188,6 +188,17 @@ def test_moments_learnt_in_chunks_are_those_of_all_rows():
     assert constant.tolist() == [[0], [0], [0]]
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e15 + 0.3, -7e-20])
+def test_a_number_that_never_changed_in_training_is_not_divided_by_a_rounding_error(value):
+    chunks = [Chunk(np.arange(n), {"d": np.full(n, value)}) for n in (3, 7, 1000)]
+    for transform in ("standard", "log_standard"):
+        feature = Dense("d", transform=transform)
+        preparation = Preparation.fit(schema(feature), chunks)
+        logged = [np.sign(v) * np.log1p(abs(v)) if "log" in transform else v for v in (value, value + 1)]
+        found = preparation.encode({"d": [value, value + 1]}, labels=False).dense[:, 0]
+        np.testing.assert_allclose(found, np.array(logged) - logged[0], rtol=1e-6, atol=0)
+
+
 def test_a_missing_number_is_an_error_that_names_row_and_column_unless_something_stands_in():
     columns = {"price": ["1", "", "2"]}
     message = r"^feature 'd', row 1: expected a number in column 'price', got nan"
@@ -234,6 +245,11 @@ def test_with_positive_a_label_is_1_where_the_column_holds_one_of_the_values():
         np.testing.assert_array_equal(labels(Target("t", "y", positive=(4, 5)), values), [1, 1, 0, np.nan, 0])
     np.testing.assert_array_equal(labels(Target("t", "y", positive=("buy",)), ["buy", "none", "Buy"]), [1, 0, 0])
     np.testing.assert_array_equal(labels(Target("t", "y", positive=(True,)), [True, False]), [1, 0])
+    # YAML reads `positive: [yes]` as true, and other programs write True, or 1 as 1.0.
+    for values in (["True", "False", ""], ["yes", "no", ""], ["on", "off", None]):
+        np.testing.assert_array_equal(labels(Target("t", "y", positive=(True,)), values), [1, 0, np.nan])
+        np.testing.assert_array_equal(labels(Target("t", "y", positive=(False,)), values), [0, 1, np.nan])
+    np.testing.assert_array_equal(labels(Target("t", "y", positive=(1, 3)), ["1.0", "3.00", "2", "x"]), [1, 1, 0, 0])
 
 
 def test_regression_and_ordinal_labels():

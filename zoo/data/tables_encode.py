@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -181,11 +182,13 @@ class Moments:
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.least, self.most = math.inf, -math.inf
 
     def add(self, values: np.ndarray) -> None:
         """Count these numbers too."""
         if not len(values):
             return
+        self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
         mean, count = float(values.mean()), self.count + len(values)
         delta = mean - self.mean
         self.squares += float(((values - mean) ** 2).sum()) + delta**2 * self.count * len(values) / count
@@ -194,8 +197,9 @@ class Moments:
 
     def result(self) -> tuple[float, float]:
         """Mean, and the root of the mean squared distance from it; 1 where all numbers are equal."""
-        deviation = (self.squares / max(self.count, 1)) ** 0.5
-        return self.mean, deviation or 1.0
+        if self.least == self.most:  # the sum of many equal numbers is rounded, and so would their deviation not be 0
+            return self.least, 1.0
+        return self.mean, (self.squares / max(self.count, 1)) ** 0.5 or 1.0
 
 
 def columns_needed(schema: Schema, known: Iterable[str], labels: bool = True) -> list[str]:

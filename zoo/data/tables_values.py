@@ -26,7 +26,17 @@ def arrow(column: Any) -> Any:
         column = pa.array(column, from_pandas=True)
     if isinstance(column, pa.ChunkedArray):  # where one array cannot hold them
         column = pa.concat_arrays(column.chunks)
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return arrow(column.cast(kind.value_type))
+    # What other writers take texts and lists for, and few functions of pyarrow know.
+    if pa.types.is_string_view(kind) or pa.types.is_binary(kind) or pa.types.is_binary_view(kind):
+        return column.cast(pa.string())
+    if pa.types.is_large_binary(kind):
+        return column.cast(pa.large_string())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return pa.array(column.to_pylist(), pa.large_list(kind.value_type))  # pyarrow's cast is wrong for a slice
+    return column
 
 
 def distinct(column: Any) -> tuple[list[str], np.ndarray]:
@@ -41,6 +51,8 @@ def distinct(column: Any) -> tuple[list[str], np.ndarray]:
     array = arrow(column)
     if _is_list(array.type):
         raise ValueError("expected one value a row, got lists")
+    if pa.types.is_nested(array.type):
+        raise ValueError(f"expected one value a row, got values of type {array.type}")
     if pa.types.is_null(array.type):
         array = array.cast(pa.string())
     encoded = array.dictionary_encode()
@@ -64,6 +76,8 @@ def _texts(values: Any) -> list[str]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if pa.types.is_decimal(values.type):
+        return [text(int(v)) if v == int(v) else f"{v.normalize():f}" for v in values.to_pylist()]
     if pa.types.is_floating(values.type):
         return ["" if v != v else text(v) for v in values.to_pylist()]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
