@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import SaveLast
 from tasks.cli import TASKS
+from tasks.folders import check_writable
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
@@ -153,6 +154,8 @@ class TaskCLI(LightningCLI):
         if checkpoint and checkpoint not in ("best", "last", "hpc") and not Path(checkpoint).exists():
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
         try:
+            if self._only == "fit" and (root := config["trainer"]["default_root_dir"]):
+                check_writable("trainer.default_root_dir", root)
             super().instantiate_classes()
             file = checkpoint if checkpoint and Path(checkpoint).exists() else None
             self.model.check_run(self.trainer, self.datamodule, self._only, file)

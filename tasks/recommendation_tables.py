@@ -24,6 +24,13 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
     without = "or set model.embedding_optimizer to null"
     if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
         raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
+    if (batches := trainer.accumulate_grad_batches) > 1:
+        raise ValueError(
+            f"accumulate_grad_batches {batches}: tables learn in every backward, from each batch apart; use a larger "
+            f"data.batch_size, {without}"
+        )
+    if settings["non_finite"] == "skip":
+        raise ValueError(f"non_finite skip: tables have moved by the time a gradient is seen; use stop, {without}")
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         name = type(trainer.strategy).__name__
         raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import zoo
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
+from tasks.folders import check_writable
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import Step
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
@@ -84,8 +85,10 @@ class Task(LightningModule):
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
         self.network = network
         self.model = network if isinstance(network, nn.Module) else None
-        if export and Path(export).exists() and any(Path(export).iterdir()):
-            raise ValueError(f"export: {export} exists and is not empty")
+        if export:
+            check_writable("export", export)
+            if Path(export).exists() and any(Path(export).iterdir()):
+                raise ValueError(f"export: {export} exists and is not empty")
         self._compiled = False
         self._sums: Tensor | None = None
         self._balance = LayerBalance()

@@ -387,6 +387,15 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
         (["--model.pretrained=somewhere"], "leave out overrides and router"),
         (["--data.source", "sinthetic", "--data.schema=null"], "did you mean synthetic"),
         (["--data.schema", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+        (
+            ["--data.held_out", "0"],
+            "has no rows to val on: set data.held_out above 0, or trainer.limit_val_batches to 0",
+        ),
+        (["--model.task_weights", "{click: -1}"], "weight of task 'click' must be at least 0"),
+        (["--trainer.accumulate_grad_batches=2"], "tables learn in every backward, from each batch apart"),
+        (["--model.non_finite=skip"], "tables have moved by the time a gradient is seen"),
+        (["--trainer.default_root_dir", f"{__file__}/runs"], f"default_root_dir: cannot write to {__file__}/runs"),
+        (["--model.export", f"{__file__}/model"], f"export: cannot write to {__file__}/model: {__file__} is a file"),
         (["--data.held_out", "0.7"], "held_out must be at least 0 and below 0.5"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/auc/clik"],
@@ -405,6 +414,17 @@ def test_a_mistake_in_the_arguments_is_one_line_before_any_work(args, told, trai
     assert len(errors) == 1
     assert told in errors[0]
     assert sorted((trained / "runs" / "recommendation").iterdir()) == runs
+
+
+def test_without_rows_to_validate_on_training_needs_no_validation(trained, tmp_path):
+    quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs", "--trainer.limit_val_batches=0")
+    assert cli("fit", "--config", trained / "config.yaml", *quick, "--data.held_out=0") == 0
+
+
+def test_accumulation_and_skipped_steps_are_for_tables_that_have_gradients(trained, tmp_path):
+    quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs")
+    options = ("--trainer.accumulate_grad_batches=2", "--model.non_finite=skip", "--model.embedding_optimizer=null")
+    assert cli("fit", "--config", trained / "config.yaml", *quick, *options) == 0
 
 
 def test_what_prediction_lacks_is_named(trained, tmp_path, capsys):
