@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -153,6 +154,8 @@ class TaskCLI(LightningCLI):
         checkpoint = config.get("ckpt_path")
         if checkpoint and checkpoint not in ("best", "last", "hpc") and not Path(checkpoint).exists():
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
+        if checkpoint and Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
+            raise ArgumentMistake(f"{checkpoint} is no checkpoint, or not a whole one")
         try:
             if self._only == "fit" and (root := config["trainer"]["default_root_dir"]):
                 check_writable("trainer.default_root_dir", root)

@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.data.tables_schema import Categorical, Schema
 
+WIDTH = 4  # of which tables are a multiple, as `zoo.parallel.fuse_embeddings` says; importing that takes seconds
+
 
 def wanted(settings: Mapping[str, Any], schema: Schema) -> bool:
     """Whether there are tables and an optimizer is named for them."""
@@ -22,6 +24,12 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
     if settings["embedding_optimizer"] == "rowwise_adagrad" and settings["sharding"] == "column_wise":
         raise ValueError("sharding: column_wise splits rows, for which rowwise_adagrad has one step size")
     without = "or set model.embedding_optimizer to null"
+    for f in schema.features:
+        if isinstance(f, Categorical) and (width := f.dim or schema.dim) % WIDTH:
+            raise ValueError(
+                f"dim {width} of feature {f.name!r}: tables that learn in backward are a multiple of {WIDTH} wide; use "
+                f"one, {without}"
+            )
     if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
         raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
     if (batches := trainer.accumulate_grad_batches) > 1:

@@ -391,6 +391,9 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
             ["--data.held_out", "0"],
             "has no rows to val on: set data.held_out above 0, or trainer.limit_val_batches to 0",
         ),
+        (["--data.batch_size=5000"], "rows do not fill one batch of 5000 on 1 process"),
+        (["--data.schema.dim=6"], "dim 6 of feature 'city': tables that learn in backward are a multiple of 4 wide"),
+        (["--ckpt_path", __file__], f"{__file__} is no checkpoint, or not a whole one"),
         (["--model.task_weights", "{click: -1}"], "weight of task 'click' must be at least 0"),
         (["--trainer.accumulate_grad_batches=2"], "tables learn in every backward, from each batch apart"),
         (["--model.non_finite=skip"], "tables have moved by the time a gradient is seen"),
@@ -419,6 +422,12 @@ def test_a_mistake_in_the_arguments_is_one_line_before_any_work(args, told, trai
 def test_without_rows_to_validate_on_training_needs_no_validation(trained, tmp_path):
     quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs", "--trainer.limit_val_batches=0")
     assert cli("fit", "--config", trained / "config.yaml", *quick, "--data.held_out=0") == 0
+
+
+def test_tables_of_any_width_train_without_an_optimizer_of_their_own(trained, tmp_path):
+    quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs")
+    options = ("--data.schema.dim=3", "--model.embedding_optimizer=null")
+    assert cli("fit", "--config", trained / "config.yaml", *quick, *options) == 0
 
 
 def test_accumulation_and_skipped_steps_are_for_tables_that_have_gradients(trained, tmp_path):
@@ -534,6 +543,18 @@ def test_the_scripts_train_score_and_export(trained, tmp_path, monkeypatch, caps
     found = pq.read_table("scores.parquet")
     assert found["row"].to_pylist() == list(range(250))
     assert roc_auc_score(rows(250, 1)["click"], found["click"].to_numpy()) > 0.7
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "score_table.py", "model", trained / "new.csv", "--out", "scores.parquet")
+    assert "scores.parquet exists; name another file" in capsys.readouterr().err
+    # What stops in the middle leaves nothing that looks whole.
+    columns = {name: values[:40] for name, values in rows(40, 2).items()}
+    write(tmp_path / "broken.csv", {**columns, "age": [0.5] * 39 + ["old"]})
+    with pytest.raises(ValueError, match=r"broken\.csv: feature 'age', row 39: expected a number, got 'old'"):
+        run(monkeypatch, "score_table.py", "model", "broken.csv", "--out", "broken.parquet", "--batch-size", 10)
+    assert not (tmp_path / "broken.parquet").exists()
+    write(tmp_path / "none.csv", {name: [] for name in columns})
+    with pytest.raises(SystemExit, match=r"none\.csv: expected rows to score, got none"):
+        run(monkeypatch, "score_table.py", "model", "none.csv", "--out", "none.parquet")
     run(monkeypatch, "export_table.py", "model", "--out", "graph")
     assert (tmp_path / "graph" / "model.pt2").is_file()
     assert (tmp_path / "graph" / "preparation.json").is_file()
