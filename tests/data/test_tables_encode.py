@@ -10,7 +10,7 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 from zoo.data.tables_encode import Preparation, columns_needed
-from zoo.data.tables_files import Chunk
+from zoo.data.tables_files import Chunk, open_files
 from zoo.data.tables_rows import Rows
 from zoo.data.tables_schema import Bag, Categorical, Dense, Schema, Sequence, Target
 from zoo.data.tables_values import fnv1a
@@ -63,6 +63,28 @@ def test_a_vocabulary_does_not_depend_on_types_chunks_or_the_order_of_rows():
     assert Preparation.fit(schema(Categorical("c")), chunks) == whole
     found = whole.encode({"c": values}, labels=False).ids
     np.testing.assert_array_equal(whole.encode({"c": values.astype(float)}, labels=False).ids, found)
+
+
+def test_one_frame_has_the_same_ids_from_csv_and_from_parquet(tmp_path):
+    random = np.random.default_rng()
+    frame = pd.DataFrame({"gaps": random.integers(0, 9, 200).astype(float), "yes": random.random(200) < 0.4})
+    frame.loc[random.random(200) < 0.2, "gaps"] = np.nan
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    hashed, bag = Categorical("h", "gaps", ids="hash", num_embeddings=50), Bag("b", "gaps")
+    made = schema(Categorical("gaps"), hashed, Categorical("yes"), bag)
+    chunks = [next(open_files(str(tmp_path / f"a.{kind}")).chunks(["gaps", "yes"])) for kind in ("csv", "parquet")]
+    for trained in chunks:
+        preparation = Preparation.fit(made, trained.columns)
+        one, other = (preparation.encode(chunk.columns, labels=False) for chunk in chunks)
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.jagged["b"].values, other.jagged["b"].values)
+        assert (one.ids[:, [0, 2]] > 0).all()
+
+
+def test_a_vocabulary_that_was_saved_with_fractions_is_still_known():
+    preparation = Preparation(schema(Categorical("c", num_embeddings=4)), {"c": ("3.0", "x", "3")}, {})
+    assert preparation.encode({"c": ["3.0", "3", "x", "y"]}, labels=False).ids[:, 0].tolist() == [1, 1, 2, 0]
 
 
 def test_features_that_share_a_table_share_its_vocabulary():

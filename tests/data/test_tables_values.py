@@ -55,6 +55,7 @@ def test_distinct_values_put_together_again_are_the_column():
         pa.array([3.0, None, 12.0, 3.0]),
         pa.array([3.0, float("nan"), 12.0, 3.0]),
         pa.array(["3", None, "12 ", "3"]),
+        pa.array(["3.0", None, "12.00 ", "3"]),
         pa.array(["3", None, "12 ", "3"]).cast(pa.string_view()),
         pa.array([b"3", None, b"12 ", b"3"]),
         pa.array([b"3", None, b"12 ", b"3"], pa.large_binary()),
@@ -69,6 +70,7 @@ def test_distinct_values_put_together_again_are_the_column():
         "float",
         "nan",
         "text",
+        "written",
         "view",
         "binary",
         "large_binary",
@@ -88,9 +90,18 @@ def test_other_types_have_texts_too():
     texts, index = distinct(pa.array([True, False, None]))
     assert [texts[i] for i in index] == ["true", "false", ""]
     assert distinct(pa.array([2.5]))[0] == ["2.5"]
+    assert distinct(pa.array(["True", "FALSE", "true", "Truelove"]))[0] == ["true", "false", "true", "Truelove"]
+    assert distinct(pa.array(["1.0.0", "v1.0", "1.05", "10", "-4.0", ".0"]))[0] == [
+        "1.0.0",
+        "v1.0",
+        "1.05",
+        "10",
+        "-4",
+        ".0",
+    ]
     assert distinct(pa.nulls(3))[0] == [""]
     assert distinct(pa.array([], pa.string()))[0] == []
-    assert [text(v) for v in (True, 4.0, 4, 2.5, " a ")] == ["true", "4", "4", "2.5", "a"]
+    assert [text(v) for v in (True, 4.0, 4, 2.5, " a ", "4.0", "True")] == ["true", "4", "4", "2.5", "a", "4", "true"]
     assert distinct(pa.array([Decimal("2.50"), Decimal("0.05")]))[0] == ["2.5", "0.05"]
     with pytest.raises(ValueError, match="expected one value a row, got lists"):
         distinct(pa.array([[1]]))

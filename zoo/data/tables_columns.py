@@ -115,15 +115,8 @@ def _binary(task: Target, where: str, chunk: Chunk) -> np.ndarray:
 
 
 def _is(value: str, positive: Any) -> bool:
-    """Whether a text of a column is a value of a schema: of numbers 1.0 is 1."""
-    if isinstance(positive, bool):
-        return value.lower() in _WORDS[positive]
-    if isinstance(positive, int | float):
-        try:
-            return float(value) == positive
-        except ValueError:
-            return False
-    return value == text(positive)
+    """Whether a text of a column is a value of a schema."""
+    return value.lower() in _WORDS[positive] if isinstance(positive, bool) else value == text(positive)
 
 
 def encoded_group(column: str, chunk: Chunk) -> np.ndarray:

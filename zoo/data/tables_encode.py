@@ -18,7 +18,7 @@ from .tables_columns import Feature, encoded_group, encoded_label, encoded_weigh
 from .tables_files import Chunk
 from .tables_rows import Jagged, Rows
 from .tables_schema import Bag, Categorical, Dense, Schema
-from .tables_values import fnv1a
+from .tables_values import fnv1a, text
 
 FILE = "preparation.json"
 
@@ -69,7 +69,11 @@ class Preparation:
     @cached_property
     def _numbers(self) -> dict[str, dict[str, int]]:
         """By table, the row of each value of its vocabulary."""
-        return {name: {value: i for i, value in enumerate(words, 1)} for name, words in self.vocabularies.items()}
+        # Written as columns are now: one that was saved earlier may say 3.0. The more frequent of two goes last.
+        return {
+            name: {text(value): i for i, value in reversed([*enumerate(words, 1)])}
+            for name, words in self.vocabularies.items()
+        }
 
     def encode(self, columns: Mapping[str, Any], first_row: int | np.ndarray = 0, labels: bool = True) -> Rows:
         """Columns [B] by name as rows.

@@ -6,6 +6,7 @@ look at texts one by one does so for the distinct ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 
 # What stands for no number in a CSV file, besides nothing.
 NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
+# One DataFrame writes 3 with gaps as 3.0 to CSV and as a float to Parquet, and true as True and as a boolean.
+_WHOLE, _TRUTH = r"^(-?[0-9]+)\.0+$", {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
 _FNV_BASIS, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
@@ -43,7 +46,8 @@ def distinct(column: Any) -> tuple[list[str], np.ndarray]:
     """Distinct values of a column [B] as texts, and which of them each row has [B].
 
     Texts have no space around them. A number that is whole is written as one, so that 3 is the same value in a column
-    of integers, of floats and of texts. No value is the empty text. Raises ValueError for a column of lists.
+    of integers, of floats and of texts, which may say 3.0, and a truth value is true or false. No value is the empty
+    text. Raises ValueError for a column of lists.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -69,7 +73,8 @@ def text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    word = str(value).strip()
+    return _TRUTH.get(word) or re.sub(_WHOLE, r"\1", word)
 
 
 def _texts(values: Any) -> list[str]:
@@ -81,7 +86,8 @@ def _texts(values: Any) -> list[str]:
     if pa.types.is_floating(values.type):
         return ["" if v != v else text(v) for v in values.to_pylist()]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return pc.utf8_trim_whitespace(values).to_pylist()
+        words = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), _WHOLE, r"\1").to_pylist()
+        return [_TRUTH.get(word, word) for word in words]
     return values.cast(pa.string()).to_pylist()
 
 
