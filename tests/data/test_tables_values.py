@@ -91,14 +91,8 @@ def test_other_types_have_texts_too():
     assert [texts[i] for i in index] == ["true", "false", ""]
     assert distinct(pa.array([2.5]))[0] == ["2.5"]
     assert distinct(pa.array(["True", "FALSE", "true", "Truelove"]))[0] == ["true", "false", "true", "Truelove"]
-    assert distinct(pa.array(["1.0.0", "v1.0", "1.05", "10", "-4.0", ".0"]))[0] == [
-        "1.0.0",
-        "v1.0",
-        "1.05",
-        "10",
-        "-4",
-        ".0",
-    ]
+    kept = ["1.0.0", "v1.0", "1.05", "10", ".0"]
+    assert distinct(pa.array([*kept, "-4.0"]))[0] == [*kept, "-4"]
     assert distinct(pa.nulls(3))[0] == [""]
     assert distinct(pa.array([], pa.string()))[0] == []
     assert [text(v) for v in (True, 4.0, 4, 2.5, " a ", "4.0", "True")] == ["true", "4", "4", "2.5", "a", "4", "true"]
