@@ -231,6 +231,20 @@ def test_a_run_that_stopped_goes_on_exactly(trained, tmp_path):
         assert torch.equal(resumed["state_dict"][name], tensor), name
 
 
+@pytest.mark.parametrize("logger", ["null", "false", "{class_path: CSVLogger, init_args: {save_dir: %s, name: own}}"])
+def test_a_run_goes_on_from_the_newest_checkpoint_wherever_it_logs(logger, trained, tmp_path):
+    logs = tmp_path / "logs"
+    options = ("--trainer.logger", logger.replace("%s", str(logs)), "--trainer.default_root_dir", tmp_path / "runs")
+    for steps in (2, 4, 6):
+        quick = ("--config", trained / "config.yaml", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0")
+        assert cli("fit", *quick, *options, "--ckpt_path=auto") == 0
+    paths = sorted(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    last = torch.load(paths[-1])
+    # Each went on: batches of all are counted.
+    assert last["global_step"] == 6
+    assert last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 6
+
+
 def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
     """With tables in pieces, and although they have different numbers of labelled rows in every batch."""
     write(tmp_path / "train.csv", rows(1500))
