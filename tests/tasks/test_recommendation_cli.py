@@ -405,6 +405,8 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
             ["--data.held_out", "0"],
             "has no rows to val on: set data.held_out above 0, or trainer.limit_val_batches to 0",
         ),
+        (["--model.overrides.expert_dims=64"], "expert_dims: expected a list of widths, such as [64, 32], got 64"),
+        (["--model.overrides.num_experts=2.5"], "num_experts: expected a whole number, got 2.5"),
         (["--data.batch_size=5000"], "rows do not fill one batch of 5000 on 1 process"),
         (["--data.schema.dim=6"], "dim 6 of feature 'city': tables that learn in backward are a multiple of 4 wide"),
         (["--ckpt_path", __file__], f"{__file__} is no checkpoint, or not a whole one"),
