@@ -28,7 +28,7 @@ from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
 from tasks.recommendation_gates import ExpertUse
 from tasks.recommendation_parts import Parts, fingerprint, input_files
-from tasks.training import Overrides, Task, share_of
+from tasks.training import Overrides, Task
 from zoo.data import Loader
 from zoo.data.tables import Preparation
 from zoo.data.tables_batch import TableBatch
@@ -129,8 +129,8 @@ class RecommendationTask(Task):
             recommendation_tables.check(self.hparams, data.schema, trainer)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
-            if subcommand == "fit":  # raises ValueError where the rows do not fill a batch
-                Loader(data.rows("train"), data.batch_size, shuffle=True, **share_of(trainer))
+            if subcommand == "fit":  # raises ValueError where the rows do not fill a batch of one process
+                Loader(data.rows("train"), data.batch_size, shuffle=True)
 
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
