@@ -7,6 +7,7 @@ Rows are read, scored and written batch by batch, in order. A score that runs fo
 """
 
 import argparse
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,16 +26,22 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8192)
     args = parser.parse_args()
 
+    out = Path(args.out)
+    if out.exists():
+        parser.error(f"{out} exists; name another file")
+
     model = zoo.from_pretrained(args.model)
-    writer = None
+    draft, writer = out.with_name(f".{out.name}.partial"), None  # named OUT once it is whole
     for batch in Stream(open_files(args.input), model.preparation, args.batch_size):
         with torch.inference_mode():
             scores = model.predictions(model(batch))
         table = pa.table({"row": batch.row.numpy(), **{name: values.numpy() for name, values in scores.items()}})
-        writer = writer or pq.ParquetWriter(args.out, table.schema)
+        writer = writer or pq.ParquetWriter(draft, table.schema)
         writer.write_table(table)
-    if writer is not None:
-        writer.close()
+    if writer is None:
+        raise SystemExit(f"{', '.join(args.input)}: expected rows to score, got none")
+    writer.close()
+    draft.replace(out)
 
 
 if __name__ == "__main__":

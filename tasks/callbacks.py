@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -95,22 +96,24 @@ class Throughput(Callback):
 class SaveLast(Callback):
     """Keep checkpoints/last.ckpt beside the logs: every so many steps, and at the end, whatever ended the run.
 
-    The file, or folder of a checkpoint in parts, is replaced whole. The first Ctrl-C ends the run after the step it is
-    in, and so with a checkpoint that continues exactly; a second one ends it at once.
+    The file, or folder of a checkpoint in parts, is replaced whole. Where an earlier run left one, as in a folder
+    without logs, and this run does not go on from it, this one's is last-v1.ckpt, and so on. The first Ctrl-C ends the
+    run after the step it is in, and so with a checkpoint that continues exactly; a second one ends it at once.
     """
 
     def __init__(self, every_n_steps: int = 1000) -> None:
         self.every_n_steps = every_n_steps
-        self._saved_step, self._interrupted = 0, False
+        self._saved_step, self._interrupted, self._name = 0, False, ""
         self._handler: Any = None
 
     def path(self, trainer: Trainer) -> Path:
         """Where the checkpoint is."""
-        return Path(trainer.log_dir or trainer.default_root_dir, "checkpoints", "last.ckpt")
+        return Path(trainer.log_dir or trainer.default_root_dir, "checkpoints", self._name or "last.ckpt")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Catch Ctrl-C, in a single process: several would not stop at the same step."""
         self._saved_step = trainer.global_step
+        self._name = self._name or trainer.strategy.broadcast(self._free_name(trainer))
         if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
@@ -136,6 +139,12 @@ class SaveLast(Callback):
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
+
+    def _free_name(self, trainer: Trainer) -> str:
+        """A name that no checkpoint has but the one that this run goes on from."""
+        names = chain(["last.ckpt"], (f"last-v{number}.ckpt" for number in count(1)))
+        paths = (self.path(trainer).with_name(name) for name in names)
+        return next(p.name for p in paths if not p.exists() or p.resolve() == Path(trainer.ckpt_path or "").resolve())
 
     def _interrupt(self, number: int, frame: Any) -> None:
         if self._interrupted:

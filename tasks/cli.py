@@ -48,7 +48,7 @@ def main(domain: str, argv: Sequence[str] | None = None) -> int:
     try:
         if args[0] not in SUBCOMMANDS:
             raise unknown(f"subcommand of zoo {domain}", args[0], SUBCOMMANDS)
-        configs = [_checked_config(path) for path in _config_files(args)]
+        configs = [checked_config(path) for path in _config_files(args)]
         task, data, _ = _classes(domain, args, configs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,7 +102,7 @@ def _values(args: Sequence[str], *flags: str) -> list[str]:
     return after + [a.partition("=")[2] for a in args if a.startswith(f"{flags[0]}=")]
 
 
-def _checked_config(name: str) -> dict[str, Any]:
+def checked_config(name: str) -> dict[str, Any]:
     """What a config file says; raises ValueError when it does not exist, or is not YAML with sections."""
     path = Path(name)
     if not path.is_file():
@@ -112,9 +112,11 @@ def _checked_config(name: str) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name}: expected sections model, data and trainer, got {type(content).__name__}")
     return content

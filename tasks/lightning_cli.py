@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import SaveLast
 from tasks.cli import TASKS
+from tasks.folders import check_writable
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
@@ -50,9 +52,14 @@ def loggers(folder: str | Path, name: str) -> list[Logger]:
     return [csv, TensorBoardLogger(str(folder), name=name, version=csv.version)]
 
 
-def newest(folder: str | Path, name: str) -> str | None:
-    """The newest last.ckpt of the runs in FOLDER/NAME, whole ones, or None: what a restarted run goes on from."""
-    paths = (found(version / "checkpoints" / "last.ckpt") for version in Path(folder, name).glob("version_*"))
+def newest(log_dir: Path) -> str | None:
+    """The newest whole last.ckpt of this run's kind, or None: what a restarted run goes on from.
+
+    They are in `log_dir`, or where runs have folders of their own, version_N, in any beside it.
+    """
+    own = log_dir.parent.glob("version_*") if log_dir.name.startswith("version_") else [log_dir]
+    folders = [folder / "checkpoints" for folder in own]
+    paths = [found(path) for folder in folders for path in (folder / "last.ckpt", *folder.glob("last-v*.ckpt"))]
     there = [path for path in paths if path.exists()]
     return str(max(there, key=lambda path: path.stat().st_mtime)) if there else None
 
@@ -149,13 +156,20 @@ class TaskCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
         config = self.config[self._only]
-        if config.get("ckpt_path") == "auto":
-            config["ckpt_path"] = newest(config["trainer"]["default_root_dir"], self.domain)
         checkpoint = config.get("ckpt_path")
-        if checkpoint and checkpoint not in ("best", "last", "hpc") and not Path(checkpoint).exists():
+        if checkpoint and checkpoint not in ("auto", "best", "last", "hpc") and not Path(checkpoint).exists():
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
+        if checkpoint and Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
+            raise ArgumentMistake(f"{checkpoint} is no checkpoint, or not a whole one")
         try:
+            if self._only == "fit" and (root := config["trainer"]["default_root_dir"]):
+                check_writable("trainer.default_root_dir", root)
             super().instantiate_classes()
+            if checkpoint == "auto":
+                root = self.trainer.default_root_dir
+                logs = self.trainer.log_dir if self._only == "fit" else Path(root, self.domain, "version_0")
+                checkpoint = newest(Path(logs or root))
+                config["ckpt_path"] = self.config_init[self._only]["ckpt_path"] = checkpoint
             file = checkpoint if checkpoint and Path(checkpoint).exists() else None
             self.model.check_run(self.trainer, self.datamodule, self._only, file)
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:

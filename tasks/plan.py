@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.cli import checked_config
+
 INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
     "nvlink-infiniband": (450e9, 50e9),
     "nvlink-ethernet": (450e9, 12.5e9),
@@ -18,15 +20,31 @@ INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zoo plan", description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file of `zoo language` or `zoo vision`")
-    parser.add_argument("--gpus", type=int, required=True, help="processes in all")
-    parser.add_argument("--gpu-memory", type=float, default=141, help="GB of each (141)")
-    parser.add_argument("--gpu-tflops", type=float, default=989, help="bfloat16 peak of each (989)")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="8 by default")
+    parser.add_argument("--gpus", type=_count, required=True, help="processes in all")
+    parser.add_argument("--gpu-memory", type=_amount, default=141, help="GB of each (141)")
+    parser.add_argument("--gpu-tflops", type=_amount, default=989, help="bfloat16 peak of each (989)")
+    parser.add_argument("--gpus-per-node", type=_count, default=8, help="8 by default")
     parser.add_argument("--interconnect", choices=list(INTERCONNECTS), default="nvlink-infiniband")
     for name in ("replicate", "shard", "expert", "tensor"):
-        parser.add_argument(f"--{name}", type=int, help="a size of the mesh; without any all meshes are compared")
-    parser.add_argument("--top", type=int, default=8, help="meshes to show (8)")
+        parser.add_argument(f"--{name}", type=_count, help="a size of the mesh; without any all meshes are compared")
+    parser.add_argument("--top", type=_count, default=8, help="meshes to show (8)")
     return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = 0.0
+    if not 0 < amount < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return amount
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,27 +63,27 @@ def main(argv: Sequence[str]) -> int:
 def read(config: Path) -> tuple[Any, Any]:
     """The model that a configuration describes, without memory, and the work of a step."""
     import torch
-    import yaml
 
     import zoo
     from zoo.models import count_parameters
     from zoo.parallel.plan import Facts, Work
 
-    content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    model, data = content.get("model") or {}, content.get("data") or {}
-    if "network" not in model:
+    content = checked_config(str(config))
+    model, data, trainer = (content.get(section) or {} for section in ("model", "data", "trainer"))
+    if not isinstance(model, dict) or "network" not in model:
         raise ValueError(f"{config}: a plan needs model.network, the name of a model")
+    if str(model["network"]).startswith("recommendation/"):
+        raise ValueError(f"{config}: expected a model of language or vision, got {model['network']}")
     options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
     with torch.device("meta"):
         network: Any = zoo.create_model(model["network"], **{**options, **(model.get("overrides") or {})})
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
-    sequence = patches or data.get("sequence_length", 256)
-    trainer = content.get("trainer") or {}
+    sequence = patches or data.get("sequence_length") or 256
     low = str(trainer.get("precision", "32")).startswith(("bf16", "16"))
     work = Work(
-        tokens=sequence * data.get("batch_size", 16),
+        tokens=sequence * (data.get("batch_size") or 16),
         sequence=sequence,
-        accumulate=trainer.get("accumulate_grad_batches", 1),
+        accumulate=trainer.get("accumulate_grad_batches") or 1,
         recompute=bool(model.get("activation_checkpointing", False)),
         compute=2 if low else 4,
     )

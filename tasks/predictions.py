@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .folders import check_writable
 from .training import share_of
 
 
@@ -32,6 +33,9 @@ def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
 
 
 def check_predictions(file: str, wanted: bool) -> None:
-    """Raise ValueError when the file that predictions are wanted in exists."""
-    if wanted and Path(file).exists():
+    """Raise ValueError when the file that predictions are wanted in exists, or cannot be written."""
+    if not wanted:
+        return
+    if Path(file).exists():
         raise ValueError(f"predictions: {file} exists; name another file")
+    check_writable("predictions", Path(file).parent)

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 import zoo
 from tasks import recommendation_tables
+from tasks.folders import check_writable
 from tasks.optim import Beside
 from tasks.recommendation_data import RecommendationData, of_checkpoint
 from tasks.recommendation_evaluation import TableMetrics, figure_names
 from tasks.recommendation_gates import ExpertUse
 from tasks.recommendation_parts import Parts, fingerprint, input_files
 from tasks.training import Overrides, Task
+from zoo.data import Loader
 from zoo.data.tables import Preparation
 from zoo.data.tables_batch import TableBatch
 from zoo.data.tables_schema import Schema, Target
@@ -51,7 +53,7 @@ class RecommendationTask(Task):
         task_weights: factors on the losses by task, instead of the schema's.
         embedding_optimizer: of the embedding tables, which updates in backward the rows used and no others:
             "rowwise_adagrad", "adagrad" or "sgd"; none leaves them to AdamW, which moves every row in every step.
-        embedding_lr: its peak learning rate; the schedule is that of the rest.
+        embedding_lr: its peak learning rate; the schedule is that of the rest. Gradients of tables are not clipped.
         sharding: how tables with an optimizer of their own are split over several processes: "auto" asks torchrec's
             planner, "table_wise", "row_wise" or "column_wise".
         ndcg_k: how many rows of a group count in NDCG.
@@ -109,7 +111,7 @@ class RecommendationTask(Task):
         tasks = [replace(task, weight=weights.pop(task.name, task.weight)) for task in schema.tasks]
         for name in weights:
             raise unknown("task of task_weights", name, [task.name for task in tasks])
-        return tasks
+        return list(replace(schema, tasks=tuple(tasks)).tasks)  # which checks the weights
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
         """Take how rows are encoded from the model that is to be used, then check everything that can be."""
@@ -119,12 +121,16 @@ class RecommendationTask(Task):
             data.adopt(Preparation.load(self.hparams["pretrained"]), self.hparams["pretrained"])
         elif subcommand == "predict" and isinstance(self.network, str):
             raise ValueError("nothing to predict with: give --ckpt_path or model.pretrained")
+        if subcommand == "predict":
+            check_writable("predictions", self.hparams["predictions"])
         super().check_run(trainer, data, subcommand, checkpoint)
         if subcommand == "fit":
             self._check_monitors(trainer, data.schema)
             recommendation_tables.check(self.hparams, data.schema, trainer)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
+            if subcommand == "fit":  # raises ValueError where the rows do not fill a batch of one process
+                Loader(data.rows("train"), data.batch_size, shuffle=True)
 
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""

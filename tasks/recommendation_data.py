@@ -112,6 +112,10 @@ class RecommendationData(LightningDataModule):
     def encode_rows(self, subcommand: str, validate: bool) -> None:
         """Encode what a subcommand will need, so that a value that cannot be shows before any work is done."""
         splits = {"fit": ["train", *(["val"] if validate else [])], "validate": ["val"]}
+        if subcommand == "fit" and validate and "val" not in self.table.splits:
+            raise ValueError(
+                f"{self.source} has no rows to val on: set data.held_out above 0, or trainer.limit_val_batches to 0"
+            )
         for split in splits.get(subcommand, [subcommand]):
             self.rows(split)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tasks import recommendation_metrics as metrics
 from tasks.recommendation_metrics import Array
-from zoo.data.tables_schema import Target
+from zoo.data.tables_schema import Target, given_chain
 
 
 class TableMetrics:
@@ -21,8 +21,8 @@ class TableMetrics:
 
     binary: auc, logloss, calibration, ece, and with groups gauc and ndcgK; regression: rmse, mae; ordinal: rmse and mae
     of the expected class, accuracy and quadratic kappa of the nearest class, and with groups ndcgK. A task that is
-    `given` another counts where that one happened; its "<task>_joint" predictions, where a model has them, count
-    everywhere, their label being both. Sample weights count in all but ndcgK. Kept a row: 8 bytes a prediction, 4 a
+    `given` others counts where those happened; its "<task>_joint" predictions, where a model has them, count
+    everywhere, their label being all. Sample weights count in all but ndcgK. Kept a row: 8 bytes a prediction, 4 a
     label, 8 for the group and 4 for the weight.
     """
 
@@ -79,9 +79,11 @@ class TableMetrics:
             label = by_task[task.name]
             wanted = {task.name: label}
             if task.given:
-                happened = by_task[task.given]
-                wanted[task.name] = np.where(happened > 0, label, np.nan)
-                wanted[f"{task.name}_joint"] = np.where(happened == 0, 0, wanted[task.name])
+                joint = label
+                for happened in (by_task[name] for name in given_chain(self.tasks, task)):
+                    wanted[task.name] = np.where(happened > 0, wanted[task.name], np.nan)
+                    joint = np.where(happened == 0, 0, joint * happened)
+                wanted[f"{task.name}_joint"] = joint
             for name, target in wanted.items():
                 if name not in self._names:
                     continue

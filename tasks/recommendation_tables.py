@@ -9,6 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.data.tables_schema import Categorical, Schema
 
+WIDTH = 4  # of which tables are a multiple, as `zoo.parallel.fuse_embeddings` says; importing that takes seconds
+
 
 def wanted(settings: Mapping[str, Any], schema: Schema) -> bool:
     """Whether there are tables and an optimizer is named for them."""
@@ -22,8 +24,21 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
     if settings["embedding_optimizer"] == "rowwise_adagrad" and settings["sharding"] == "column_wise":
         raise ValueError("sharding: column_wise splits rows, for which rowwise_adagrad has one step size")
     without = "or set model.embedding_optimizer to null"
+    for f in schema.features:
+        if isinstance(f, Categorical) and (width := f.dim or schema.dim) % WIDTH:
+            raise ValueError(
+                f"dim {width} of feature {f.name!r}: tables that learn in backward are a multiple of {WIDTH} wide; use "
+                f"one, {without}"
+            )
     if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
         raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
+    if (batches := trainer.accumulate_grad_batches) > 1:
+        raise ValueError(
+            f"accumulate_grad_batches {batches}: tables learn in every backward, from each batch apart; use a larger "
+            f"data.batch_size, {without}"
+        )
+    if settings["non_finite"] == "skip":
+        raise ValueError(f"non_finite skip: tables have moved by the time a gradient is seen; use stop, {without}")
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         name = type(trainer.strategy).__name__
         raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import zoo
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
+from tasks.folders import check_writable
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import Step
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
@@ -97,9 +98,12 @@ class Task(LightningModule):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Raise ValueError before training, not after it, where the folder to export to is taken."""
+        """Raise ValueError before training, not after it, where the folder to export to is taken or read-only."""
         export = self.hparams["export"]
-        if stage == "fit" and export and Path(export).exists() and any(Path(export).iterdir()):
+        if stage != "fit" or not export:
+            return
+        check_writable("export", export)
+        if Path(export).exists() and any(Path(export).iterdir()):
             raise ValueError(f"export: {export} exists and is not empty")
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     try:
-        if options.seconds <= 0:
-            raise ValueError(f"--seconds must be above 0, got {options.seconds:g}")
+        if not 0 < options.seconds < float("inf"):
+            raise ValueError(f"--seconds must be above 0 and finite, got {options.seconds:g}")
         if not Path(options.config).is_file():
             raise ValueError(f"there is no config file {options.config}")
         prepare(options.out)

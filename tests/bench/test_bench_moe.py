@@ -112,9 +112,15 @@ def test_decoding_times_few_tokens_without_the_dense_limit(option, tokens, capsy
         (["--shape", "8,8,8,2,3"], "K = 3 choices of E = 2 experts"),
         (["--repeats", "0"], "expected at least 1"),
         (["--decode", "0"], "expected at least 1 token"),
+        (["--device", "tpuu"], "error: --device tpuu: "),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit):
         moe.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_backend_that_is_none_is_named(capsys):
+    assert moe.main(["--backend", "cpuu"]) == 2
+    assert capsys.readouterr().err == "error: unknown backend 'cpuu'; did you mean cpu?\n"

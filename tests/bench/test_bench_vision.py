@@ -38,7 +38,10 @@ def test_tables_and_file_hold_every_contestant(tmp_path, capsys):
             assert row["images_per_second"] == pytest.approx(2e3 / row["ms"])
 
 
-@pytest.mark.parametrize(("option", "message"), [(["--batch", "0"], "at least 1"), (["--repeats", "0"], "at least 1")])
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [(["--batch", "0"], "at least 1"), (["--repeats", "0"], "at least 1"), (["--depth", "1"], "at least 2")],
+)
 def test_mistakes_are_named(option, message, capsys):
     with pytest.raises(SystemExit):
         vision.main([*TINY, *option])

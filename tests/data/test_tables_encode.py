@@ -10,7 +10,7 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 
 from zoo.data.tables_encode import Preparation, columns_needed
-from zoo.data.tables_files import Chunk
+from zoo.data.tables_files import Chunk, open_files
 from zoo.data.tables_rows import Rows
 from zoo.data.tables_schema import Bag, Categorical, Dense, Schema, Sequence, Target
 from zoo.data.tables_values import fnv1a
@@ -63,6 +63,28 @@ def test_a_vocabulary_does_not_depend_on_types_chunks_or_the_order_of_rows():
     assert Preparation.fit(schema(Categorical("c")), chunks) == whole
     found = whole.encode({"c": values}, labels=False).ids
     np.testing.assert_array_equal(whole.encode({"c": values.astype(float)}, labels=False).ids, found)
+
+
+def test_one_frame_has_the_same_ids_from_csv_and_from_parquet(tmp_path):
+    random = np.random.default_rng()
+    frame = pd.DataFrame({"gaps": random.integers(0, 9, 200).astype(float), "yes": random.random(200) < 0.4})
+    frame.loc[random.random(200) < 0.2, "gaps"] = np.nan
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    frame.to_parquet(tmp_path / "a.parquet")
+    hashed, bag = Categorical("h", "gaps", ids="hash", num_embeddings=50), Bag("b", "gaps")
+    made = schema(Categorical("gaps"), hashed, Categorical("yes"), bag)
+    chunks = [next(open_files(str(tmp_path / f"a.{kind}")).chunks(["gaps", "yes"])) for kind in ("csv", "parquet")]
+    for trained in chunks:
+        preparation = Preparation.fit(made, trained.columns)
+        one, other = (preparation.encode(chunk.columns, labels=False) for chunk in chunks)
+        np.testing.assert_array_equal(one.ids, other.ids)
+        np.testing.assert_array_equal(one.jagged["b"].values, other.jagged["b"].values)
+        assert (one.ids[:, [0, 2]] > 0).all()
+
+
+def test_a_vocabulary_that_was_saved_with_fractions_is_still_known():
+    preparation = Preparation(schema(Categorical("c", num_embeddings=4)), {"c": ("3.0", "x", "3")}, {})
+    assert preparation.encode({"c": ["3.0", "3", "x", "y"]}, labels=False).ids[:, 0].tolist() == [1, 1, 2, 0]
 
 
 def test_features_that_share_a_table_share_its_vocabulary():
@@ -188,6 +210,17 @@ def test_moments_learnt_in_chunks_are_those_of_all_rows():
     assert constant.tolist() == [[0], [0], [0]]
 
 
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e15 + 0.3, -7e-20])
+def test_a_number_that_never_changed_in_training_is_not_divided_by_a_rounding_error(value):
+    chunks = [Chunk(np.arange(n), {"d": np.full(n, value)}) for n in (3, 7, 1000)]
+    for transform in ("standard", "log_standard"):
+        feature = Dense("d", transform=transform)
+        preparation = Preparation.fit(schema(feature), chunks)
+        logged = [np.sign(v) * np.log1p(abs(v)) if "log" in transform else v for v in (value, value + 1)]
+        found = preparation.encode({"d": [value, value + 1]}, labels=False).dense[:, 0]
+        np.testing.assert_allclose(found, np.array(logged) - logged[0], rtol=1e-6, atol=0)
+
+
 def test_a_missing_number_is_an_error_that_names_row_and_column_unless_something_stands_in():
     columns = {"price": ["1", "", "2"]}
     message = r"^feature 'd', row 1: expected a number in column 'price', got nan"
@@ -234,6 +267,11 @@ def test_with_positive_a_label_is_1_where_the_column_holds_one_of_the_values():
         np.testing.assert_array_equal(labels(Target("t", "y", positive=(4, 5)), values), [1, 1, 0, np.nan, 0])
     np.testing.assert_array_equal(labels(Target("t", "y", positive=("buy",)), ["buy", "none", "Buy"]), [1, 0, 0])
     np.testing.assert_array_equal(labels(Target("t", "y", positive=(True,)), [True, False]), [1, 0])
+    # YAML reads `positive: [yes]` as true, and other programs write True, or 1 as 1.0.
+    for values in (["True", "False", ""], ["yes", "no", ""], ["on", "off", None]):
+        np.testing.assert_array_equal(labels(Target("t", "y", positive=(True,)), values), [1, 0, np.nan])
+        np.testing.assert_array_equal(labels(Target("t", "y", positive=(False,)), values), [0, 1, np.nan])
+    np.testing.assert_array_equal(labels(Target("t", "y", positive=(1, 3)), ["1.0", "3.00", "2", "x"]), [1, 1, 0, 0])
 
 
 def test_regression_and_ordinal_labels():

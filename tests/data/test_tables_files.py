@@ -118,6 +118,14 @@ def test_what_is_wrong_with_a_file_is_one_line_that_names_it(tmp_path, content, 
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_packed_file_that_is_broken_is_named(tmp_path, cut):
+    content = b"id,name\n" + np.random.default_rng(0).bytes(90_000).hex().encode()
+    (tmp_path / "ads.csv.gz").write_bytes(gzip.compress(content)[:1000] if cut else content)
+    with pytest.raises(ValueError, match=r"^[^:]*ads\.csv\.gz: "):
+        read(open_files(str(tmp_path / "ads.csv.gz")), 5)
+
+
 def test_a_second_file_without_a_column_is_named(tmp_path):
     write(tmp_path / "a.parquet", frame(3))
     write(tmp_path / "b.parquet", frame(3).rename(columns={"name": "title"}))

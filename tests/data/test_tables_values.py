@@ -1,5 +1,7 @@
 """Columns as numbers: distinct values, lists, numbers, and hashes that are the same in every process."""
 
+from decimal import Decimal
+
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -53,12 +55,31 @@ def test_distinct_values_put_together_again_are_the_column():
         pa.array([3.0, None, 12.0, 3.0]),
         pa.array([3.0, float("nan"), 12.0, 3.0]),
         pa.array(["3", None, "12 ", "3"]),
+        pa.array(["3.0", None, "12.00 ", "3"]),
+        pa.array(["3", None, "12 ", "3"]).cast(pa.string_view()),
+        pa.array([b"3", None, b"12 ", b"3"]),
+        pa.array([b"3", None, b"12 ", b"3"], pa.large_binary()),
+        pa.array([Decimal("3.00"), None, Decimal("12.00"), Decimal("3.00")]),
         pa.array(["3", "", "12", "3"]).dictionary_encode(),
         [3, None, 12, 3],
         np.array([3.0, np.nan, 12.0, 3.0]),
         pd.Series([3, None, 12, 3]),
     ],
-    ids=["int", "float", "nan", "text", "dictionary", "list", "numpy", "pandas"],
+    ids=[
+        "int",
+        "float",
+        "nan",
+        "text",
+        "written",
+        "view",
+        "binary",
+        "large_binary",
+        "decimal",
+        "dictionary",
+        "list",
+        "numpy",
+        "pandas",
+    ],
 )
 def test_a_whole_number_is_the_same_value_in_a_column_of_any_type(column):
     texts, index = distinct(column)
@@ -69,11 +90,17 @@ def test_other_types_have_texts_too():
     texts, index = distinct(pa.array([True, False, None]))
     assert [texts[i] for i in index] == ["true", "false", ""]
     assert distinct(pa.array([2.5]))[0] == ["2.5"]
+    assert distinct(pa.array(["True", "FALSE", "true", "Truelove"]))[0] == ["true", "false", "true", "Truelove"]
+    kept = ["1.0.0", "v1.0", "1.05", "10", ".0"]
+    assert distinct(pa.array([*kept, "-4.0"]))[0] == [*kept, "-4"]
     assert distinct(pa.nulls(3))[0] == [""]
     assert distinct(pa.array([], pa.string()))[0] == []
-    assert [text(v) for v in (True, 4.0, 4, 2.5, " a ")] == ["true", "4", "4", "2.5", "a"]
+    assert [text(v) for v in (True, 4.0, 4, 2.5, " a ", "4.0", "True")] == ["true", "4", "4", "2.5", "a", "4", "true"]
+    assert distinct(pa.array([Decimal("2.50"), Decimal("0.05")]))[0] == ["2.5", "0.05"]
     with pytest.raises(ValueError, match="expected one value a row, got lists"):
         distinct(pa.array([[1]]))
+    with pytest.raises(ValueError, match="expected one value a row, got values of type struct"):
+        distinct(pa.array([{"a": 1}]))
 
 
 def test_numbers_are_those_that_python_reads_and_nan_where_there_is_none():
@@ -103,7 +130,9 @@ def test_items_of_texts_and_of_lists_are_the_same():
     rows = [["a", "b"], [], ["c"], ["", "d"], None]
     joined = ["|".join(row) if row is not None else None for row in rows]
     expected = [item for row in rows for item in row or []]
-    for column in (pa.array(rows), pa.array(rows, pa.large_list(pa.string())), pa.array(joined)):
+    kinds = (pa.list_(pa.string()), pa.large_list(pa.string()), pa.list_view(pa.string()))
+    texts = (pa.string(), pa.string_view(), pa.binary())
+    for column in (*(pa.array(rows, kind) for kind in kinds), *(pa.array(joined).cast(kind) for kind in texts)):
         for cut in (column, pa.concat_arrays([column[:1], column])[1:]):  # also one that starts inside its buffers
             values, lengths = items(cut, "|")
             assert values.to_pylist() == expected

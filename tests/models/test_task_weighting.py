@@ -171,7 +171,7 @@ def test_gradnorm_continues_from_its_state():
 def worker(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(moved(rank), f"{folder}/{rank}.pt")
+    torch.save((moved(rank), uncertain(rank)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -184,11 +184,25 @@ def moved(rank=None):
     return weighting.factor
 
 
+def uncertain(rank=None):
+    """The gradient of the variances where the labels of one task are all on process 0, and nobody has any of another.
+
+    Of several processes the mean of losses and gradients is that of all rows: those of the process with labels are
+    twice as large.
+    """
+    weighting = task_weighting("uncertainty", TASKS).double()
+    weighting.log_variance.data = torch.tensor([0.3, -0.7, 1.1], dtype=torch.double)
+    only = {None: 3.0, 0: 6.0, 1: 0.0}[rank]
+    weighting(given(2.0, only, 0.0)[1]).backward()
+    return weighting.log_variance.grad
+
+
 def test_two_processes_move_the_weights_as_one_does(tmp_path):
     mp.start_processes(worker, (str(tmp_path),), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    (first, one), (second, two) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, moved(), rtol=1e-10, atol=0)
+    torch.testing.assert_close((one + two) / 2, uncertain(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

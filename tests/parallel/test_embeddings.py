@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torchrec import EmbeddingBagCollection, EmbeddingCollection
+from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 
 import zoo
@@ -204,6 +204,13 @@ def test_mistakes_are_named(arguments: dict[str, Any], message: str) -> None:
 def test_a_model_without_tables_is_an_error() -> None:
     with pytest.raises(ValueError, match="no torchrec collection"):
         fuse_embeddings(nn.Linear(2, 2))
+
+
+def test_a_width_that_is_no_multiple_of_4_is_an_error() -> None:
+    config = EmbeddingBagConfig(name="shop", num_embeddings=3, embedding_dim=18, feature_names=["shop"])
+    model = nn.ModuleDict({"bags": EmbeddingBagCollection(tables=[config])})
+    with pytest.raises(ValueError, match=r"a multiple of 4 wide, got bags\.shop of 18"):
+        fuse_embeddings(model)
 
 
 def test_the_state_of_another_optimizer_is_an_error() -> None:

@@ -234,3 +234,32 @@ def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.Captur
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert told in line
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "expected sections model, data and trainer, got NoneType"),
+        ("model: {network: language/mixtral_tiny", "is not YAML"),
+        ("model: [3]", "a plan needs model.network"),
+        ("model: {network: recommendation/mmoe}", "expected a model of language or vision, got recommendation/mmoe"),
+    ],
+)
+def test_a_configuration_that_cannot_be_planned_is_one_line(
+    content: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(content)
+    assert main(["plan", "--config", str(path), "--gpus", "8"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+
+
+@pytest.mark.parametrize("option", ["--gpus", "--expert", "--gpus-per-node", "--top", "--gpu-memory", "--gpu-tflops"])
+@pytest.mark.parametrize("value", ["0", "-8", "nan", "many"])
+def test_sizes_are_positive_numbers(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--config", str(CONFIGS / "mixtral_tiny.yaml"), *([] if option == "--gpus" else ["--gpus", "8"])]
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", *args, f"{option}={value}"])
+    assert f"argument {option}: expected a" in capsys.readouterr().err

@@ -111,6 +111,10 @@ def test_a_config_file_that_is_no_yaml_is_one_error(tmp_path, capsys):
     broken, scalar = tmp_path / "broken.yaml", tmp_path / "scalar.yaml"
     broken.write_text("model: [1,\n")
     scalar.write_text("just words\n")
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes("model: {network: süß}".encode("latin-1"))
+    assert main(["language", "fit", "--config", str(latin)]) == 2
+    assert "latin.yaml is not YAML" in capsys.readouterr().err
     assert main(["language", "fit", "--config", str(broken)]) == 2
     assert "broken.yaml is not YAML" in capsys.readouterr().err
     assert main(["language", "fit", f"--config={scalar}"]) == 2

@@ -231,6 +231,20 @@ def test_a_run_that_stopped_goes_on_exactly(trained, tmp_path):
         assert torch.equal(resumed["state_dict"][name], tensor), name
 
 
+@pytest.mark.parametrize("logger", ["null", "false", "{class_path: CSVLogger, init_args: {save_dir: %s, name: own}}"])
+def test_a_run_goes_on_from_the_newest_checkpoint_wherever_it_logs(logger, trained, tmp_path):
+    logs = tmp_path / "logs"
+    options = ("--trainer.logger", logger.replace("%s", str(logs)), "--trainer.default_root_dir", tmp_path / "runs")
+    for steps in (2, 4, 6):
+        quick = ("--config", trained / "config.yaml", f"--trainer.max_steps={steps}", "--trainer.limit_val_batches=0")
+        assert cli("fit", *quick, *options, "--ckpt_path=auto") == 0
+    paths = sorted(tmp_path.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    last = torch.load(paths[-1])
+    # Each went on: batches of all are counted.
+    assert last["global_step"] == 6
+    assert last["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 6
+
+
 def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
     """With tables in pieces, and although they have different numbers of labelled rows in every batch."""
     write(tmp_path / "train.csv", rows(1500))
@@ -387,6 +401,20 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
         (["--model.pretrained=somewhere"], "leave out overrides and router"),
         (["--data.source", "sinthetic", "--data.schema=null"], "did you mean synthetic"),
         (["--data.schema", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+        (
+            ["--data.held_out", "0"],
+            "has no rows to val on: set data.held_out above 0, or trainer.limit_val_batches to 0",
+        ),
+        (["--model.overrides.expert_dims=64"], "expert_dims: expected a list of widths, such as [64, 32], got 64"),
+        (["--model.overrides.num_experts=2.5"], "num_experts: expected a whole number, got 2.5"),
+        (["--data.batch_size=5000"], "rows do not fill one batch of 5000 on 1 process"),
+        (["--data.schema.dim=6"], "dim 6 of feature 'city': tables that learn in backward are a multiple of 4 wide"),
+        (["--ckpt_path", __file__], f"{__file__} is no checkpoint, or not a whole one"),
+        (["--model.task_weights", "{click: -1}"], "weight of task 'click' must be at least 0"),
+        (["--trainer.accumulate_grad_batches=2"], "tables learn in every backward, from each batch apart"),
+        (["--model.non_finite=skip"], "tables have moved by the time a gradient is seen"),
+        (["--trainer.default_root_dir", f"{__file__}/runs"], f"default_root_dir: cannot write to {__file__}/runs"),
+        (["--model.export", f"{__file__}/model"], f"export: cannot write to {__file__}/model: {__file__} is a file"),
         (["--data.held_out", "0.7"], "held_out must be at least 0 and below 0.5"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/auc/clik"],
@@ -405,6 +433,23 @@ def test_a_mistake_in_the_arguments_is_one_line_before_any_work(args, told, trai
     assert len(errors) == 1
     assert told in errors[0]
     assert sorted((trained / "runs" / "recommendation").iterdir()) == runs
+
+
+def test_without_rows_to_validate_on_training_needs_no_validation(trained, tmp_path):
+    quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs", "--trainer.limit_val_batches=0")
+    assert cli("fit", "--config", trained / "config.yaml", *quick, "--data.held_out=0") == 0
+
+
+def test_tables_of_any_width_train_without_an_optimizer_of_their_own(trained, tmp_path):
+    quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs")
+    options = ("--data.schema.dim=3", "--model.embedding_optimizer=null")
+    assert cli("fit", "--config", trained / "config.yaml", *quick, *options) == 0
+
+
+def test_accumulation_and_skipped_steps_are_for_tables_that_have_gradients(trained, tmp_path):
+    quick = ("--trainer.max_steps=2", "--trainer.default_root_dir", tmp_path / "runs")
+    options = ("--trainer.accumulate_grad_batches=2", "--model.non_finite=skip", "--model.embedding_optimizer=null")
+    assert cli("fit", "--config", trained / "config.yaml", *quick, *options) == 0
 
 
 def test_what_prediction_lacks_is_named(trained, tmp_path, capsys):
@@ -514,6 +559,18 @@ def test_the_scripts_train_score_and_export(trained, tmp_path, monkeypatch, caps
     found = pq.read_table("scores.parquet")
     assert found["row"].to_pylist() == list(range(250))
     assert roc_auc_score(rows(250, 1)["click"], found["click"].to_numpy()) > 0.7
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "score_table.py", "model", trained / "new.csv", "--out", "scores.parquet")
+    assert "scores.parquet exists; name another file" in capsys.readouterr().err
+    # What stops in the middle leaves nothing that looks whole.
+    columns = {name: values[:40] for name, values in rows(40, 2).items()}
+    write(tmp_path / "broken.csv", {**columns, "age": [0.5] * 39 + ["old"]})
+    with pytest.raises(ValueError, match=r"broken\.csv: feature 'age', row 39: expected a number, got 'old'"):
+        run(monkeypatch, "score_table.py", "model", "broken.csv", "--out", "broken.parquet", "--batch-size", 10)
+    assert not (tmp_path / "broken.parquet").exists()
+    write(tmp_path / "none.csv", {name: [] for name in columns})
+    with pytest.raises(SystemExit, match=r"none\.csv: expected rows to score, got none"):
+        run(monkeypatch, "score_table.py", "model", "none.csv", "--out", "none.parquet")
     run(monkeypatch, "export_table.py", "model", "--out", "graph")
     assert (tmp_path / "graph" / "model.pt2").is_file()
     assert (tmp_path / "graph" / "preparation.json").is_file()

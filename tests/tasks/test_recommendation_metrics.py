@@ -190,6 +190,33 @@ def test_figures_of_a_stream_count_labelled_rows_alone():
     assert of_stars == {"rmse", "mae", "accuracy", "kappa", "ndcg3"}
 
 
+def test_of_three_tasks_in_a_chain_all_must_happen_and_none_does_where_the_first_did_not():
+    tasks = (Target("click"), Target("cart", given="click"), Target("buy", given="cart"))
+    random = np.random.default_rng()
+    click, cart, buy = random.choice([0.0, 1.0, np.nan], (3, 300))
+    cart[click == 0] = np.nan  # nobody asks what comes after a click that was not
+    chance = random.random(300)
+    metrics = TableMetrics(tasks)
+    names = ("click", "cart", "cart_joint", "buy", "buy_joint")
+    labels = torch.from_numpy(np.stack([click, cart, buy], 1))
+    metrics.add({name: torch.from_numpy(chance) for name in names}, labels)
+    found = metrics.compute()
+
+    def every(*happened):
+        """1 where all happened, 0 where one that is known before the rest did not, nan where that is not known."""
+        for value in happened:
+            if value != 1:
+                return value
+        return 1.0
+
+    joint = np.array([every(*row) for row in zip(click, cart, buy)])
+    known = ~np.isnan(joint)
+    assert found["auc/buy_joint"] == pytest.approx(sklearn.roc_auc_score(joint[known], chance[known]))
+    assert found["logloss/buy_joint"] == pytest.approx(sklearn.log_loss(joint[known], chance[known]))
+    asked = (click == 1) & (cart == 1) & ~np.isnan(buy)
+    assert found["auc/buy"] == pytest.approx(sklearn.roc_auc_score(buy[asked], chance[asked]))
+
+
 @pytest.mark.parametrize(
     ("labels", "told"),
     [

@@ -115,6 +115,18 @@ def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint_that_continues_exactly(mak
     assert_same(run(make, 6, ckpt_path=last, **window), straight)
 
 
+def test_a_run_without_logs_keeps_the_checkpoint_of_the_one_before(make, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for steps, names in ((1, ["last.ckpt"]), (2, ["last-v1.ckpt", "last.ckpt"])):
+        run(make, steps, callbacks=[SaveLast()])
+        assert sorted(p.name for p in folder.iterdir()) == names
+    assert [torch.load(folder / name)["global_step"] for name in ("last.ckpt", "last-v1.ckpt")] == [1, 2]
+    # One that goes on from a checkpoint replaces it.
+    run(make, 3, ckpt_path=folder / "last.ckpt", callbacks=[SaveLast()])
+    assert sorted(p.name for p in folder.iterdir()) == ["last-v1.ckpt", "last.ckpt"]
+    assert [torch.load(folder / name)["global_step"] for name in ("last.ckpt", "last-v1.ckpt")] == [3, 2]
+
+
 def test_a_second_ctrl_c_ends_the_run_at_once(make):
     saver = SaveLast()
     saver._interrupt(signal.SIGINT, None)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .turns import add_phases, compare, machine, measure_phases, show, totals
+from ..nearest import unknown
+from .turns import add_phases, compare, device_of, machine, measure_phases, show, totals
 
 if TYPE_CHECKING:
     from .contestants import Shape
@@ -104,9 +106,13 @@ def default_backends(device: str) -> tuple[str, ...]:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; returns the exit status."""
     args = _parse(argv)
-    import torch
+    device = device_of(args.device)
+    from ..moe.kernels import BACKENDS
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in args.backend or ():
+        if name not in BACKENDS:
+            print(f"error: {unknown('backend', name, BACKENDS)}", file=sys.stderr)
+            return 2
     backends = tuple(args.backend or default_backends(device))
     results = []
     for text in [*PRESETS.get(args.shapes, ()), *(args.shape or ())] or SHAPES:

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .turns import Contestant, compare, machine, measure_steps, show
+from .turns import Contestant, compare, device_of, machine, measure_steps, show
 
 FIELDS, NUMBERS, TASKS = 26, 13, 2
 STEPS = 10  # a turn
@@ -31,9 +31,7 @@ STEPS = 10  # a turn
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; returns the exit status."""
     args = _parse(argv)
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args.device)
     field = contestants(args, device)
     rows = compare(field, measure_steps(field, args.repeats, STEPS, device))
     for row in rows:

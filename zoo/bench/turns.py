@@ -26,6 +26,18 @@ T = TypeVar("T")
 WARM_UP = 2
 
 
+def device_of(given: str | None) -> str:
+    """The device to measure on, cuda where there is one by default; ends with status 2 where there is none like it."""
+    import torch
+
+    try:
+        torch.empty(0, device=given)
+    except (RuntimeError, AssertionError) as error:  # what torch raises is one or the other, as it was built
+        print(f"error: --device {given}: {str(error).splitlines()[0]}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return given or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @dataclass
 class Contestant:
     """`run` gives the output; `leaves` are the tensors whose gradients it makes; `group` says whose it is.

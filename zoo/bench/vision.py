@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .turns import Contestant, compare, machine, measure, show
+from .turns import Contestant, compare, device_of, machine, measure, show
 
 MODEL = "vmoe_base_patch16_224"
 
@@ -29,9 +29,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant (default 5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
-    for name in ("batch", "repeats"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    for name, least in (("batch", 1), ("repeats", 1), ("depth", 2)):  # every second block has experts
+        if (value := getattr(args, name)) is not None and value < least:
+            parser.error(f"--{name} {value}: expected at least {least}")
     return args
 
 
@@ -91,9 +91,7 @@ def _rival(like: Any) -> Any:
 def main(argv: Sequence[str]) -> int:
     """Run the benchmark; returns the exit status."""
     args = _parse(argv)
-    import torch
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(args.device)
     results = []
     for kind, everyone in fields(args, device).items():
         for backward, what in ((False, "forward"), (True, "forward + backward")):

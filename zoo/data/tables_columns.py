@@ -11,6 +11,8 @@ from .tables_schema import Bag, Categorical, Dense, Sequence, Target
 from .tables_values import NO_NUMBER, NotANumber, distinct, fnv1a, items, numbers, spans, text
 
 _YES_OR_NO = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0, "0.0": 0.0, "1.0": 1.0}
+# Words of columns that YAML reads as a truth value, so that a schema's `positive: [yes]` means them.
+_WORDS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
 
 
 def values_of(f: Dense, chunk: Chunk) -> np.ndarray:
@@ -104,12 +106,17 @@ def _binary(task: Target, where: str, chunk: Chunk) -> np.ndarray:
         values = [np.nan if empty else _YES_OR_NO.get(value.lower()) for value, empty in zip(texts, none)]
     else:
         # Here "none" or "na" may be a value like any other, so that only nothing is no label.
-        positive = {text(value) for value in task.positive}
-        values = [float(value in positive) if value or "" in positive else np.nan for value in texts]
+        positive = [float(any(_is(value, other) for other in task.positive)) for value in texts]
+        values = [yes if value or yes else np.nan for value, yes in zip(texts, positive)]
     for number, value in enumerate(values):
         if value is None and len(at := np.flatnonzero(index == number)):
             raise ValueError(f"{where}, row {chunk.rows[at[0]]}: expected 0 or 1, got {texts[number]!r}")
     return np.array(values, np.float32)[index]
+
+
+def _is(value: str, positive: Any) -> bool:
+    """Whether a text of a column is a value of a schema."""
+    return value.lower() in _WORDS[positive] if isinstance(positive, bool) else value == text(positive)
 
 
 def encoded_group(column: str, chunk: Chunk) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from .tables_columns import Feature, encoded_group, encoded_label, encoded_weigh
 from .tables_files import Chunk
 from .tables_rows import Jagged, Rows
 from .tables_schema import Bag, Categorical, Dense, Schema
-from .tables_values import fnv1a
+from .tables_values import fnv1a, text
 
 FILE = "preparation.json"
 
@@ -68,7 +69,11 @@ class Preparation:
     @cached_property
     def _numbers(self) -> dict[str, dict[str, int]]:
         """By table, the row of each value of its vocabulary."""
-        return {name: {value: i for i, value in enumerate(words, 1)} for name, words in self.vocabularies.items()}
+        # Written as columns are now: one that was saved earlier may say 3.0. The more frequent of two goes last.
+        return {
+            name: {text(value): i for i, value in reversed([*enumerate(words, 1)])}
+            for name, words in self.vocabularies.items()
+        }
 
     def encode(self, columns: Mapping[str, Any], first_row: int | np.ndarray = 0, labels: bool = True) -> Rows:
         """Columns [B] by name as rows.
@@ -181,11 +186,13 @@ class Moments:
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0
+        self.least, self.most = math.inf, -math.inf
 
     def add(self, values: np.ndarray) -> None:
         """Count these numbers too."""
         if not len(values):
             return
+        self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
         mean, count = float(values.mean()), self.count + len(values)
         delta = mean - self.mean
         self.squares += float(((values - mean) ** 2).sum()) + delta**2 * self.count * len(values) / count
@@ -194,8 +201,9 @@ class Moments:
 
     def result(self) -> tuple[float, float]:
         """Mean, and the root of the mean squared distance from it; 1 where all numbers are equal."""
-        deviation = (self.squares / max(self.count, 1)) ** 0.5
-        return self.mean, deviation or 1.0
+        if self.least == self.most:  # the sum of many equal numbers is rounded, and so would their deviation not be 0
+            return self.least, 1.0
+        return self.mean, (self.squares / max(self.count, 1)) ** 0.5 or 1.0
 
 
 def columns_needed(schema: Schema, known: Iterable[str], labels: bool = True) -> list[str]:

@@ -226,7 +226,7 @@ def _reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (pa.ArrowException, ValueError) as error:
+    except (pa.ArrowException, ValueError, OSError) as error:
         message = " ".join(str(error).split())
         raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
 

@@ -6,7 +6,9 @@ Plain data, read from YAML or written in Python. Nothing here looks at a table; 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Several
 from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..nearest import unknown
@@ -90,6 +92,19 @@ class Target:
     given: str | None = None
 
 
+# Ids are kept in 32 bits.
+_MOST_ROWS = 2**31 - 1
+
+
+def given_chain(tasks: Several[Target], task: Target) -> list[str]:
+    """The tasks that a task is given, nearest first."""
+    found = []
+    while task.given:
+        found.append(task.given)
+        task = next(t for t in tasks if t.name == task.given)
+    return found
+
+
 _KINDS: dict[str, type] = {"dense": Dense, "categorical": Categorical, "bag": Bag, "sequence": Sequence}
 
 
@@ -111,6 +126,9 @@ class Schema:
     _by_name: dict[str, Dense | Categorical] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_types("", self)
+        if self.dim < 1:
+            raise ValueError(f"schema: dim must be at least 1, got {self.dim}")
         self._by_name.update({feature.name: feature for feature in self.features})
         for what, names in (("feature", [f.name for f in self.features]), ("task", [t.name for t in self.tasks])):
             if twice := {name for name in names if names.count(name) > 1}:
@@ -122,6 +140,7 @@ class Schema:
             _check_feature(f, self)
         for task in self.tasks:
             _check_task(task, self)
+        _check_columns(self.tasks)
         if self.domain is not None and type(self._by_name.get(self.domain)) is not Categorical:
             raise ValueError(f"schema: domain {self.domain!r} is no categorical feature")
 
@@ -140,18 +159,20 @@ class Schema:
         """From YAML: {features: {name: {kind: ..., ...}}, tasks: {name: {...}}, and the other fields}."""
         if isinstance(given, Schema):
             return given
+        if not isinstance(given, Mapping):
+            raise ValueError(f"schema: expected keys features and tasks, got {given!r}")
         rest = dict(given)
         tables = {name: rest.pop(name, None) for name in ("features", "tasks")}
         for name, table in tables.items():
             if not isinstance(table, Mapping):
                 raise ValueError(f"schema: expected {name}: a table of names, got {table!r}")
         features = [_feature(name, spec) for name, spec in (tables["features"] or {}).items()]
-        tasks = [_made(Target, "task", name, spec or {}) for name, spec in (tables["tasks"] or {}).items()]
+        tasks = [_made(Target, "task", name, spec) for name, spec in (tables["tasks"] or {}).items()]
         known = {f.name for f in fields(cls) if f.init}
         for name in rest:
             if name not in known:
-                raise unknown("key of schema", name, sorted(known))
-        return cls(tuple(features), tuple(tasks), **rest)
+                raise unknown("key of schema", str(name), sorted(known))
+        return cls(tuple(features), tuple(tasks), **_read(cls, rest))
 
     def difference(self, other: Schema) -> str | None:
         """The first thing in which another differs, such as "feature 'age'", or None; an open size is like any."""
@@ -187,21 +208,54 @@ def _given(made: Any) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values if k != "name" and v != defaults[k]}
 
 
-def _feature(name: str, spec: Any) -> Dense | Categorical:
-    rest = dict(spec or {})
+def _feature(name: Any, spec: Any) -> Dense | Categorical:
+    rest = _keys("feature", name, spec)
     kind = rest.pop("kind", None)
     if kind not in _KINDS:
         raise ValueError(f"schema: feature {name!r} has kind {kind!r}; known: {', '.join(_KINDS)}")
     return _made(_KINDS[kind], "feature", name, rest)
 
 
-def _made(kind: type, what: str, name: str, spec: Mapping[str, Any]) -> Any:
+def _made(kind: type, what: str, name: Any, spec: Any) -> Any:
     known = [f.name for f in fields(kind) if f.name != "name"]
-    for key in spec:
+    rest = _keys(what, name, spec)
+    for key in rest:
         if key not in known:
-            raise unknown(f"key of {what} {name!r}", key, known)
-    arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.items()}
-    return kind(name, **arguments)
+            raise unknown(f"key of {what} {name!r}", str(key), known)
+    if isinstance(name, bool) or not isinstance(name, str | int):
+        raise ValueError(f"schema: {what} {name!r}: expected a name (YAML reads yes, no, on and off as truth values)")
+    return kind(str(name), **_read(kind, rest))
+
+
+def _keys(what: str, name: Any, spec: Any) -> dict[str, Any]:
+    if spec is not None and not isinstance(spec, Mapping):
+        raise ValueError(f"schema: {what} {name!r}: expected keys and values, such as kind: ..., got {spec!r}")
+    return dict(spec or {})
+
+
+def _read(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from YAML as a dataclass has them: lists as tuples, and names that are numbers, such as 101, as texts."""
+    texts = {f.name for f in fields(kind) if str(f.type).startswith("str")}
+    found = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    return {key: str(v) if key in texts and type(v) is int else v for key, v in found.items()}
+
+
+def _check_types(where: str, made: Any) -> None:
+    """Raise ValueError for a value of another type than its field says; choices and lists have checks of their own."""
+    for f in fields(made):
+        kind, value = str(f.type), getattr(made, f.name)
+        types, expected = next((t for name, t in _TYPES.items() if kind.startswith(name)), (object, ""))
+        if value is None and kind.endswith("None"):
+            continue
+        if not isinstance(value, types) or (expected and isinstance(value, bool)) or value == "" or value != value:
+            raise ValueError(f"schema: {f.name}{where and f' of {where}'}: expected {expected}, got {value!r}")
+
+
+_TYPES: dict[str, tuple[Any, str]] = {
+    "str": (str, "a text"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+}
 
 
 def _check_choice(where: str, made: Any, key: str, known: tuple[str, ...]) -> None:
@@ -211,6 +265,7 @@ def _check_choice(where: str, made: Any, key: str, known: tuple[str, ...]) -> No
 
 def _check_feature(f: Dense | Categorical, schema: Schema) -> None:
     where = f"feature {f.name!r}"
+    _check_types(where, f)
     if isinstance(f, Dense):
         _check_choice(where, f, "transform", ("none", "log", "standard", "log_standard"))
         return
@@ -221,11 +276,17 @@ def _check_feature(f: Dense | Categorical, schema: Schema) -> None:
     for key in ("num_embeddings", "dim", "max_length"):
         if (value := getattr(f, key, None)) is not None and value < 1:
             raise ValueError(f"schema: {key} of {where} must be at least 1, got {value}")
+    if (f.num_embeddings or 0) > _MOST_ROWS:
+        raise ValueError(f"schema: num_embeddings of {where} must be at most {_MOST_ROWS}, got {f.num_embeddings}")
+    if f.ids != "index" and f.out_of_range != "error":
+        raise ValueError(f"schema: out_of_range of {where} is for ids 'index', got ids {f.ids!r}")
     if isinstance(f, Bag):
         _check_choice(where, f, "pooling", ("sum", "mean"))
     if not isinstance(f, Sequence):
         return
     _check_choice(where, f, "pooling", ("mean", "sum", "attention"))
+    if f.pooling != "attention" and f.target is not None:
+        raise ValueError(f"schema: target of {where} is for pooling 'attention', got pooling {f.pooling!r}")
     if f.pooling == "attention":
         target = schema[f.target] if f.target else None
         if type(target) is not Categorical or (target.dim or schema.dim) != (f.dim or schema.dim):
@@ -237,10 +298,36 @@ def _check_feature(f: Dense | Categorical, schema: Schema) -> None:
 
 def _check_task(task: Target, schema: Schema) -> None:
     where = f"task {task.name!r}"
+    _check_types(where, task)
     _check_choice(where, task, "kind", ("binary", "regression", "ordinal"))
+    if not 0 <= task.weight < float("inf"):
+        raise ValueError(f"schema: weight of {where} must be at least 0 and finite, got {task.weight}")
+    for key, kind in (("positive", "binary"), ("classes", "ordinal")):
+        if getattr(task, key) is not None and task.kind != kind:
+            raise ValueError(f"schema: {key} of {where} is for a task of kind {kind}, got kind {task.kind}")
+    if task.positive is not None and not (isinstance(task.positive, tuple) and task.positive):
+        raise ValueError(f"schema: positive of {where}: expected a list of values, got {task.positive!r}")
     if task.kind == "ordinal" and (task.classes is None or task.classes < 2):
         raise ValueError(f"schema: {where} is ordinal, so that classes must be 2 or more, got {task.classes}")
-    if task.given is not None:
-        other = next((t for t in schema.tasks if t.name == task.given), None)
-        if other is None or other is task or other.kind != "binary" or task.kind != "binary":
-            raise ValueError(f"schema: {where} is given {task.given!r}; both must be binary tasks of the schema")
+    seen, at = [task.name], task
+    while at.given is not None:
+        other = next((t for t in schema.tasks if t.name == at.given), None)
+        if other is None or other.name in seen or other.kind != "binary" or at.kind != "binary":
+            raise ValueError(
+                f"schema: {where} is given {task.given!r}; both must be binary tasks of the schema, and none given "
+                "itself"
+            )
+        seen, at = [*seen, other.name], other
+
+
+def _check_columns(tasks: Several[Target]) -> None:
+    """Raise ValueError where what is predicted would have one name twice: rows have the column row."""
+    taken = {
+        "row": "the number of a row",
+        **{f"{t.name}_joint": f"{t.name} and what it is given" for t in tasks if t.given},
+    }
+    for task in tasks:
+        if task.name in taken:
+            raise ValueError(
+                f"schema: predictions have a column {task.name!r} for {taken[task.name]}; name the task otherwise"
+            )

@@ -6,6 +6,7 @@ look at texts one by one does so for the distinct ones.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 
 # What stands for no number in a CSV file, besides nothing.
 NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
+# One DataFrame writes 3 with gaps as 3.0 to CSV and as a float to Parquet, and true as True and as a boolean.
+_WHOLE, _TRUTH = r"^(-?[0-9]+)\.0+$", {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
 _FNV_BASIS, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
@@ -26,14 +29,25 @@ def arrow(column: Any) -> Any:
         column = pa.array(column, from_pandas=True)
     if isinstance(column, pa.ChunkedArray):  # where one array cannot hold them
         column = pa.concat_arrays(column.chunks)
-    return column.cast(column.type.value_type) if pa.types.is_dictionary(column.type) else column
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return arrow(column.cast(kind.value_type))
+    # What other writers take texts and lists for, and few functions of pyarrow know.
+    if pa.types.is_string_view(kind) or pa.types.is_binary(kind) or pa.types.is_binary_view(kind):
+        return column.cast(pa.string())
+    if pa.types.is_large_binary(kind):
+        return column.cast(pa.large_string())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return pa.array(column.to_pylist(), pa.large_list(kind.value_type))  # pyarrow's cast is wrong for a slice
+    return column
 
 
 def distinct(column: Any) -> tuple[list[str], np.ndarray]:
     """Distinct values of a column [B] as texts, and which of them each row has [B].
 
     Texts have no space around them. A number that is whole is written as one, so that 3 is the same value in a column
-    of integers, of floats and of texts. No value is the empty text. Raises ValueError for a column of lists.
+    of integers, of floats and of texts, which may say 3.0, and a truth value is true or false. No value is the empty
+    text. Raises ValueError for a column of lists.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -41,6 +55,8 @@ def distinct(column: Any) -> tuple[list[str], np.ndarray]:
     array = arrow(column)
     if _is_list(array.type):
         raise ValueError("expected one value a row, got lists")
+    if pa.types.is_nested(array.type):
+        raise ValueError(f"expected one value a row, got values of type {array.type}")
     if pa.types.is_null(array.type):
         array = array.cast(pa.string())
     encoded = array.dictionary_encode()
@@ -57,17 +73,21 @@ def text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value).strip()
+    word = str(value).strip()
+    return _TRUTH.get(word) or re.sub(_WHOLE, r"\1", word)
 
 
 def _texts(values: Any) -> list[str]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if pa.types.is_decimal(values.type):
+        return [text(int(v)) if v == int(v) else f"{v.normalize():f}" for v in values.to_pylist()]
     if pa.types.is_floating(values.type):
         return ["" if v != v else text(v) for v in values.to_pylist()]
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        return pc.utf8_trim_whitespace(values).to_pylist()
+        words = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), _WHOLE, r"\1").to_pylist()
+        return [_TRUTH.get(word, word) for word in words]
     return values.cast(pa.string()).to_pylist()
 
 

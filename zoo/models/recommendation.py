@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from ..nearest import unknown
@@ -58,9 +59,19 @@ def build(name: str, schema: Schema | Mapping[str, Any] | None = None, **overrid
     for key in overrides:
         if key not in _COMMON and key not in known:
             raise unknown(f"argument of recommendation/{name}", key, sorted(known | set(_COMMON)))
+        _check_size(key, overrides[key])
     model: Any = _assembled(read, maker, arguments, **common)
     model.made_with = {"network": f"recommendation/{name}", "overrides": overrides}  # for `zoo.save_pretrained`
     return model
+
+
+def _check_size(key: str, value: Any) -> None:
+    """Raise ValueError for widths that are no list, or a number that is not whole."""
+    if key.endswith("_dims"):
+        if isinstance(value, str) or not (isinstance(value, Sequence) and all(isinstance(v, Integral) for v in value)):
+            raise ValueError(f"{key}: expected a list of widths, such as [64, 32], got {value!r}")
+    elif key.endswith(("_experts", "_levels")) and not isinstance(value, Integral):
+        raise ValueError(f"{key}: expected a whole number, got {value!r}")
 
 
 def _assembled(

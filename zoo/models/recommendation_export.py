@@ -91,7 +91,9 @@ def graph_inputs(schema: Schema, batch: TableBatch) -> tuple[Tensor, dict[str, A
     """A batch as the graph takes it: (dense, ids)."""
     ids: dict[str, Any] = {}
     for part in (batch.ids, batch.weighted, batch.sequences):
-        for name, found in ({} if part is None else part.to_dict()).items():
+        # torchrec cannot part the ids of no rows by feature; all of it is then what each has.
+        by_name = {} if part is None else part.to_dict() if len(batch) else dict.fromkeys(part.keys(), part)
+        for name, found in by_name.items():
             weights = found.weights_or_none()
             several = (found.values(), found.lengths(), *([] if weights is None else [weights]))
             ids[name] = several if isinstance(schema[name], Bag | Sequence) else found.values()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.tables_schema import Target
+from ..data.tables_schema import Target, given_chain
 from ..moe.expert_stack import ExpertStack
 
 
@@ -136,7 +136,7 @@ def _labels_that_count(tasks: Sequence[Target], labels: Tensor, esmm: bool) -> l
     found = []
     for task in tasks:
         label = by_name[task.name]
-        for other in (by_name[name] for name in _chain(tasks, task)):
+        for other in (by_name[name] for name in given_chain(tasks, task)):
             # With esmm, of both: nan where either is, unless it is known that the first did not happen.
             label = torch.where(other == 0, 0.0, label * other) if esmm else label.where(other > 0, torch.nan)
         found.append(label)
@@ -165,15 +165,6 @@ def _loss(
         losses = F.binary_cross_entropy_with_logits(out, label, reduction="none")
     share = real.to(out.dtype) if weight is None else real * weight.to(out.dtype)
     return (losses * share).sum() / share.sum().clamp(min=torch.finfo(out.dtype).tiny)
-
-
-def _chain(tasks: Sequence[Target], task: Target) -> list[str]:
-    """The tasks that a task is given, nearest first."""
-    found = []
-    while task.given:
-        found.append(task.given)
-        task = next(t for t in tasks if t.name == task.given)
-    return found
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """How the losses of several tasks become one: fixed weights, uncertainty, GradNorm.
 
 Every weighting is called as `weighting(losses, model)`: losses are scalars by task, each of which the task's own
-`Target.weight` multiplies first. A loss that is exactly 0 had no labelled row in the batch and moves no weight.
+`Target.weight` multiplies first. A loss that is exactly 0 had no labelled row in the batch and moves no weight,
+unless it had one on another process.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class UncertaintyWeighting(FixedWeighting):
         """The loss to train with, a scalar."""
         stacked = self._stacked(losses)
         terms = self.scale * torch.exp(-self.log_variance) * stacked + self.log_variance / 2
-        return terms.where(stacked.detach() != 0, 0.0).sum()
+        return terms.where(_anywhere(stacked.detach() != 0), 0.0).sum()
 
     @torch.no_grad()
     def factors(self) -> dict[str, float]:
@@ -110,7 +111,7 @@ class GradNormWeighting(FixedWeighting):
     @torch.no_grad()
     def _step(self, losses: Tensor, gradients: Tensor) -> None:
         """Move the weights; losses [K], gradients [K, size of W] of the losses without the weights."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if _several():
             for values in (losses, gradients):
                 dist.all_reduce(values)
                 values /= dist.get_world_size()
@@ -143,6 +144,19 @@ def task_weighting(spec: str | Mapping[str, Any], tasks: Sequence[Target]) -> Fi
         if argument not in known:
             raise unknown(f"argument of weighting {name}", argument, known)
     return WEIGHTINGS[name](tasks, **arguments)
+
+
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _anywhere(seen: Tensor) -> Tensor:
+    """Which booleans [K] are true on any process: all of them train then, or the mean over them would be too small."""
+    if not _several():
+        return seen
+    count = seen.to(torch.int32)
+    dist.all_reduce(count)
+    return count > 0
 
 
 def _gradient(loss: Tensor, shared: Sequence[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from .fused_tables import FusedBags, FusedItems
 from .sharded_tables import COLLECTIONS, by_table, shard, whole_sums, write_whole
 
 Fused = Literal["rowwise_adagrad", "adagrad", "sgd"]
+WIDTH = 4  # FBGEMM loads four numbers of a row at a time
 Sharding = Literal["auto", "table_wise", "row_wise", "column_wise"]
 
 
@@ -51,8 +52,8 @@ def fuse_embeddings(
         sharding: for several processes.
         device: where the tables are to lie.
 
-    Raises ValueError for an unknown optimizer or sharding, for a model without collections, and for columns to be split
-    under "rowwise_adagrad".
+    Raises ValueError for an unknown optimizer or sharding, for a model without collections, for tables whose width is
+    no multiple of 4, and for columns to be split under "rowwise_adagrad".
     """
     if optimizer not in get_args(Fused):
         raise unknown("optimizer of embeddings", optimizer, get_args(Fused))
@@ -66,6 +67,13 @@ def fuse_embeddings(
     plain = {path: module for path, module in model.named_modules() if path and isinstance(module, COLLECTIONS)}
     if not plain:
         raise ValueError("fuse_embeddings: the model has no torchrec collection of embeddings below its top")
+    for path, collection in plain.items():
+        for table in _tables(collection):
+            if table.embedding_dim % WIDTH:
+                raise ValueError(
+                    f"fuse_embeddings: expected tables a multiple of {WIDTH} wide, got {path}.{table.name} of "
+                    f"{table.embedding_dim}"
+                )
     where = torch.device(device)
     if dist.is_initialized() and dist.get_world_size() > 1:
         layout = shard(model, plain, optimizer, lr, eps, sharding, where)
@@ -174,14 +182,19 @@ def _fuse(
     for path, collection in plain.items():
         fused: Any
         if isinstance(collection, EmbeddingBagCollection):
-            tables = collection.embedding_bag_configs()
-            fused = FusedBags(tables, collection.is_weighted(), optimizer, lr, eps, device)
+            fused = FusedBags(_tables(collection), collection.is_weighted(), optimizer, lr, eps, device)
         else:
-            fused = FusedItems(collection.embedding_configs(), optimizer, lr, eps, device)
+            fused = FusedItems(_tables(collection), optimizer, lr, eps, device)
         fused.load_state_dict(collection.state_dict())
         _set(model, path, fused)
         layout[path] = by_table(fused.state_dict())
     return layout
+
+
+def _tables(collection: Any) -> Any:
+    """What a collection's tables are like."""
+    bags = isinstance(collection, EmbeddingBagCollection)
+    return collection.embedding_bag_configs() if bags else collection.embedding_configs()
 
 
 def _is_fused(module: Any) -> bool:
