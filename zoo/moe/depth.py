@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import autocast
 from .layer import Recorded
 from .routers.base import Router
 from .routing import Routing
@@ -66,8 +67,8 @@ class DepthRouter(Router):
         """Choose among tokens x [B, S, D]."""
         if x.dim() != 3:
             raise ValueError(f"DepthRouter chooses within sequences: expected tokens as [B, S, D], got {list(x.shape)}")
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, **context)
         if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import balance
+from .. import autocast, balance
 from ..auxiliary import AuxiliaryLosses
 from ..experts import Experts
 from ..layer import MoE
@@ -65,8 +65,8 @@ class DynamicRouter(Router):
     def forward(self, x: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the scores, and with them the choice.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, mask, **context)
         sequences, given = (x.shape[0], x.shape[1]) if x.dim() == 3 else None, x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..routing import Routing
 from .gshard import GShardRouter
 
@@ -44,5 +45,6 @@ class SentenceRouter(GShardRouter):
             segments = segments.reshape(rows.shape[:2])
         # A mean by products of rows, for ids of any size; a masked token may hold anything, even nan.
         same = (segments[:, :, None] == segments[:, None, :]) * counted[:, None, :]
-        mean = same @ rows.where(counted[..., None] > 0, 0) / same.sum(-1, keepdim=True).clamp(min=1)
+        with autocast.off(x):
+            mean = same @ rows.where(counted[..., None] > 0, 0) / same.sum(-1, keepdim=True).clamp(min=1)
         return super().forward(mean.view(*shape, self.dim), **context)
