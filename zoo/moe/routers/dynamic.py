@@ -14,7 +14,7 @@ from ..auxiliary import AuxiliaryLosses
 from ..experts import Experts
 from ..layer import MoE
 from ..routing import Routing
-from .base import Router, is_recomputation
+from .base import Router, is_recomputation, orthogonal_
 from .context import label_sources
 
 LOSSES = {"top_any_load": 1e-2, "top_any_cost": 1e-2, "diverse_and_simple": 1e-2}
@@ -58,7 +58,7 @@ class DynamicRouter(Router):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Make the embeddings orthogonal, and zero the thresholds."""
-        nn.init.orthogonal_(self.weight)
+        orthogonal_(self.weight)
         self.threshold.zero_()
         self.met = self.unmet = None
 

@@ -12,6 +12,7 @@ from .. import autocast, gate_losses
 from ..capacity import Capacity
 from ..routing import Routing
 from ..schedule import Scheduled
+from .base import orthogonal_
 from .context import per_token
 from .topk import TopKRouter
 
@@ -65,9 +66,9 @@ class StableMoERouter(Scheduled, TopKRouter):
     def reset_parameters(self) -> None:
         """Make both routers' centroids orthogonal, of length 0.1, draw the embeddings, and go back to stage 1."""
         super().reset_parameters()
-        nn.init.orthogonal_(self.weight, gain=0.1)
+        orthogonal_(self.weight, gain=0.1)
         if hasattr(self, "step"):  # not yet, when the parent class is made
-            nn.init.orthogonal_(self.distilled_weight, gain=0.1)
+            orthogonal_(self.distilled_weight, gain=0.1)
             self.embedding.normal_()
             self.step.zero_()
             self._follow()
