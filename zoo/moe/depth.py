@@ -163,11 +163,11 @@ class MixtureOfDepths(Recorded):
     def _updates(self, x: Tensor, chosen: Tensor, context: dict[str, Any]) -> Tensor:
         """f of the chosen tokens [A], which are sorted by sequence, [A, D]."""
         batch, length, _ = x.shape
-        masked, counts = context.get("mask") is not None, torch.bincount(chosen // length, minlength=batch)
-        as_many = not masked and (
-            self.router.training or self.router.sampling is None
-        )  # known without a look at counts
-        if as_many or chosen.numel() == batch * int(counts.max()):
+        masked = context.get("mask") is not None
+        counts = None
+        if masked or not (self.router.training or self.router.sampling is None):
+            counts = torch.bincount(chosen // length, minlength=batch)  # for which the host waits
+        if counts is None or chosen.numel() == batch * int(counts.max()):
             return self._run(x, (chosen % length).view(batch, -1), context, None).flatten(0, 1)
         rows = (chosen % length).split(counts.tolist())
         if not masked:
