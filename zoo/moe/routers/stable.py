@@ -30,8 +30,8 @@ class StableMoERouter(Scheduled, TopKRouter):
     Centroids start orthogonal with length 0.1, embeddings in N(0, 1), as in the authors' code, whose factors are 0.3
     and 0.3, whose switch is after 6000 of 60000 steps, and whose capacity is twice the mean, first come first served.
     Sums over tokens are divided by their number there too, outside the layer. The residual mix is as in `BASERouter`.
-    Steps are counted by `zoo.moe.schedule.advance`. In stage 2 the small router has no gradient at all, so that
-    DistributedDataParallel needs find_unused_parameters=True, and the loss made inside what it wraps, as Lightning does.
+    Steps are counted by `zoo.moe.schedule.advance`. In stage 2 the small router has no gradient, so that under
+    DistributedDataParallel it takes find_unused_parameters=True, and losses made inside what that wraps.
     Context: token_ids, mask. Options as in `TopKRouter`, but losses.
 
     Raises ValueError without token_ids, and for one out of range.
