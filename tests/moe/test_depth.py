@@ -255,3 +255,10 @@ def test_it_learns_which_tokens_need_the_block() -> None:
 def test_what_does_not_fit_is_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("sampling", [None, "loss"])
+def test_how_many_go_through_is_known_without_a_look(sampling: Any) -> None:
+    """A GPU's host would wait for it; the meta device, which has no values, cannot look."""
+    made = MixtureOfDepths(nn.Linear(DIM, DIM), DepthRouter(DIM, 0.4, sampling=sampling)).to("meta")
+    assert made(torch.empty(3, 7, DIM, device="meta")).shape == (3, 7, DIM)

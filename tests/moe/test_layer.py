@@ -192,9 +192,19 @@ def test_printing_names_the_sizes() -> None:
         (lambda: Experts(4, 6, 3, "tanh"), "unknown activation 'tanh'; known: swiglu"),
         (lambda: Experts(4, 0, 3), "dim must be at least 1, got 0"),
         (lambda: TopKRouter(6, 0), "num_experts must be at least 1, got 0"),
+        (lambda: moe()(torch.ones(2, 5, 7)), "MoE: expected tokens [..., 6], got [2, 5, 7]"),
+        (lambda: moe()(torch.ones(2, 5, 6), mask=torch.ones(2, 4)), "expected a mask [2, 5], one a token, got [2, 4]"),
+        (lambda: moe()(torch.ones(2, 5, 6), mask=torch.ones(5, 2)), "expected a mask [2, 5], one a token, got [5, 2]"),
         (lambda: Experts(4, 6, 3, backend="fast")(torch.ones(2, 6), TopKRouter(6, 4)(torch.ones(2, 6))), "'fast'"),
     ],
 )
 def test_what_does_not_fit_is_named(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build()
+
+
+def test_shapes_are_those_of_the_meta_device() -> None:
+    layer = moe(torch.float32, bias=True, shared=MLP(6, 3)).to("meta")
+    y = layer(torch.empty(2, 5, 6, device="meta"))
+    assert y.is_meta
+    assert y.shape == (2, 5, 6)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -252,3 +254,12 @@ def test_recording_does_not_change_the_result() -> None:
     plain = model(x)
     with record(model):
         assert torch.equal(model(x), plain)
+
+
+def test_a_copy_made_meanwhile_is_not_recorded() -> None:
+    model, x = Model(), torch.randn(2, 3, 12)
+    with record(model) as step:
+        y = model(x)
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(x), y)
+    assert [len(calls) for calls in step.routings.values()] == [1, 1]

@@ -51,6 +51,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 SCOPES = ("batch", "sequence", "group")
 BY_SEQUENCE = ("sequence", "localized_balance")  # losses that are computed a sequence at a time unless told otherwise
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 LABELS = ("task", "modality", "sample_type")  # whole numbers that a loss may read of the context
 
 
@@ -64,7 +65,9 @@ class Term:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.parameters = tuple(inspect.signature(self.function).parameters)
+        parameters = inspect.signature(self.function).parameters
+        self.parameters = tuple(parameters)
+        self.required = [name for name, p in parameters.items() if p.default is p.empty and p.kind in NAMED]
 
 
 class AuxiliaryLosses:
@@ -80,6 +83,8 @@ class AuxiliaryLosses:
     """
 
     def __init__(self, table: Mapping[str, float | Mapping[str, Any]] | None) -> None:
+        if table is not None and not isinstance(table, Mapping):
+            raise ValueError(f"losses: expected a table of names and weights, got {table!r}")
         self.terms = {name: _term(name, spec) for name, spec in (table or {}).items()}
 
     def __call__(
@@ -95,21 +100,32 @@ class AuxiliaryLosses:
 
         losses = {}
         for name, term in self.terms.items():
-            if "noise_std" in term.parameters and "noise_std" not in sources:
-                continue  # what it measures is the noise, and there is none
+            if "noise_std" in term.parameters and "noisy_logits" in sources and "noise_std" not in sources:
+                continue  # what it measures is the noise, and there is none at present
             split = groups.get(term.scope)
             if term.scope != "batch" and split is None:
                 raise ValueError(
-                    f"auxiliary loss {name!r} is computed a {term.scope} at a time, but the tokens came as one list; "
-                    f"expected [B, S, D] (scope 'sequence') or a router with group_size (scope 'group')"
+                    f"auxiliary loss {name!r} is computed a {term.scope} at a time, but the tokens came as one list or "
+                    "this gate has one decision for all; expected [B, S, D] (scope 'sequence') or a router with "
+                    "group_size (scope 'group')"
                 )
             arguments = dict(term.options)
             for parameter in term.parameters:
                 chosen = arguments.get(parameter, parameter)
                 if isinstance(chosen, str) and chosen in sources:
                     arguments[parameter] = source(chosen)
+                elif parameter in sources and isinstance(chosen, str):
+                    raise ValueError(
+                        f"auxiliary loss {name!r}: {parameter} names {chosen!r}, which is no tensor of this gate; "
+                        f"known: {', '.join(sources)}"
+                    )
+            if missing := [parameter for parameter in term.required if parameter not in arguments]:
+                raise ValueError(
+                    f"auxiliary loss {name!r} needs {', '.join(missing)}: give it as an option, or take another loss; "
+                    f"this gate has {', '.join(sources)}"
+                )
             if split is not None:
-                arguments = _split(arguments, split, source("logits").shape[0])
+                arguments = _split(name, term, arguments, split, source("probs").shape[0])
             losses[name] = term.weight * term.function(**arguments)
         return losses
 
@@ -146,9 +162,14 @@ def choice_sources(
     }
 
 
-def _split(arguments: dict[str, Any], split: tuple[int, int], tokens: int) -> dict[str, Any]:
+def _split(name: str, term: Term, arguments: dict[str, Any], split: tuple[int, int], tokens: int) -> dict[str, Any]:
     """The tensors [T, ..] among `arguments` as [G, N, ..]; tokens that fill a short last group are masked."""
     missing = math.prod(split) - tokens
+    if missing and "mask" not in term.parameters:
+        raise ValueError(
+            f"auxiliary loss {name!r} takes no mask, but {tokens} tokens do not fill {split[0]} groups of {split[1]}; "
+            "expected a parameter `mask`, False for tokens to leave out"
+        )
     if missing and arguments.get("mask") is None:
         like = next(value for value in arguments.values() if isinstance(value, Tensor) and value.dim())
         arguments["mask"] = torch.ones(tokens, dtype=torch.bool, device=like.device)
@@ -162,12 +183,11 @@ def _split(arguments: dict[str, Any], split: tuple[int, int], tokens: int) -> di
 
 def _term(name: str, spec: float | Mapping[str, Any]) -> Term:
     function = LOSSES.get(name) or _imported(name)
-    if not isinstance(spec, Mapping):
-        return Term(function, float(spec), "sequence" if name in BY_SEQUENCE else "batch")
-    options = dict(spec)
-    if "weight" not in options:
-        raise ValueError(f"auxiliary loss {name!r}: expected a number or a table with 'weight', got {dict(spec)}")
-    weight = float(options.pop("weight"))
+    options = dict(spec) if isinstance(spec, Mapping) else {"weight": spec}
+    try:
+        weight = float(options.pop("weight"))
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"auxiliary loss {name!r}: expected a number or a table with 'weight', got {spec!r}") from None
     scope = options.pop("scope", "sequence" if name in BY_SEQUENCE else "batch")
     if scope not in SCOPES:
         raise ValueError(f"auxiliary loss {name!r}: unknown scope {scope!r}; known: {', '.join(SCOPES)}")

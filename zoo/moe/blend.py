@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from . import autocast
 from .routing import Routing
 
 
@@ -59,7 +60,7 @@ class Blend:
     def merge(self, experts: nn.Module) -> dict[str, Tensor]:
         """The parameters of one expert a group: [G, ...] from [E, ...], by name."""
         merged = {}
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with autocast.off(self.weight):
             for name, value in experts.named_parameters():
                 if value.dim() < 1 or value.shape[0] != self.num_experts:
                     raise ValueError(

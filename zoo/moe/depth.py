@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import autocast
 from .layer import Recorded
 from .routers.base import Router
 from .routing import Routing
@@ -66,8 +67,8 @@ class DepthRouter(Router):
         """Choose among tokens x [B, S, D]."""
         if x.dim() != 3:
             raise ValueError(f"DepthRouter chooses within sequences: expected tokens as [B, S, D], got {list(x.shape)}")
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, **context)
         if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)
@@ -162,11 +163,11 @@ class MixtureOfDepths(Recorded):
     def _updates(self, x: Tensor, chosen: Tensor, context: dict[str, Any]) -> Tensor:
         """f of the chosen tokens [A], which are sorted by sequence, [A, D]."""
         batch, length, _ = x.shape
-        masked, counts = context.get("mask") is not None, torch.bincount(chosen // length, minlength=batch)
-        as_many = not masked and (
-            self.router.training or self.router.sampling is None
-        )  # known without a look at counts
-        if as_many or chosen.numel() == batch * int(counts.max()):
+        masked = context.get("mask") is not None
+        counts = None
+        if masked or not (self.router.training or self.router.sampling is None):
+            counts = torch.bincount(chosen // length, minlength=batch)  # for which the host waits
+        if counts is None or chosen.numel() == batch * int(counts.max()):
             return self._run(x, (chosen % length).view(batch, -1), context, None).flatten(0, 1)
         rows = (chosen % length).split(counts.tolist())
         if not masked:

@@ -47,9 +47,10 @@ def test_tokens_that_the_experts_do_not_divide_are_spread_evenly() -> None:
 
 
 def test_padding_takes_no_place() -> None:
-    router, x, mask = BASERouter(6, 4), torch.randn(2, 30, 6), torch.rand(2, 30) > 0.5
+    router, x, mask = BASERouter(6, 4).double(), torch.randn(2, 30, 6).double(), torch.rand(2, 30) > 0.5
     masked, alone = router(x, mask=mask), router(x[mask])
-    assert torch.equal(masked.dense()[mask.flatten()], alone.dense())
+    # Not equal: a product of fewer rows may round otherwise.
+    torch.testing.assert_close(masked.dense()[mask.flatten()], alone.dense())
     assert masked.counts.max() - masked.counts.min() <= 1
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from gate_cases import DIM, EXPERTS, GATES, Gate, layer, tokens
+from gate_cases import DIM, EXPERTS, GATES, HIDDEN, Gate, layer, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -135,6 +135,69 @@ def test_a_saved_state_gives_the_same_decisions(gate: Gate, training: bool) -> N
     other.load_state_dict(moe.state_dict())
     expected, found = (run(m.train(training), x, **gate.context(x, cluster)) for m in (moe, other))
     assert torch.equal(expected, found)
+
+
+@every_gate
+def test_made_on_the_meta_device_it_starts_as_any_other(gate: Gate) -> None:
+    with torch.device("meta"):
+        experts = [gate.experts(EXPERTS, DIM, HIDDEN) for _ in range(2)]
+        moe, loaded = (MoE(gate.make(DIM, EXPERTS), own) for own in experts)  # type: ignore[arg-type]
+    moe.to_empty(device="cpu")
+    with torch.no_grad():  # what fresh memory may hold
+        for tensor in [*moe.parameters(), *moe.buffers()]:
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 99)
+    for module in moe.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = layer(gate)
+    for (name, ours), theirs in zip(moe.named_buffers(), fresh.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+    x, cluster = tokens()
+    assert run(moe, x, **gate.context(x, cluster)).isfinite().all()
+    loaded.load_state_dict(fresh.state_dict(), assign=True)
+    found, expected = (run(m.eval(), x, **gate.context(x, cluster)) for m in (loaded, fresh))
+    assert torch.equal(found, expected)
+
+
+@every_gate
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_changes_no_decision(gate: Gate, training: bool) -> None:
+    moe = layer(gate).train(training)
+    twin = copy.deepcopy(moe)
+    x, cluster = tokens()
+    decisions = []
+    for model, enabled in ((moe, False), (twin, True)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled), record(model) as step:
+            run(model, x, **gate.context(x, cluster))
+            decisions.append((step.routings[""][0].dense(), step.losses()))
+    (expected, losses), (found, others) = decisions
+    torch.testing.assert_close(found, expected)
+    same(others, losses)
+
+
+@every_gate
+def test_it_trains_in_low_precision(gate: Gate) -> None:
+    moe = layer(gate, torch.bfloat16)
+    x, cluster = tokens(dtype=torch.bfloat16)
+    with record(moe) as step:
+        y = run(moe, x, **gate.context(x, cluster))
+    assert y.dtype == torch.bfloat16
+    for module in moe.modules():
+        if hasattr(module, "reset_parameters"):  # torch draws no orthogonal matrix in 16 bits
+            copy.deepcopy(module).reset_parameters()
+    (y.float().square().sum() + sum(step.losses().values())).backward()
+    assert all(g.isfinite().all() and g.dtype == torch.bfloat16 for g in gradients(moe).values())
+
+
+@every_gate
+def test_every_parameter_has_a_gradient(gate: Gate) -> None:
+    """Data parallelism waits for one."""
+    moe = layer(gate)
+    x, cluster = tokens()
+    with record(moe) as step:
+        y = run(moe, x, **gate.context(x, cluster))
+    (y.square().sum() + sum(step.losses().values())).backward()
+    assert gradients(moe).keys() == {name for name, p in moe.named_parameters() if p.requires_grad}
 
 
 def train_step(moe: nn.Module, call: Any, x: Tensor, context: dict[str, Any]) -> dict[str, Tensor]:

@@ -179,8 +179,11 @@ def test_the_table_is_part_of_the_state_and_survives_copies_and_the_meta_device(
     assert router.double().table.dtype == torch.int64  # type: ignore[union-attr]
     with torch.device("meta"):
         empty = HashRouter(3, EXPERTS, VOCAB)
+        given = HashRouter(3, EXPERTS, table=list(range(EXPERTS)))
     empty.to_empty(device="cpu").reset_parameters()
     assert torch.equal(empty.table, random_table(VOCAB, EXPERTS))  # type: ignore[arg-type]
+    given.to_empty(device="cpu").reset_parameters()
+    assert given.table.tolist() == list(range(EXPERTS))  # type: ignore[union-attr]
     assert Counter(dict(HashRouter(3, EXPERTS, feature="bigram").state_dict())) == Counter()
 
 

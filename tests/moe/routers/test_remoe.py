@@ -84,6 +84,7 @@ def test_the_coefficient_is_saved_and_stays_float32() -> None:
     value = router.l1_coefficient.clone()
     assert router.bfloat16().l1_coefficient.dtype == torch.float32
     assert torch.equal(router.l1_coefficient, value)
+    assert router.to("meta").bfloat16().l1_coefficient.dtype == torch.float32
 
 
 def test_the_mean_number_of_experts_comes_near_k() -> None:

@@ -36,6 +36,16 @@ def test_a_sequence_is_a_sentence_and_so_is_a_list_of_tokens() -> None:
         torch.testing.assert_close(router(x[b]).dense(), out[b])
 
 
+def test_a_long_list_of_tokens_takes_no_matrix_of_pairs() -> None:
+    router, x = SentenceRouter(4, 6), torch.randn(100_000, 4)
+    mask = torch.rand(100_000) > 0.5
+    probs, experts = (x[mask].double().mean(0) @ router.weight.double().T).softmax(-1).topk(2)
+    expected = torch.zeros(6, dtype=torch.float64).index_add(0, experts, probs / (probs.sum() + 1e-9))
+    found = router(x, mask=mask).dense()
+    torch.testing.assert_close(found[mask], expected.float().expand(int(mask.sum()), 6))
+    assert not found[~mask].any()
+
+
 @pytest.mark.parametrize("options", [{"jitter": 0.1}, {"noise": "fixed"}])
 def test_what_would_part_a_sentence_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="jitter and noise differ between the tokens of a sentence"):

@@ -84,6 +84,7 @@ def test_the_coefficient_is_part_of_the_state_and_stays_in_single_precision() ->
     assert other.coefficient.item() == pytest.approx(0.005)
     other.reset_parameters()
     assert other.coefficient.item() == pytest.approx(0.01)
+    assert other.to("meta").bfloat16().coefficient.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..layer import Recorded
 from ..routers.base import Router
 from ..routing import Routing
@@ -43,7 +44,7 @@ class ChannelRouter(Router):
 
     def gates(self, x: Tensor) -> Tensor:
         """g of embeddings x [B, D], [B, C], in float32 at least."""
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.off(x):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             return F.linear(x, self.weight.to(x.dtype)).relu()
 

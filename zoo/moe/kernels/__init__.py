@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import transformed
 from .activations import ACTIVATIONS, Activation, get_activation
 from .linear import grouped_linear
 from .ops import BACKENDS, CASTS_WEIGHTS, backend_module, check_shapes, moe_mlp_op
@@ -57,7 +58,8 @@ def moe_mlp(
 
     w_in [E, 2F, D] as [gate; up] for gated activations, [E, F, D] for plain ones; w_out [E, D, F]; biases
     b_in [E, 2F or F] and b_out [E, D]. `routing` gives token_index [A] sorted by expert, offsets [E+1] and the
-    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype.
+    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype. Differentiable once;
+    inside torch.func's transforms and vmap as often as wanted, by a plain composition on which `backend` has no say.
 
     Raises ValueError on an unknown activation or backend, on shapes that do not fit, and when a backend named
     explicitly cannot run these tensors.
@@ -79,10 +81,12 @@ def moe_mlp(
     if autocast and backend not in CASTS_WEIGHTS:
         w_in, w_out = w_in.to(x.dtype), w_out.to(x.dtype)
         b_in, b_out = (b if b is None else b.to(x.dtype) for b in (b_in, b_out))
+    indices = routing.token_index, routing.offsets
+    if transformed.is_active():
+        return transformed.moe_mlp(x, w_in, w_out, b_in, b_out, routing.weight, *indices, activation)
     needs_grad = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, w_in, w_out, b_in, b_out, routing.weight)
     )
-    indices = routing.token_index, routing.offsets
     place = getattr(routing, "place", None)
     y, _ = moe_mlp_op(x, w_in, w_out, b_in, b_out, routing.weight, *indices, activation, backend, needs_grad, place)
     return y

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from . import grouped_mm
+from . import grouped_mm, transformed
 from .products import mm
 
 _LIBRARY = torch.library.Library("zoo", "FRAGMENT")
@@ -40,6 +40,8 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     device = rows.device.type
     if device != "meta" and rows.dtype != torch.float64 and torch.is_autocast_enabled(device):
         rows = rows.to(torch.get_autocast_dtype(device))
+    if transformed.is_active():
+        return transformed.grouped_linear(rows, weight.to(rows.dtype), offsets)
     return torch.ops.zoo.grouped_linear(rows, weight.to(rows.dtype), offsets)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..routing import Routing
 from .topk import TopKRouter
 
@@ -58,7 +59,7 @@ class AttributeRouter(TopKRouter):
                 f"AttributeRouter: attributes has shape {list(given.shape)}, expected [.., {self.bits}] for all, "
                 f"for each sequence or for each of {list(x.shape[:-1])} tokens"
             )
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.off(x):
             embedded = F.linear(attributes, self.embedding.weight.to(dtype), self.embedding.bias.to(dtype))
             if self.activation:
                 embedded = F.gelu(embedded)

@@ -19,6 +19,13 @@ def is_recomputation() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
+@torch.no_grad()
+def orthogonal_(weight: Tensor, gain: float = 1.0) -> None:
+    """Fill with a matrix of orthogonal rows or columns of length `gain`; torch has it in 32 and 64 bits alone."""
+    exact = torch.empty_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    weight.copy_(nn.init.orthogonal_(exact, gain))
+
+
 class Router(nn.Module, ABC):
     """Decides which of `num_experts` experts each token of width `dim` meets, and with what weight.
 

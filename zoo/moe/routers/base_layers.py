@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .assignment import balanced_assignment
+from .base import orthogonal_
 from .topk import TopKRouter
 
 
@@ -35,7 +36,7 @@ class BASERouter(TopKRouter):
     def reset_parameters(self) -> None:
         """Make the rows of W orthogonal, of length 0.1."""
         super().reset_parameters()
-        nn.init.orthogonal_(self.weight, gain=0.1)
+        orthogonal_(self.weight, gain=0.1)
 
     def _preference(self, logits: Tensor, mask: Tensor | None) -> Tensor | None:
         if not self.training:

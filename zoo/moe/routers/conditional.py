@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import gate_losses
+from .. import autocast, gate_losses
 from ..routing import Routing
 from .base import Router
 from .gshard import GShardRouter
@@ -85,7 +85,7 @@ class ConditionalRouter(WrappingRouter):
             x = x.float()
         if mask is not None:
             x = x.where(mask.reshape(x.shape[:-1]).bool().unsqueeze(-1), 0)  # nan there would reach w's gradient
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.off(x):
             weight, bias = self.budget_gate.weight.to(x.dtype), self.budget_gate.bias.to(x.dtype)
             return F.linear(x, weight, bias).sigmoid().flatten()
 

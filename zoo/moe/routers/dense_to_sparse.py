@@ -61,6 +61,13 @@ class DenseToSparseRouter(Scheduled, LinearRouter):
         self.threshold, self.weights = threshold, weights
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw W uniformly within 1/sqrt(dim), and go back to the first step."""
+        super().reset_parameters()
+        if hasattr(self, "step"):  # not yet, when the parent class is made
+            self.step.zero_()
+
     def temperature(self) -> Tensor:
         """tau at the present step, []."""
         done = self.step / self.decay_steps
@@ -137,9 +144,12 @@ class SMoEDropoutRouter(Scheduled, TopKRouter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw W from N(0, 0.02^2)."""
+        """Draw W from N(0, 0.02^2), and go back to the first step."""
         super().reset_parameters()
         nn.init.normal_(self.weight, std=0.02)
+        if hasattr(self, "step"):  # not yet, when the parent class is made
+            self.step.zero_()
+            self.k = self.k_min
 
     def advance(self) -> None:
         """Count one optimizer step, and take the k that belongs to it."""

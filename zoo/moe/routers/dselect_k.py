@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..auxiliary import AuxiliaryLosses
 from ..routing import Routing
 from .base import Router
@@ -32,8 +33,6 @@ class DSelectKRouter(Router):
 
     Raises ValueError unless k >= 1 and gamma > 0.
     """
-
-    codes: Tensor
 
     def __init__(
         self,
@@ -60,8 +59,6 @@ class DSelectKRouter(Router):
         self.w_weight = None if static else nn.Parameter(torch.empty(k, dim))
         self.z_bias = nn.Parameter(torch.empty(k * self.bits))
         self.w_bias = nn.Parameter(torch.empty(k))
-        code = torch.arange(num_experts)[:, None] >> torch.arange(self.bits - 1, -1, -1) & 1
-        self.register_buffer("codes", code.bool(), persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -79,8 +76,8 @@ class DSelectKRouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]."""
         # Autocast would round the codes.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, **context)
         batch, given = x.shape[0] if x.dim() == 3 else None, x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)
@@ -99,7 +96,6 @@ class DSelectKRouter(Router):
         if self.training and self.losses.terms:
             sources = {
                 "selectors": lambda: selectors,
-                "logits": lambda: weight,
                 "probs": lambda: weight,
                 "gates": lambda: weight,
                 "selected": lambda: met.to(weight.dtype),
@@ -115,7 +111,10 @@ class DSelectKRouter(Router):
         """The k selectors of every token [T, K, E], or [1, K, E] where they are the same for all."""
         z = self._linear(x, self.z_weight, self.z_bias).unflatten(-1, (self.k, 1, self.bits))
         step = smooth_step(z, self.gamma)
-        return torch.where(self.codes, step, 1 - step).prod(-1)
+        # Not a buffer, which a model made on the meta device would be left without.
+        expert, bit = torch.arange(self.num_experts, device=x.device), torch.arange(self.bits, device=x.device)
+        codes = expert[:, None] >> (self.bits - 1 - bit) & 1
+        return torch.where(codes > 0, step, 1 - step).prod(-1)
 
     def _linear(self, x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
         bias = bias.to(x.dtype)

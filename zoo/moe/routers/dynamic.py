@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import balance
+from .. import autocast, balance
 from ..auxiliary import AuxiliaryLosses
 from ..experts import Experts
 from ..layer import MoE
 from ..routing import Routing
-from .base import Router, is_recomputation
+from .base import Router, is_recomputation, orthogonal_
 from .context import label_sources
 
 LOSSES = {"top_any_load": 1e-2, "top_any_cost": 1e-2, "diverse_and_simple": 1e-2}
@@ -58,15 +58,15 @@ class DynamicRouter(Router):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Make the embeddings orthogonal, and zero the thresholds."""
-        nn.init.orthogonal_(self.weight)
+        orthogonal_(self.weight)
         self.threshold.zero_()
         self.met = self.unmet = None
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the scores, and with them the choice.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, mask, **context)
         sequences, given = (x.shape[0], x.shape[1]) if x.dim() == 3 else None, x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)

@@ -57,10 +57,10 @@ class HashRouter(Router):
         if feature != "bigram" and table is None and vocab_size is None:
             raise ValueError("HashRouter: give vocab_size, or a table with the expert of every token id")
         self.feature, self.k, self.seed, self.vocab_size = feature, hashes, seed, vocab_size
-        self._given = None if table is None else torch.as_tensor(table).long().cpu()
+        self._given = None if table is None else torch.as_tensor(table, device="cpu").long()
         if self._given is not None:
             self.vocab_size = self._given.shape[-1]
-            own = self._given - self._first()
+            own = self._given - self._first(torch.device("cpu"))
             fits = bool(((own >= 0) & (own < num_experts // hashes)).all())
             if list(self._given.shape[:-1]) != ([] if hashes == 1 else [hashes]) or not fits:
                 each = f"[V] with experts 0..{num_experts - 1}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..routing import Routing
 from .base import Router
@@ -69,8 +70,8 @@ class HierarchicalRouter(Router):
     def forward(self, x: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the logits, and with them the choice.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, mask, **context)
         given = x
         x = x.reshape(-1, self.dim).to(x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..decision import Decision
 from .base import Router
@@ -42,9 +43,9 @@ class LinearRouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Decision:
         """Route tokens x [T, D] or [B, S, D]; context: mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the logits, and with them the choice.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x, **context)
+        if autocast.is_on(x):
+            with autocast.off(x):
+                return LinearRouter.forward(self, x, **context)
         if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)
         if (mask := context.get("mask")) is not None:

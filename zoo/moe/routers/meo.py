@@ -59,9 +59,9 @@ class MEORouter(TopKRouter):
         if context.get("causal") and not self._warned:
             self._warned = True
             warnings.warn("MEORouter in a causal model: a token's output depends on later ones", stacklevel=2)
-        x, mask, autocast = prepared("MEORouter", x, context.get("mask"), self.dtype)
+        x, mask, exact = prepared("MEORouter", x, context.get("mask"), self.dtype)
         flat, added = None if mask is None else mask.flatten(), None
-        with autocast:
+        with exact:
             if self.attention_down is not None and self.attention_up is not None:
                 added = _linear(_linear(x, self.attention_down).relu(), self.attention_up)
                 x = x + (added if mask is None else added.where(mask.unsqueeze(-1), 0))

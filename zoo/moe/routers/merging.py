@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..blend import Blend
 from .base import Router
 
@@ -53,8 +55,8 @@ class SMEARRouter(Router):
         if context.get("causal") and not self._warned:
             self._warned = True
             warnings.warn("SMEARRouter in a causal model: a token's output depends on later ones", stacklevel=2)
-        x, mask, autocast = prepared("SMEARRouter", x, context.get("mask"), self.dtype)
-        with autocast:
+        x, mask, exact = prepared("SMEARRouter", x, context.get("mask"), self.dtype)
+        with exact:
             pooled, _ = pool(x, mask)
             weight = _norm(self.weight.to(x.dtype), self.weight_norm)
             probs = F.linear(_norm(pooled, self.input_norm), weight).softmax(-1)
@@ -101,11 +103,11 @@ class LoryRouter(Router):
 
     def forward(self, x: Tensor, **context: Any) -> Blend:
         """Merge experts for each segment of tokens x [B, S, D]."""
-        x, mask, autocast = prepared("LoryRouter", x, context.get("mask"), self.dtype)
+        x, mask, exact = prepared("LoryRouter", x, context.get("mask"), self.dtype)
         batch, length, dim = x.shape
         prompt, weight = context.get("prompt"), context.get("weights")
         flat = None if mask is None else mask.flatten()
-        with autocast:
+        with exact:
             if weight is not None:
                 return Blend(weight, sequence_offsets(x), batch * length, flat)
             if prompt is not None:
@@ -139,7 +141,7 @@ def _shifted(own: Tensor, known: Tensor) -> Tensor:
 
 def prepared(
     router: str, x: Tensor, mask: Tensor | None, dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor | None, torch.autocast]:
+) -> tuple[Tensor, Tensor | None, AbstractContextManager[object]]:
     """Tokens [B, S, D] in the router's dtype, masked ones zero, the mask [B, S], and a context without autocast.
 
     Raises ValueError, naming the router, where the tokens came as one list.
@@ -151,7 +153,7 @@ def prepared(
     if mask is not None:
         mask = mask.reshape(x.shape[:2]).bool()
         x = x.where(mask.unsqueeze(-1), 0)
-    return x, mask, torch.autocast(x.device.type, enabled=False)
+    return x, mask, autocast.off(x)
 
 
 def pool(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -75,12 +75,14 @@ class MoEPlusPlusRouter(TopKRouter):
         if self.hidden_weight is not None:
             x = F.linear(x, self.hidden_weight.to(x.dtype)).tanh()
         logits = super()._logits(x)
-        if gating is None:
-            return logits
-        below = gating.take(self)
+        below = None if gating is None else gating.take(self)
         if below is not None:
             logits = logits + F.linear(below.to(logits.dtype), self.residual_weight.to(logits.dtype))
-        gating.leave(logits)
+        elif self.training:
+            # W_r 0: data parallelism waits for a gradient of every parameter, zero here.
+            logits = logits + 0 * self.residual_weight.sum().to(logits.dtype)
+        if gating is not None:
+            gating.leave(logits)
         return logits
 
     def _choose(self, scores: Tensor, preference: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..routing import Routing
 from .base import Router, is_recomputation
 
@@ -78,8 +79,8 @@ class ProductKeyRouter(Router):
 
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]."""
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, **context)
         x = x.reshape(-1, self.dim)
         if x.dtype != torch.float64:
@@ -112,10 +113,13 @@ class ProductKeyRouter(Router):
         real = queries if mask is None else queries[mask]
         # One token has no variance: then by what was seen before.
         fresh = self.training and real.shape[0] > 1
-        mean, var = norm.running_mean, norm.running_var
-        if is_recomputation() and mean is not None and var is not None:
-            mean, var = mean.clone(), var.clone()  # checkpointing must not move the statistics a second time
-        normed = F.batch_norm(real, mean, var, norm.weight, norm.bias, fresh, norm.momentum or 0.0, norm.eps)
+        kept = [statistic for statistic in (norm.running_mean, norm.running_var) if statistic is not None]
+        mean, var = (statistic.to(queries.dtype, copy=True) for statistic in kept)
+        scale, shift = norm.weight.to(queries.dtype), norm.bias.to(queries.dtype)
+        normed = F.batch_norm(real, mean, var, scale, shift, fresh, norm.momentum or 0.0, norm.eps)
+        if fresh and not is_recomputation():  # checkpointing must not move the statistics a second time
+            kept[0].copy_(mean)
+            kept[1].copy_(var)
         return normed if mask is None else torch.zeros_like(queries).masked_scatter(mask[:, None], normed)
 
     def _best(self, queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,9 +60,10 @@ class ReMoERouter(LinearRouter):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ReMoERouter:
         before = self.l1_coefficient
         super()._apply(fn, recurse)
-        if self.l1_coefficient.dtype.itemsize < 4 and not before.is_meta:
+        after = self.l1_coefficient
+        if after.dtype.itemsize < 4:
             # 1e-8 times 1.2 is lost in bfloat16: model.bfloat16() leaves this buffer float32.
-            self.l1_coefficient = before.to(self.l1_coefficient.device)
+            self.l1_coefficient = after.float() if before.is_meta else before.to(after.device)
         return self
 
     def route(self, logits: Tensor, mask: Tensor | None = None, **context: Any) -> Routing:

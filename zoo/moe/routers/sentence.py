@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import autocast
 from ..routing import Routing
 from .gshard import GShardRouter
+from .merging import pool
 
 
 class SentenceRouter(GShardRouter):
@@ -35,14 +37,18 @@ class SentenceRouter(GShardRouter):
             x = x.to(self.dtype or x.dtype)
         rows = x if x.dim() == 3 else x[None]
         mask, segments = context.get("mask"), context.get("segment_ids")
-        counted = rows.new_ones(rows.shape[:2]) if mask is None else mask.reshape(rows.shape[:2]).to(rows.dtype)
+        if mask is not None:
+            mask = mask.reshape(rows.shape[:2]).bool()
+            rows = rows.where(mask.unsqueeze(-1), 0)  # a masked token may hold anything, even nan
         if segments is None:
-            segments = torch.zeros(rows.shape[:2], dtype=torch.int64, device=x.device)
+            mean = pool(rows, mask)[0].unsqueeze(1).expand(rows.shape)
         elif segments.shape != shape:
             raise ValueError(f"SentenceRouter: segment_ids has shape {list(segments.shape)}, expected {list(shape)}")
         else:
+            # A mean by products of rows, for ids of any size.
             segments = segments.reshape(rows.shape[:2])
-        # A mean by products of rows, for ids of any size; a masked token may hold anything, even nan.
-        same = (segments[:, :, None] == segments[:, None, :]) * counted[:, None, :]
-        mean = same @ rows.where(counted[..., None] > 0, 0) / same.sum(-1, keepdim=True).clamp(min=1)
-        return super().forward(mean.view(*shape, self.dim), **context)
+            same = segments[:, :, None] == segments[:, None, :]
+            same = (same if mask is None else same & mask[:, None, :]).to(rows.dtype)
+            with autocast.off(x):
+                mean = same @ rows / same.sum(-1, keepdim=True).clamp(min=1)
+        return super().forward(mean.reshape(*shape, self.dim), **context)

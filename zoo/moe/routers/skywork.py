@@ -85,9 +85,10 @@ class SkyworkRouter(Scheduled, TopKRouter):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SkyworkRouter:
         before = self.coefficient
         super()._apply(fn, recurse)
-        if self.coefficient.dtype.itemsize < 4 and not before.is_meta:
+        after = self.coefficient
+        if after.dtype.itemsize < 4:
             # A hundredth of 1e-4 is lost in bfloat16: model.bfloat16() leaves this buffer float32.
-            self.coefficient = before.to(self.coefficient.device)
+            self.coefficient = after.float() if before.is_meta else before.to(after.device)
         return self
 
     def route(  # type: ignore[override]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..capacity import Capacity
 from ..slots import Slots
 from .base import Router
@@ -68,8 +69,8 @@ class SoftRouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Slots:
         """Mix tokens x [T, D] or [B, S, D]; the first only with a group_size that needs no sequences."""
         # Autocast would round the logits.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
+        if autocast.is_on(x):
+            with autocast.off(x):
                 return self.forward(x, **context)
         if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import gate_losses
+from .. import autocast, gate_losses
 from ..capacity import Capacity
 from ..routing import Routing
 from ..schedule import Scheduled
+from .base import orthogonal_
 from .context import per_token
 from .topk import TopKRouter
 
@@ -29,7 +30,9 @@ class StableMoERouter(Scheduled, TopKRouter):
     Centroids start orthogonal with length 0.1, embeddings in N(0, 1), as in the authors' code, whose factors are 0.3
     and 0.3, whose switch is after 6000 of 60000 steps, and whose capacity is twice the mean, first come first served.
     Sums over tokens are divided by their number there too, outside the layer. The residual mix is as in `BASERouter`.
-    Steps are counted by `zoo.moe.schedule.advance`. Context: token_ids, mask. Options as in `TopKRouter`, but losses.
+    Steps are counted by `zoo.moe.schedule.advance`. In stage 2 the small router has no gradient, so that under
+    DistributedDataParallel it takes find_unused_parameters=True, and losses made inside what that wraps.
+    Context: token_ids, mask. Options as in `TopKRouter`, but losses.
 
     Raises ValueError without token_ids, and for one out of range.
     """
@@ -63,9 +66,9 @@ class StableMoERouter(Scheduled, TopKRouter):
     def reset_parameters(self) -> None:
         """Make both routers' centroids orthogonal, of length 0.1, draw the embeddings, and go back to stage 1."""
         super().reset_parameters()
-        nn.init.orthogonal_(self.weight, gain=0.1)
+        orthogonal_(self.weight, gain=0.1)
         if hasattr(self, "step"):  # not yet, when the parent class is made
-            nn.init.orthogonal_(self.distilled_weight, gain=0.1)
+            orthogonal_(self.distilled_weight, gain=0.1)
             self.embedding.normal_()
             self.step.zero_()
             self._follow()
@@ -87,7 +90,7 @@ class StableMoERouter(Scheduled, TopKRouter):
         """Route tokens x [T, D] or [B, S, D]."""
         token = per_token("StableMoERouter", context, "token_ids", x, self.embedding.shape[0])
         dtype = torch.float64 if x.dtype == torch.float64 else self.dtype or x.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.off(x):
             distilled = F.linear(F.embedding(token, self.embedding).to(dtype), self.distilled_weight.to(dtype))
         return super().forward(x, **{**context, "distilled": distilled})
 

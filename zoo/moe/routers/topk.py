@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import autocast
 from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..capacity import Capacity
 from ..kernels.choices import top_k
@@ -153,9 +154,9 @@ class TopKRouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; context: mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the logits, and with them the choice.
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False):
-                return self.forward(x, **context)
+        if autocast.is_on(x):
+            with autocast.off(x):
+                return TopKRouter.forward(self, x, **context)  # what a subclass did before, it did
         if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)
         if (mask := context.get("mask")) is not None:

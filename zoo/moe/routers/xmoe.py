@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .base import orthogonal_
 from .topk import TopKRouter
 
 LARGEST_SCALE = 100.0  # Tutel: exp of the logarithm is cut off here
@@ -66,7 +67,7 @@ class XMoERouter(TopKRouter):
         if self.form == "tutel":
             self.weight.normal_(std=0.01)
         else:
-            nn.init.orthogonal_(self.weight, gain=0.32)
+            orthogonal_(self.weight, gain=0.32)
         if self.temperature is not None:
             self.temperature.fill_(-math.log(self.init_temperature) if self.form == "tutel" else self.init_temperature)
 
