@@ -21,6 +21,8 @@ PUBLISHED = {
     "olmoe_1b_7b": (6.9, 1.3),
     "qwen3_30b_a3b": (30.5, 3.3),
     "deepseek_v3": (671, 37),
+    "deepseek_v2_lite": (15.7, 2.4 + 0.21),  # which does not count the embeddings
+    "gpt_oss_20b": (20.9, 3.61 + 0.58),  # nor does this
 }
 
 
