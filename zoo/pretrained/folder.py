@@ -18,7 +18,7 @@ from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
 from .language import FAMILIES, Family, resolve_dtype, tensors_on_disk
-from .quantised import dequantised, plain
+from .quantised import dequantised, method_of, plain
 from .sparse_relatives import published_config
 from .staging import staged
 from .tensorfile import DTYPES, Entry, read_header, write_file
@@ -67,7 +67,7 @@ def from_pretrained(
     )
     raw = _read_json(folder / CONFIG)
     family = adopt.family_of(str(raw.get("model_type")), where=f" in {folder / CONFIG}")
-    entries = dequantised(_entries(folder), raw, folder / CONFIG)
+    entries = entries_of(folder, raw)
     config = plain(family.classes()[0].from_pretrained(folder))
     if dtype == "auto":
         dtype = config.dtype or stored_dtype(entries)
@@ -164,6 +164,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def entries_of(folder: Path, raw: Mapping[str, Any]) -> dict[str, Entry]:
+    """Every tensor of a checkpoint by name, quantised ones as the numbers they mean; `raw` is its configuration."""
+    method_of(raw, folder / CONFIG)  # refused before any weights are looked for
+    return dequantised(_entries(folder), raw, folder / CONFIG)
 
 
 def _entries(folder: Path) -> dict[str, Entry]:

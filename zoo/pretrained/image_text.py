@@ -76,7 +76,8 @@ def from_pretrained(
 
     Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too. A dense model is transformers' own as it
     is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts
-    behind transformers' own routers on our kernels where they can.
+    behind transformers' own routers on our kernels where they can. FP8 and MXFP4 weights are dequantised while they are
+    read, by us: transformers reads its tensors from `zoo.pretrained.quantised`.
 
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys or a wrong shape, and for
     gates or losses where no block of ours would have them, and with a mesh for a router, and for a family whose
@@ -84,8 +85,7 @@ def from_pretrained(
     """
     raw = files._read_json(folder / files.CONFIG)
     found = class_of(str(raw.get("model_type")), where=f" in {folder / files.CONFIG}")
-    # Names the file that is missing or damaged.
-    entries = quantised.dequantised(files._entries(folder), raw, folder / files.CONFIG)
+    entries = files.entries_of(folder, raw)  # names the file that is missing or damaged
     files.check_router(router, mesh)
     device = torch.device(device) if device is not None else torch.get_default_device()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

@@ -25,7 +25,7 @@ from . import folder as files
 from .context import decoder_of
 from .language import resolve_dtype
 from .moe_llava_names import KINDS, PUBLISHED, RENAMED, TOWER, TOWERS, tensors_on_disk
-from .quantised import dequantised, plain
+from .quantised import plain
 from .staging import staged
 from .upcycling import upcycle
 
@@ -67,7 +67,7 @@ def from_pretrained(
     experts, and for tensors as `zoo.pretrained.folder.from_pretrained`.
     """
     raw = files._read_json(folder / files.CONFIG)
-    entries = dequantised(files._entries(folder), raw, folder / files.CONFIG)
+    entries = files.entries_of(folder, raw)
     tower = None if vision_tower is None else hub.local_folder(vision_tower)
     config = plain(_config(raw, folder, tower, image_token_id))
     if dtype == "auto":
