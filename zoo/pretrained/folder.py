@@ -20,6 +20,7 @@ from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
 from .language import TABLES, Family, resolve_dtype, tensors_on_disk
+from .quantised import dequantised, method_of, plain
 from .sparse_relatives import published_config
 from .staging import staged
 from .tensorfile import DTYPES, Entry, read_header, write_file
@@ -65,12 +66,13 @@ def from_pretrained(
     those of `create_model`, for training on: a gate given here takes over the checkpoint's weight and selection bias
     where it has such, and starts fresh otherwise. backend is that of `moe_mlp`. The model is in eval mode. Tensors go
     from the files straight into the stacked weights: peak memory is the model's plus one tensor. DeepSeek-V3's
-    multi-token prediction layers are left out, as transformers does.
+    multi-token prediction layers are left out, as transformers does. FP8 and MXFP4 weights are dequantised while they
+    are read (`zoo.pretrained.quantised`), to config.json's dtype with "auto", and the model has no quantization_config.
 
     With `mesh` the model is spread over processes (`zoo.parallel.parallelize`) before it is read: each reads the bytes
     of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.
 
-    Raises ValueError for an unknown family, a quantised checkpoint, missing or surplus keys, a wrong shape, or a
+    Raises ValueError for an unknown family, another quantisation, missing or surplus keys, a wrong shape, or a
     damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.
     """
     folder = hub.local_folder(
@@ -78,9 +80,8 @@ def from_pretrained(
     )
     raw = _read_json(folder / CONFIG)
     family = adopt.family_of(str(raw.get("model_type")), where=f" in {folder / CONFIG}")
-    _refuse_quantized(raw, folder)
-    config = family.classes()[0].from_pretrained(folder)
-    entries = _entries(folder)
+    entries = entries_of(folder, raw)
+    config = plain(family.classes()[0].from_pretrained(folder))
     as_stored = dtype == "auto"
     if as_stored:
         dtype = config.dtype or stored_dtype(entries)
@@ -181,14 +182,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_quantized(raw: Mapping[str, Any], folder: Path) -> None:
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
-        raise ValueError(
-            f"{folder / CONFIG}: the checkpoint is quantised (quantization_config.quant_method={method!r}); "
-            "expected float32, bfloat16 or float16 weights. Take or make an unquantised copy of it"
-        )
+def entries_of(folder: Path, raw: Mapping[str, Any]) -> dict[str, Entry]:
+    """Every tensor of a checkpoint by name, quantised ones as the numbers they mean; `raw` is its configuration."""
+    method_of(raw, folder / CONFIG)  # refused before any weights are looked for
+    return dequantised(_entries(folder), raw, folder / CONFIG)
 
 
 def _entries(folder: Path) -> dict[str, Entry]:

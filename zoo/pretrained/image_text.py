@@ -22,12 +22,13 @@ from ..moe import MoE
 from ..nearest import unknown
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, moe_llava, sharded
+from . import adopt, moe_llava, quantised, sharded
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
 from .staging import staged
+from .tensorfile import Entry
 from .transformers_names import targets_of
 
 IMPLEMENTATION = "zoo"  # the name of our kernels in transformers, which `import zoo` registers
@@ -77,9 +78,10 @@ def from_pretrained(
     Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too; `find` gives the class of a model type,
     by default `class_of`. A dense model is transformers' own as it
     is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts
-    behind transformers' own routers on our kernels where they can.
+    behind transformers' own routers on our kernels where they can. FP8 and MXFP4 weights are dequantised while they are
+    read, by us: transformers reads its tensors from `zoo.pretrained.quantised`.
 
-    Raises ValueError for an unknown family, a quantised checkpoint, missing or surplus keys or a wrong shape, and for
+    Raises ValueError for an unknown family, another quantisation, missing or surplus keys or a wrong shape, and for
     gates or losses where no block of ours would have them, and with a mesh for a router, and for a family whose
     tensors transformers computes from those of its files; FileNotFoundError where there are no weights.
     """
@@ -87,20 +89,19 @@ def from_pretrained(
     if not isinstance(model_type := raw.get("model_type"), str):
         raise ValueError(f"{folder / files.CONFIG}: no model_type; expected the configuration of a transformers model")
     found = (find or class_of)(model_type, f" in {folder / files.CONFIG}")
-    files._refuse_quantized(raw, folder)
-    entries = files._entries(folder)  # names the file that is missing or damaged
+    entries = files.entries_of(folder, raw)  # names the file that is missing or damaged
     files.check_router(router, mesh)
     device = torch.device(device) if device is not None else torch.get_default_device()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = resolve_dtype(dtype) if dtype != "auto" else "auto"
     if mesh is not None or device.type == "meta":
-        config = found.config_class.from_pretrained(folder)
+        config = quantised.plain(found.config_class.from_pretrained(folder))
         if dtype == "auto":
             dtype = config.dtype or files.stored_dtype(entries)
         with torch.device("meta"):
             model = found._from_config(config, dtype=dtype, **options)
     else:
-        model = _read(found, folder, dtype, options)
+        model = _read(found, folder, dtype, options, entries if quantised.settings_of(raw) else None)
     theirs = copy.deepcopy(model) if mesh is not None else None
     model = put_layers(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
     model.name_or_path = str(folder)
@@ -112,10 +113,20 @@ def from_pretrained(
     return model if device.type == "meta" else model.to(device)
 
 
-def _read(found: Any, folder: Path, dtype: Any, options: dict[str, Any]) -> Any:
+def _read(
+    found: Any, folder: Path, dtype: Any, options: dict[str, Any], entries: Mapping[str, Entry] | None = None
+) -> Any:
+    """transformers' model; it reads `entries`, of dequantised tensors, in place of the files of a quantised folder."""
+    source: Path | None = folder
+    if entries is not None:
+        # transformers itself would need a package more for FP8, and has no cut blocks.
+        config = quantised.plain(found.config_class.from_pretrained(folder))
+        dtype = (config.dtype if dtype == "auto" else dtype) or torch.get_default_dtype()
+        state = {key: quantised.Unread(entry, dtype) for key, entry in entries.items()}
+        source, options = None, {"config": config, "state_dict": state, **options}
     with torch.device("cpu"):
         model, report = found.from_pretrained(
-            folder,
+            source,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -131,6 +142,8 @@ def _read(found: Any, folder: Path, dtype: Any, options: dict[str, Any]) -> Any:
         raise ValueError(f"{folder}: {files._some(missing)} missing; {label} needs them")
     if surplus := sorted(report["unexpected_keys"]):
         raise ValueError(f"{folder}: {files._some(surplus)} unknown to {label} as {files.CONFIG} describes it")
+    if source is None:
+        files.read_generation(model, folder)
     return model
 
 

@@ -25,6 +25,7 @@ from . import folder as files
 from .context import decoder_of
 from .language import resolve_dtype
 from .moe_llava_names import KINDS, PUBLISHED, RENAMED, TOWER, TOWERS, tensors_on_disk
+from .quantised import plain
 from .staging import staged
 from .upcycling import upcycle
 
@@ -66,10 +67,9 @@ def from_pretrained(
     experts, and for tensors as `zoo.pretrained.folder.from_pretrained`.
     """
     raw = files._read_json(folder / files.CONFIG)
-    files._refuse_quantized(raw, folder)
-    entries = files._entries(folder)
+    entries = files.entries_of(folder, raw)
     tower = None if vision_tower is None else hub.local_folder(vision_tower)
-    config = _config(raw, folder, tower, image_token_id)
+    config = plain(_config(raw, folder, tower, image_token_id))
     if dtype == "auto":
         dtype = config.dtype or files.stored_dtype(entries)
     from transformers import LlavaForConditionalGeneration

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT8 = ("F8_E4M3", "F8_E8M0")  # a byte each; `quantised` reads them
 MAX_HEADER = 100_000_000  # the library's own limit
 
 
@@ -55,12 +56,22 @@ class Entry:
                 f"{self.path}: tensor {self.key} is stored as {self.dtype}; quantised weights are not read"
             )
 
+    def rows(self, first: int, count: int) -> Self:
+        """Some of the tensor along its first dimension, as one."""
+        size = (self.stop - self.start) // max(self.shape[0], 1)
+        start = self.start + first * size
+        return replace(self, shape=(count, *self.shape[1:]), start=start, stop=start + count * size)
+
+    def at(self, n: int) -> Self:
+        """The n-th along the first dimension, which it does not have."""
+        return replace(Entry.rows(self, n, 1), shape=self.shape[1:])
+
     def read_into(self, target: Tensor) -> None:
         """Fill `target`, converting dtype and device where they differ; raises as `check`, and at an early end."""
         self.check(target)
         dtype, target = DTYPES[self.dtype], target.detach()
         direct = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
-        buffer = target if direct else torch.empty(self.shape, dtype=dtype)
+        buffer = target if direct else torch.empty(self.shape, dtype=dtype, device="cpu")
         if buffer.numel():
             # Unbuffered: Python's own buffer would copy every byte once more.
             with open(self.path, "rb", buffering=0) as file:
@@ -79,12 +90,10 @@ class Entry:
             self.read_into(target)
             return self.stop - self.start
         if len(box) > 2 and box[1] != slice(0, self.shape[1]):
-            size = (self.stop - self.start) // self.shape[0]
-            starts = (self.start + n * size for n in range(box[0].start, box[0].stop))
-            pieces = [Entry(self.path, self.key, self.dtype, self.shape[1:], start, start + size) for start in starts]
-            return sum(piece.read_part(part, box[1:]) for piece, part in zip(pieces, target))
+            numbers = range(box[0].start, box[0].stop)
+            return sum(self.at(n).read_part(part, box[1:]) for n, part in zip(numbers, target))
         rows, row = box[0], math.prod(self.shape[1:]) * dtype.itemsize
-        buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype)
+        buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype, device="cpu")
         if buffer.numel():
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.start + rows.start * row)
@@ -129,8 +138,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 def _entry(path: Path, key: str, value: Mapping[str, Any], data: int) -> Entry:
     start, stop = value["data_offsets"]
     entry = Entry(path, key, str(value["dtype"]), tuple(value["shape"]), data + start, data + stop)
-    if entry.dtype in DTYPES:
-        expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+    if entry.dtype in DTYPES or entry.dtype in FLOAT8:
+        expected = math.prod(entry.shape) * (DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else 1)
         if start < 0 or stop - start != expected:
             raise ValueError(
                 f"{path}: tensor {key} of shape {list(entry.shape)} and type {entry.dtype} needs {expected} bytes, "

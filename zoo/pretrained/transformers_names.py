@@ -124,15 +124,13 @@ def _pieces(key: str, target: Tensor, entry: Entry, label: str) -> Iterator[tupl
     pieces, dim = getattr(target, "pieces", ([target], 0))
     if dim != 0:
         raise _unknown_part(label, key)
-    start = entry.start
-    size = (entry.stop - entry.start) // max(entry.shape[0], 1) if entry.shape else entry.stop - entry.start
+    if len(pieces) == 1:
+        yield key, pieces[0], entry
+        return
+    start = 0
     for n, piece in enumerate(pieces):
-        if len(pieces) == 1:
-            yield key, piece, entry
-            return
-        stop = start + len(piece) * size
-        yield f"{key} ({n})", piece, Entry(entry.path, key, entry.dtype, tuple(piece.shape), start, stop)
-        start = stop
+        yield f"{key} ({n})", piece, entry.rows(start, len(piece))
+        start += len(piece)
 
 
 def _unknown_part(label: str, what: str) -> ValueError:
