@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
     raise SystemExit(main("language"))
 
 import math
+import warnings
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +27,7 @@ from tasks.generation import generate, prompt_ids
 from tasks.training import Overrides, Task, share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
 from zoo.pretrained.causal import check_published
+from zoo.pretrained.packed import carries_state, mask_arguments
 
 
 class LanguageData(LightningDataModule):
@@ -202,6 +204,12 @@ class LanguageTask(Task):
 
     def check_model(self, model: Any, data: Any) -> None:
         """Raise what would keep the trained model from being exported, where asked for, or from reading the tokens."""
+        if carries_state(model):
+            warnings.warn(
+                f"{model.config.model_type} carries a state from token to token, which does not end with a document: "
+                "where several share a sequence, later ones hear of those before them",
+                stacklevel=2,
+            )
         if self.hparams["export"]:
             check_published(model)
         if self.hparams["pretrained"] and not data.tokenizer_name.startswith("bpe:"):
@@ -216,8 +224,8 @@ class LanguageTask(Task):
         # No attention mask and no cache: then positions that start again mark where documents begin.
         positions = batch["position_ids"]
         flash = "flash" in str(self.model.config._attn_implementation)
-        lengths = flash_lengths(positions) if flash else {}
-        logits = self.model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **lengths).logits
+        apart = flash_lengths(positions) if flash else mask_arguments(self.model, positions)
+        logits = self.model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **apart).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none").view_as(
             batch["labels"]
         )

@@ -21,6 +21,7 @@ from test_peak_memory import peak
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GptOssConfig, GptOssForCausalLM, Mxfp4Config
 
 import zoo
+from zoo.moe import MoE
 from zoo.parallel import Mesh, Sizes
 from zoo.parallel.parts import whole_state
 from zoo.pretrained import folder as files
@@ -207,6 +208,15 @@ def test_gpt_oss_in_mxfp4_is_the_dequantised_one(oss, tmp_path):
     # Numbers of three bits and powers of two are bfloat16's too.
     assert torch.equal(ours.model.layers[0].mlp.experts.down_proj, dense.model.layers[0].mlp.experts.down_proj)
     assert error(ours(tokens).logits, dense(tokens).logits) < 1e-5
+
+
+def test_gpt_oss_in_mxfp4_is_on_our_layers(oss, tmp_path):
+    ours = zoo.from_pretrained(oss / "mxfp4", dtype="float32")
+    assert sum(isinstance(module, MoE) for module in ours.modules()) == 2
+    dense, tokens = GptOssForCausalLM.from_pretrained(oss / "mxfp4-plain").float(), torch.randint(0, 128, (2, 9))
+    assert error(ours(tokens).logits, dense(tokens).logits) < 1e-5
+    zoo.save_pretrained(zoo.from_pretrained(oss / "mxfp4"), tmp_path / "saved")
+    assert same(tensors(tmp_path / "saved"), tensors(oss / "mxfp4-plain"))
 
 
 def work(rank: int, folder: str) -> None:

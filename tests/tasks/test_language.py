@@ -36,7 +36,12 @@ def documents_in(batch):
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [*((f, "sdpa") for f in FAMILIES), ("mixtral", "eager"), ("mixtral", "lengths")]
+    ("family", "attention"),
+    [
+        *((f, "sdpa") for f in (*FAMILIES, "glm4_moe", "ernie4_5_moe")),
+        *((f, "eager") for f in ("mixtral", "gpt_oss")),
+        ("mixtral", "lengths"),
+    ],
 )
 def test_a_documents_logits_do_not_depend_on_its_neighbours(family, attention, monkeypatch):
     torch.manual_seed(0)
