@@ -157,10 +157,8 @@ def test_gates_of_moe_plus_plus_hear_the_layer_below() -> None:
         below = logits
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     again = gradients(model, [batch])
-    assert {name for name in plain if "residual_weight" in name} == {
-        "model.layers.1.mlp.router.residual_weight",
-        "model.layers.2.mlp.router.residual_weight",
-    }
+    heard = [bool(plain[f"model.layers.{i}.mlp.router.residual_weight"].any()) for i in range(3)]
+    assert heard == [False, True, True]
     for name in plain:
         torch.testing.assert_close(again[name], plain[name], msg=name)
 

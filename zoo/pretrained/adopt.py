@@ -15,6 +15,7 @@ from ..nearest import unknown
 from .context import pass_context
 from .decoders import put_attention, put_depth, put_shortcuts
 from .language import TABLES, Family, activation_of, resolve_dtype
+from .stand_in import stand_in
 
 RouterFactory = Callable[[], Router]
 
@@ -93,7 +94,7 @@ def build(
             put_depth(model, *depth)
         if ends:
             put_shortcuts(model, ends)
-        model.save_pretrained = Save(model)
+        stand_in(model)
     return model.eval() if not initialize else model
 
 
@@ -197,19 +198,3 @@ def _moe(
         for weight in weights:
             weight.normal_(0.0, std)
     return moe
-
-
-class Save:
-    """Stands in for transformers' own method, which would write our tensor names; see `zoo.save_pretrained`.
-
-    An object rather than a bound function: it survives pickling, and a copied model saves itself.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def __call__(self, save_directory: Any, **options: Any) -> None:
-        """As `zoo.save_pretrained`."""
-        from .dispatch import save_pretrained
-
-        save_pretrained(self.model, save_directory, **options)

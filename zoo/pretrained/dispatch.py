@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from . import causal, hub, image_text, moe_llava, recommendation, vision_language
 from . import folder as language
@@ -52,13 +53,15 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model in its family's own published layout: transformers', timm's (one file always), or ours of
     recommendation models and LIMoE.
 
     See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.image_text.save`, `zoo.pretrained.vision.save_timm`,
     `zoo.pretrained.recommendation.save` and `zoo.pretrained.vision_language.save`. Nothing half written is left behind,
-    and a folder that is not empty is only written to with `overwrite`.
+    and a folder that is not empty is only written to with `overwrite`. Of transformers' models, state_dict is written
+    instead of the model's own tensors where it is given, by the model's own names.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     made: Any = getattr(model, "made_with", None)
@@ -69,8 +72,10 @@ def save_pretrained(
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)
     if image_text.is_wrapper(model) or causal.is_ours(model):
-        return image_text.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
-    return language.save_pretrained(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
+        writer: Any = image_text.save
+    else:
+        writer = language.save_pretrained
+    return writer(model, folder, max_shard_size=max_shard_size, overwrite=overwrite, state_dict=state_dict)
 
 
 def _vision() -> Any:

@@ -124,6 +124,7 @@ def save_pretrained(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model in its family's own published layout, one tensor an expert, so that plain transformers loads it.
 
@@ -131,7 +132,7 @@ def save_pretrained(
     larger than max_shard_size (bytes, or "5GB"). Everything is written beside the folder first and moved when
     complete: a save that fails leaves nothing behind. With `overwrite` the checkpoint files of an existing folder are
     replaced and its other files stay. A model in parts is put together by all its processes, which call this
-    together, and written by the first.
+    together, and written by the first. state_dict: what to write instead of the model's own tensors, by its names.
 
     Raises TypeError for a model that has no such layout, ValueError for one whose gates that layout cannot express, and
     FileExistsError for a folder that is not empty.
@@ -140,7 +141,7 @@ def save_pretrained(
     config = published_config(model)
     family = adopt.family_of(config.model_type)
     limit = _bytes(max_shard_size)
-    state = None
+    state = state_dict
     if is_spread(model):
         state = whole_state(model)
         if torch.distributed.get_rank():

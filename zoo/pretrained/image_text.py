@@ -28,6 +28,7 @@ from .context import decoder_of, pass_context
 from .language import resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
 from .staging import staged
+from .stand_in import stand_in
 from .tensorfile import Entry
 from .transformers_names import targets_of
 
@@ -167,7 +168,7 @@ def put_layers(
 
     if adopt_blocks(model, make, given, backend):
         pass_context(model)
-        model.save_pretrained = adopt.Save(model)
+        stand_in(model)
         return model
     if router is not None or given:
         raise ValueError(
@@ -199,7 +200,12 @@ def use_our_kernels(model: Any) -> None:
 
 
 def save(
-    model: Any, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB", overwrite: bool = False
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a vision-language model in its family's own published layout, so that plain transformers loads it.
 
@@ -218,7 +224,9 @@ def save(
             return
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
     # Put together, tied weights are copies, which transformers would not know as one.
-    state = model.state_dict() if whole is None else {n: t for n, t in whole.items() if n not in tied}
+    state = {n: t for n, t in whole.items() if n not in tied} if whole is not None else model.state_dict()
+    if state_dict is not None:
+        state = dict(state_dict)
     if row_of(model) is not None:
         state = dict(tensors_of_transformers(model, state))
     with staged(folder, overwrite) as staging:

@@ -128,6 +128,9 @@ READABLE: dict[str, Family] = {
 
 TABLES = FAMILIES | READABLE
 
+# Dense families, and the layout in which they are written once upcycled; see `sparse_relatives`.
+RELATIVES = {"mistral": "mixtral", "llama": "mixtral", "qwen3": "qwen3_moe"}
+
 
 def check_router(name: str, router: Any, family: Family | SparseBlock, config: Any) -> None:
     """Raise ValueError unless transformers, reading `config`, would route as `router` does.

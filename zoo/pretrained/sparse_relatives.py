@@ -14,9 +14,8 @@ import torch
 from ..moe import Experts, MoE, NeuronExperts, ShortcutMoE
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
-from .language import TABLES, check_router
+from .language import RELATIVES, TABLES, check_router
 
-RELATIVES = {"mistral": "mixtral", "llama": "mixtral", "qwen3": "qwen3_moe"}
 OWN = ("model_type", "architectures", "transformers_version", "layer_types", "max_window_layers")
 
 

@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from ..gates import gate_factory
 from ..moe import Capacity, Experts, MoE, Router
-from .adopt import Save
 from .context import decoder_of, pass_context
 from .dense_mlps import DenseMLP, activation_attribute, blocks_with_mlps, expert_parameter, is_mlp, recognise
 from .placement import moe_layers
+from .stand_in import stand_in
 
 
 def upcycle(
@@ -240,7 +240,7 @@ def _finish_transformers(model: Any) -> None:
     """Tell the routers of a decoder about padding, and keep transformers from writing our tensors under its names."""
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return
-    model.save_pretrained = Save(model)
+    stand_in(model)
     decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList) and all(hasattr(m, "self_attn") and hasattr(m, "mlp") for m in layers):
