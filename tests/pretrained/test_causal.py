@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import zoo
-from zoo.models.language import MODELS
+from zoo.models.language import MODELS, configuration
 from zoo.moe import MoE
-from zoo.pretrained import causal
+from zoo.pretrained import causal, image_text, sparse_blocks
 from zoo.pretrained.language import FAMILIES
 from zoo.pretrained.sparse_rows import BLOCKS
 
@@ -84,9 +84,9 @@ def pair(request):
     name = request.param
     torch.manual_seed(0)
     sizes = {"num_hidden_layers": 4 if "next" in name else 2, "vocab_size": 256, "hidden_size": 64}
-    theirs = causal.class_of(MODELS[name][0])._from_config(zoo.models.language.configuration(name, **sizes))
+    theirs = causal.class_of(MODELS[name][0])._from_config(configuration(name, **sizes))
     enlarge(theirs)
-    ours = zoo.pretrained.image_text.put_layers(copy.deepcopy(theirs))
+    ours = image_text.put_layers(copy.deepcopy(theirs))
     return theirs, ours
 
 
@@ -114,7 +114,7 @@ def test_gradients_are_those_of_transformers(pair):
     for model in pair:
         model.train()(tokens, labels=tokens).loss.backward()
     grads = {name: p.grad for name, p in theirs.named_parameters()}
-    for name, grad in zoo.pretrained.sparse_blocks.tensors_of_transformers(
+    for name, grad in sparse_blocks.tensors_of_transformers(
         ours, {name: p.grad for name, p in ours.named_parameters()}
     ):
         assert error(grad, grads.pop(name)) < 1e-4 or grad.abs().max() < 1e-6, name

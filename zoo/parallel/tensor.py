@@ -40,7 +40,10 @@ STYLES: dict[str, Callable[[], ParallelStyle]] = {
     # A norm of each head on its own: heads [B, S, H, d] are in parts.
     "replicated_with_grad_allreduce": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
 }
+# Its first columns go to a split layer, which adds up their gradient; the rest, rotary keys, to all heads as they are.
+SHARED_KEYS = "mla_kv_a_proj"
 GATED = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
+EXPERTS = re.compile(r"\.(experts|gate|router)(\.|$)")  # which are ours, or stay as they are
 PLAIN = {"fc1": "colwise", "fc2": "rowwise"}
 
 
@@ -57,9 +60,23 @@ def split_tensors(model: Any, mesh: DeviceMesh) -> dict[str, str]:
         _check(name, style, model.get_submodule(name), mesh.size())
     _check_heads(model, plan, mesh.size())
     for name, style in plan.items():
+        if style == SHARED_KEYS:
+            first = model.get_submodule(name.rpartition(".")[0]).kv_lora_rank
+            model.get_submodule(name).register_forward_hook(_SharedKeys(first, mesh.get_group()))
+            continue
         parallelize_module(model, mesh, {name: STYLES[style]()})
         model.get_submodule(name).register_forward_hook(_wait)
     return plan
+
+
+class _SharedKeys:
+    """Forward hook: of what a layer gives, each process uses the columns after the first for its own heads."""
+
+    def __init__(self, first: int, group: dist.ProcessGroup) -> None:
+        self.first, self.group = first, group
+
+    def __call__(self, module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
+        return torch.cat([out[..., : self.first], _Whole.apply(out[..., self.first :], self.group)], -1)
 
 
 def _wait(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
@@ -72,7 +89,11 @@ def planned(model: Any) -> dict[str, str]:
     theirs = dict(getattr(getattr(model, "config", None), "base_model_tp_plan", None) or {})
     prefix = getattr(model, "base_model_prefix", "")
     base = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    rules = {f"{base}{pattern}": style for pattern, style in theirs.items() if style in STYLES}
+    known = {*STYLES, SHARED_KEYS}
+    # Where layers are split in a way that is not known here, those around them stay whole, but for the experts.
+    odd = [pattern for pattern, style in theirs.items() if style not in known and not EXPERTS.search(pattern)]
+    whole = tuple(f"{p.rpartition('.')[0] if 'proj' in p.rpartition('.')[2] else p}." for p in odd)
+    rules = {f"{base}{p}": style for p, style in theirs.items() if style in known and not p.startswith(whole)}
     found: dict[str, str] = {}
     for name, module in model.named_modules():
         for pattern, style in rules.items():
