@@ -19,6 +19,7 @@ CARRIES_STATE = (
     "granitemoehybrid",
     "jamba",
     "kimi_linear",
+    "lara_mini",
     "lfm2_moe",
     "minimax",
     "nemotron_h",
