@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -76,10 +77,21 @@ def parallelize(
         options["mp_policy"] = mixed_precision
     for experts in stacks.values():
         fully_shard(experts, mesh=mesh.experts["replicate", "shard"], shard_placement_fn=lambda _: Shard(1), **options)
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh.dense["replicate", "shard"], **options)
-    fully_shard(model, mesh=mesh.dense["replicate", "shard"], **options)
+    for module in (*_of_another_dtype(model, stacks.values(), scalars | fused), *blocks(model), model):
+        fully_shard(module, mesh=mesh.dense["replicate", "shard"], **options)
     return model
+
+
+def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[nn.Parameter]) -> Iterator[nn.Module]:
+    """Modules with parameters of another type than most, such as gates in float32: FSDP takes one type a unit."""
+    beside = beside.union(*(set(experts.parameters()) for experts in stacks))
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in set(model.parameters()) - beside:
+        sizes[parameter.dtype] += parameter.numel()
+    for module in model.modules():
+        own = {p.dtype for p in module.parameters(recurse=False) if p not in beside}
+        if own and module is not model and own != {sizes.most_common(1)[0][0]}:
+            yield module
 
 
 def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
