@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import causal, hub, image_text, moe_llava, recommendation, vision_language
+from . import causal, hub, image_text, moe_llava, recommendation, switch, vision_language
 from . import folder as language
 from .vmoe import is_prefix
 
@@ -22,7 +22,7 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
 
     source: a folder, or a hub repository id (then revision, cache_dir, local_files_only and token are the hub's), in
     transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`; or one from images to
-    text, as `zoo.pretrained.image_text.from_pretrained`), MoE-LLaVA's (`zoo.pretrained.moe_llava.from_pretrained`),
+    text, as `zoo.pretrained.image_text.from_pretrained`; or a Switch Transformer), MoE-LLaVA's (`zoo.pretrained.moe_llava.from_pretrained`),
     timm's (`zoo.pretrained.vision.from_timm`) or our own of a recommendation model
     (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or the prefix of an
     original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation router, losses,
@@ -42,6 +42,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         return moe_llava.from_pretrained(path, **options)
     if image_text.is_image_text(path):
         return image_text.from_pretrained(path, **options)
+    if switch.is_switch(path):
+        return switch.from_pretrained(path, **options)
     if language.has_table(path):
         return language.from_pretrained(path, **options)
     return causal.from_pretrained(path, **options)
@@ -71,6 +73,8 @@ def save_pretrained(
         return recommendation.save(model, folder, overwrite=overwrite)
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)
+    if getattr(getattr(model, "config", None), "model_type", None) == switch.MODEL_TYPE:
+        return switch.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite, state_dict=state_dict)
     if image_text.is_wrapper(model) or causal.is_ours(model):
         writer: Any = image_text.save
     else:

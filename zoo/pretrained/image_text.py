@@ -73,14 +73,15 @@ def from_pretrained(
     attn_implementation: str | None = None,
     mesh: Mesh | None = None,
     find: Callable[[str, str], Any] | None = None,
+    put: Callable[..., Any] | None = None,
 ) -> Any:
     """A published vision-language checkpoint as transformers' model, the sparse blocks of its language model on `MoE`.
 
-    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too; `find` gives the class of a model type,
-    by default `class_of`. A dense model is transformers' own as it
-    is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_blocks` has no row for, with its experts
-    behind transformers' own routers on our kernels where they can. FP8 and MXFP4 weights are dequantised while they are
-    read, by us: transformers reads its tensors from `zoo.pretrained.quantised`.
+    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too; for other models than these, `find` gives
+    the class of a model type in place of `class_of`, and `put` changes it in place of `put_layers`. A dense model is
+    transformers' own as it is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_rows` has no row
+    for, with its experts behind transformers' own routers on our kernels where they can. FP8 and MXFP4 weights are
+    dequantised while they are read, by us: transformers reads its tensors from `zoo.pretrained.quantised`.
 
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys or a wrong shape, and for
     gates or losses where no block of ours would have them, and with a mesh for a router, and for a family whose
@@ -104,7 +105,7 @@ def from_pretrained(
     else:
         model = _read(found, folder, dtype, options, entries if quantised.settings_of(raw) else None)
     theirs = copy.deepcopy(model) if mesh is not None else None
-    model = put_layers(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
+    model = (put or put_layers)(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
     model.name_or_path = str(folder)
     if mesh is not None:
         targets, parts = targets_of(model, theirs, entries, folder)
