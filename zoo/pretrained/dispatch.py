@@ -21,12 +21,12 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     """A published checkpoint as a model on our layers, in eval mode.
 
     source: a folder, or a hub repository id (then revision, cache_dir, local_files_only and token are the hub's), in
-    transformers' layout (a language model; options as `zoo.pretrained.folder.from_pretrained`; or one from images to
-    text, as `zoo.pretrained.image_text.from_pretrained`; or a Switch Transformer), MoE-LLaVA's (`zoo.pretrained.moe_llava.from_pretrained`),
-    timm's (`zoo.pretrained.vision.from_timm`) or our own of a recommendation model
-    (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or the prefix of an
-    original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation router, losses,
-    capacity and backend. Raises what these do, naming file and tensor.
+    transformers' layout (a language model, `zoo.pretrained.folder.from_pretrained` says which options it takes; one
+    from images to text, `zoo.pretrained.image_text.from_pretrained`; or a Switch Transformer), MoE-LLaVA's
+    (`zoo.pretrained.moe_llava.from_pretrained`), timm's (`zoo.pretrained.vision.from_timm`) or our own of a
+    recommendation model (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or
+    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation
+    router, losses, capacity and backend. Raises what these do, naming file and tensor.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
