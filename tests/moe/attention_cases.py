@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.moe import MoA, MoH, SwitchHead
 from zoo.moe.routers import ExpertChoiceRouter, TopKRouter
@@ -75,3 +76,8 @@ def same_with_gradients(layer: nn.Module, x: Tensor, found: Tensor, expected: Te
     for name, a, b, v in zip(names, *grads, variables):
         a, b = (torch.zeros_like(v) if g is None else g for g in (a, b))
         torch.testing.assert_close(a, b, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def without_attention(counter: FlopCounterMode) -> int:
+    """Counted operations but for those of attention itself, which torch counts on a CPU from 2.15 on."""
+    return sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
