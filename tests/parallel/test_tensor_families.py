@@ -6,6 +6,7 @@ Processes are copies of this one, which has no groups of its own: their threads 
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ FAMILIES = (
     "minimax_m2",
     "qwen3_next",
 )
+if tuple(int(part) for part in version("transformers").split(".")[:2]) < (5, 23):
+    # Their plans do not say there that sinks are split with the heads.
+    FAMILIES = tuple(family for family in FAMILIES if family not in ("granitemoe_swa", "mimo_v2_flash"))
 KNOWN = {family: (family, module, experts) for family, module, experts in experts_classes() if family in FAMILIES}
 MESHES = {"tensor": Sizes(tensor=2), "expert": Sizes(expert=2)}
 

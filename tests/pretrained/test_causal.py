@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import zoo
@@ -143,6 +143,8 @@ def test_losses_capacity_and_other_gates_train(tmp_path):
 
 
 def test_another_limit_of_gpt_oss_is_refused():
+    if "swiglu_limit" not in GptOssConfig().to_dict():
+        pytest.skip("this version of transformers knows one limit alone")
     with pytest.raises(ValueError, match=r"swiglu_limit 5.0; the kernels clamp at 7.0"):
         zoo.create_model("language/gpt_oss_tiny", swiglu_limit=5.0)
 

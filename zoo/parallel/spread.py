@@ -77,7 +77,10 @@ def parallelize(
         options["mp_policy"] = mixed_precision
     for experts in stacks.values():
         fully_shard(experts, mesh=mesh.experts["replicate", "shard"], shard_placement_fn=lambda _: Shard(1), **options)
-    for module in (*_of_another_dtype(model, stacks.values(), scalars | fused), *blocks(model), model):
+    for module in _of_another_dtype(model, stacks.values(), scalars | fused):
+        # What a gate gives is no tensor, by which FSDP would know when to gather it again; it is small.
+        fully_shard(module, mesh=mesh.dense["replicate", "shard"], **{**options, "reshard_after_forward": False})
+    for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **options)
     return model
 
