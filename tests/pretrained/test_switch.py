@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("fields", [{}, {"expert_capacity": 3}, {"router_bias": True, "dense_act_fn": "gelu"}], ids=str)
 def test_outputs_generation_and_gradients_are_those_of_transformers(fields, tmp_path):
+    if fields.get("expert_capacity") and tuple(map(int, version("transformers").split(".")[:2])) < (5, 23):
+        pytest.skip("transformers counts places over the whole batch there, not in each sequence")
     expected, inputs = theirs(**fields), batch()
     expected.save_pretrained(tmp_path)
     ours = zoo.from_pretrained(tmp_path)
