@@ -141,6 +141,20 @@ def test_what_other_families_do_not_take_is_named(option):
         zoo.create_model("language/gpt_oss_tiny", **option)
 
 
+@pytest.mark.parametrize("option", [{"attention": "MoH"}, {"mixture_of_depths": {}}])
+def test_complex_rotary_positions_are_not_for_other_attention(option):
+    with pytest.raises(ValueError, match="not for deepseek_v2, whose rotary positions are complex numbers"):
+        zoo.create_model("language/deepseek_v2_tiny", **option)
+
+
+@pytest.mark.parametrize("name", ["glm4_moe_tiny", "gpt_oss_tiny"])
+def test_a_list_of_gates_is_for_the_first_layers_and_its_last_for_the_rest(name):
+    router = [{"name": "TopKRouter", "k": 1}, {"name": "TopKRouter", "k": 3}]
+    model = zoo.create_model(f"language/{name}", router=router, vocab_size=64)
+    assert [m.router.k for m in layers(model)] == [1, *[3] * (len(layers(model)) - 1)]
+    assert model(batch(model)).logits.isfinite().all()
+
+
 def test_a_twin_of_a_model_follows_its_gate_and_its_overrides():
     model = zoo.create_model("language/olmoe_tiny", router={"name": "TopKRouter", "k": 3}, num_hidden_layers=2)
     twin = dense_twin(model.to(torch.bfloat16), num_hidden_layers=3)

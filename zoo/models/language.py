@@ -47,8 +47,8 @@ def build(
                    are added in the second, each of them with a dense MLP (ScMoE, see `ShortcutMoE`) of that width,
                    config.intermediate_size if not said, in place of the family's shared experts
     (see `zoo.layers`). Such a model has no published layout. These four are for the families of
-    `zoo.pretrained.language` alone. backend is that of `moe_mlp`. dense makes the dense twin
-    instead (see `dense_twin`). All other keywords are fields of the family's configuration.
+    `zoo.pretrained.language` alone. backend is that of `moe_mlp`. dense makes the dense twin instead (see
+    `dense_twin`). All other keywords are fields of the family's configuration.
     Raises ValueError naming the nearest fields or gates for an unknown one.
     """
     from ..gates import gate_factory, layer_gates
@@ -73,6 +73,9 @@ def build(
             dtype=dtype,
             attn_implementation=attn_implementation,
         )
+    for option, value in {"attention": attention, "mixture_of_depths": mixture_of_depths}.items():
+        if value is not None and config.model_type == "deepseek_v2":
+            raise ValueError(f"{option}: not for deepseek_v2, whose rotary positions are complex numbers")
     layers = config.num_hidden_layers
     family = adopt.family_of(config.model_type)
     given = adopt.gate_arguments(losses, capacity)

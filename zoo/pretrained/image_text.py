@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..gates import gate_factory
+from ..gates import gate_factory, layer_gates
 from ..moe import MoE
 from ..nearest import unknown
 from ..parallel import Mesh
@@ -162,10 +162,11 @@ def put_layers(
     row, config = row_of(model), decoder_of(model).config
     make = None
     if router is not None and row is not None:
-        k = row.router(config).get("k")
+        k, factory = row.router(config).get("k"), layer_gates if isinstance(router, (list, tuple)) else gate_factory
 
+        @functools.cache  # one for all layers: a list gives the first ones gates of their own
         def make(dim: int, num_experts: int) -> Any:
-            return gate_factory(router, dim, num_experts, k=k, **given)
+            return factory(router, dim, num_experts, k=k, **given)
 
     if adopt_blocks(model, make, given, backend):
         pass_context(model)
