@@ -147,9 +147,11 @@ def _to_ours(name: str, weight: Tensor, row: SparseBlock) -> Tensor | None:
 
 def _to_theirs(name: str, weight: Tensor, row: SparseBlock) -> Tensor:
     """An experts' tensor in transformers' layout."""
-    if row.interleaved and name.startswith("gate_up_proj"):
-        weight = weight.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return weight.transpose(1, 2).contiguous() if row.transposed and weight.dim() == 3 else weight
+    turned, woven = row.transposed and weight.dim() == 3, row.interleaved and name.startswith("gate_up_proj")
+    weight = weight.unflatten(1, (2, -1)) if woven else weight
+    weight = weight.transpose(1, -1) if turned or woven else weight
+    # Gates and ups are last of all now, but for weights that are not turned: no family has both.
+    return weight.flatten(-2) if woven else weight.contiguous() if turned else weight
 
 
 def _take_over(router: Router, block: Any, row: SparseBlock) -> None:

@@ -110,6 +110,28 @@ class Entry:
             done += count
 
 
+@dataclass(frozen=True)
+class Strand(Entry):
+    """Every second number along the last dimension of another tensor, beginning with its first (0) or second (1)."""
+
+    woven: Entry
+    number: int
+
+    @classmethod
+    def of(cls, woven: Entry, number: int) -> Self:
+        """One of the two."""
+        shape = (*woven.shape[:-1], woven.shape[-1] // 2)
+        return cls(woven.path, woven.key, woven.dtype, shape, woven.start, woven.stop, woven, number)
+
+    def read_part(self, target: Tensor, box: Sequence[slice]) -> int:
+        """As `Entry.read_part`; both strands are read."""
+        sides = [*box[:-1], slice(2 * box[-1].start, 2 * box[-1].stop)]
+        both = torch.empty([side.stop - side.start for side in sides], dtype=target.dtype, device="cpu")
+        count = self.woven.read_part(both, sides)
+        target.detach().copy_(both[..., self.number :: 2])
+        return count
+
+
 def read_header(path: Path) -> dict[str, Entry]:
     """Every tensor of a safetensors file by name.
 

@@ -18,15 +18,19 @@ from torch import Tensor
 from . import folder as files
 from . import sharded
 from .sparse_blocks import row_of, tensors_of_transformers
-from .tensorfile import Entry
+from .tensorfile import Entry, Strand
 
 UNREAD = r".*\.rotary_emb\.inv_freq"
 
 
 class _Traced(Tensor):
-    """A view that stays one where a conversion would copy it; concatenated ones remember their `pieces`."""
+    """A view that stays one where a conversion would copy it.
+
+    Concatenated ones remember their `pieces`, those with two that take turns along the last dimension their `strands`.
+    """
 
     pieces: tuple[list[Tensor], int]
+    strands: list[Tensor]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -35,6 +39,8 @@ class _Traced(Tensor):
         made = super().__torch_function__(func, types, args, kwargs or {})
         if func is torch.cat:
             made.pieces = list(args[0]), (kwargs or {}).get("dim", args[1] if len(args) > 1 else 0)
+        if func is Tensor.flatten and args[0].shape[-1] == 2:
+            made.strands = list(args[0].unbind(-1))
         return made
 
 
@@ -121,6 +127,10 @@ def _written(model: Any, theirs: Any, entries: Mapping[str, Entry], tied: set[st
 
 def _pieces(key: str, target: Tensor, entry: Entry, label: str) -> Iterator[tuple[str, Tensor, Entry]]:
     """A tensor of the files in the pieces that it is of several of the model's."""
+    for n, strand in enumerate(getattr(target, "strands", ())):
+        yield f"{key} ({n})", strand, Strand.of(entry, n)
+    if hasattr(target, "strands"):
+        return
     pieces, dim = getattr(target, "pieces", ([target], 0))
     if dim != 0:
         raise _unknown_part(label, key)
