@@ -172,6 +172,12 @@ class TaskCLI(LightningCLI):
                 config["ckpt_path"] = self.config_init[self._only]["ckpt_path"] = checkpoint
             file = checkpoint if checkpoint and Path(checkpoint).exists() else None
             self.model.check_run(self.trainer, self.datamodule, self._only, file)
+            if self._only in ("validate", "test") and not checkpoint and not self.model.hparams["pretrained"]:
+                warnings.warn(
+                    f"{self._only}: neither --ckpt_path nor model.pretrained is given, so that the weights are those "
+                    "that a fit would start from",
+                    stacklevel=2,
+                )
         except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
             raise ArgumentMistake(str(error)) from error
 

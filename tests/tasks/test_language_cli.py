@@ -2,6 +2,7 @@
 
 import csv
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,11 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
     assert zoo.from_pretrained(tmp_path / "out").config.vocab_size == 259
 
     capsys.readouterr()
-    assert cli("validate", config, *options, "--ckpt_path", checkpoint) == 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*neither --ckpt_path")
+        assert cli("validate", config, *options, "--ckpt_path", checkpoint) == 0
+    with pytest.warns(UserWarning, match="validate: neither --ckpt_path nor model.pretrained is given"):
+        assert cli("validate", config, *options) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
     assert cli("test", config, *options, "--ckpt_path", checkpoint) == 0
     assert "test/perplexity" in capsys.readouterr().out
