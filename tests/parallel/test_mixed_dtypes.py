@@ -1,18 +1,14 @@
-"""Gates in float32 beside weights in bfloat16, as some checkpoints have them, over two processes.
-
-Processes are copies of this one, which has no groups of its own: their threads would not be copied.
-"""
+"""Gates in float32 beside weights in bfloat16, as some checkpoints have them, over two processes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from two_processes import results, spread
 
 import zoo
 from zoo.moe import MoE
-from zoo.parallel import Mesh, Sizes, parallelize
+from zoo.parallel import Sizes
 
 MESHES = {"shard": Sizes(shard=2), "expert": Sizes(expert=2), "tensor": Sizes(tensor=2)}
 NAMES = ("deepseek_v3_tiny", "gpt_oss_tiny")
@@ -27,32 +23,9 @@ def made(name: str):
     return model
 
 
-def results(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
-    logits = model(tokens, use_cache=False).logits
-    logits.float().square().mean().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
-
-
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    told = {}
-    for name in NAMES:
-        for mesh, sizes in MESHES.items():
-            model = made(name)
-            parallelize(model, Mesh(sizes))
-            told[name, mesh] = results(model)
-    torch.save(told, f"{folder}/told-{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("mixed")
-    mp.start_processes(work, args=(str(folder),), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"told-{rank}.pt") for rank in range(2)]
+    return spread(tmp_path_factory.mktemp("mixed"), made, NAMES, MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

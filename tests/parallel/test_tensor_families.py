@@ -1,25 +1,17 @@
-"""Language families of transformers, each split as it says itself: outputs and gradients are those of one process.
-
-Processes are copies of this one, which has no groups of its own: their threads would not be copied.
-"""
+"""Language families of transformers, each split as it says itself: outputs and gradients are those of one process."""
 
 from __future__ import annotations
 
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from tiny_families import experts_classes, tiny_model
+from two_processes import results, spread
 
-from zoo.parallel import Mesh, Sizes, parallelize
+from zoo.parallel import Sizes
 from zoo.parallel.tensor import planned
 from zoo.pretrained import image_text
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_families import experts_classes, tiny_model
 
 FAMILIES = (
     "afmoe",
@@ -54,32 +46,9 @@ def made(family: str):
     return image_text.put_layers(model)
 
 
-def results(model) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    tokens = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
-    logits = model(tokens, use_cache=False).logits
-    logits.square().mean().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return logits.detach(), {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
-
-
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    told = {}
-    for family in KNOWN:
-        for name, sizes in MESHES.items():
-            model = made(family)
-            parallelize(model, Mesh(sizes))
-            told[family, name] = results(model)
-    torch.save(told, f"{folder}/told-{rank}.pt")
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("families")
-    mp.start_processes(work, args=(str(folder),), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"told-{rank}.pt") for rank in range(2)]
+    return spread(tmp_path_factory.mktemp("families"), made, KNOWN, MESHES)
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_families import experts_classes, tiny_model
 from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -18,9 +18,6 @@ from zoo.moe import MoE
 from zoo.pretrained import causal, image_text, sparse_blocks
 from zoo.pretrained.language import FAMILIES
 from zoo.pretrained.sparse_rows import BLOCKS
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_families import experts_classes, tiny_model
 
 EVERY = {
     family: (family, module, experts)

@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from ..moe import MoE
-from ..nearest import unknown
 from . import image_text
 from .context import decoder_of
 from .language import TABLES, resolve_dtype
@@ -28,16 +27,12 @@ def known_types() -> dict[str, str]:
     """transformers' model types of causal language models, and the class of each."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as names
 
-    return {kind: found if isinstance(found, str) else found[0] for kind, found in names.items()}
+    return image_text.first_classes(names)
 
 
 def class_of(model_type: str, where: str = "") -> Any:
     """transformers' class of a language model type; raises ValueError naming the nearest ones."""
-    import transformers
-
-    if model_type not in known_types():
-        raise unknown(f"language family{where}", str(model_type), {*TABLES, *known_types()})
-    return getattr(transformers, known_types()[model_type])
+    return image_text.named_class(f"language family{where}", model_type, known_types())
 
 
 def from_pretrained(folder: Path, **options: Any) -> Any:

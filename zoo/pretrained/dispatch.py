@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from . import causal, hub, image_text, moe_llava, recommendation, switch, vision_language
 from . import folder as language
+from .peek import peek
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
@@ -73,10 +73,11 @@ def save_pretrained(
         return recommendation.save(model, folder, overwrite=overwrite)
     if hasattr(model, "pretrained_cfg"):
         return _vision().save_timm(model, folder, overwrite=overwrite)
+    writer: Any
     if getattr(getattr(model, "config", None), "model_type", None) == switch.MODEL_TYPE:
-        return switch.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite, state_dict=state_dict)
-    if image_text.is_wrapper(model) or causal.is_ours(model):
-        writer: Any = image_text.save
+        writer = switch.save
+    elif image_text.is_wrapper(model) or causal.is_ours(model):
+        writer = image_text.save
     else:
         writer = language.save_pretrained
     return writer(model, folder, max_shard_size=max_shard_size, overwrite=overwrite, state_dict=state_dict)
@@ -99,8 +100,5 @@ def _has_shards(prefix: str) -> bool:
 
 def _is_timm(folder: Path) -> bool:
     """Whether config.json is timm's: it names an architecture, and no model_type."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and "architecture" in config and "model_type" not in config
+    config = peek(folder)
+    return "architecture" in config and "model_type" not in config

@@ -20,6 +20,7 @@ from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, hub, sharded
 from .language import TABLES, Family, resolve_dtype, tensors_on_disk
+from .peek import peek
 from .quantised import dequantised, method_of, plain
 from .sparse_relatives import published_config
 from .staging import staged
@@ -34,10 +35,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def has_table(folder: Path) -> bool:
     """Whether a folder's config.json names one of the families that are read here."""
-    try:
-        return _read_json(folder / CONFIG).get("model_type") in TABLES
-    except (OSError, ValueError):
-        return False
+    return peek(folder).get("model_type") in TABLES
 
 
 def from_pretrained(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from . import adopt, moe_llava, quantised, sharded
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
+from .peek import peek
 from .sparse_blocks import adopt_blocks, check_gates, row_of, tensors_of_transformers
 from .staging import staged
 from .stand_in import stand_in
@@ -37,11 +37,8 @@ IMPLEMENTATION = "zoo"  # the name of our kernels in transformers, which `import
 
 def is_image_text(folder: Path) -> bool:
     """Whether a folder's config.json is one of a model that transformers counts among those from images to text."""
-    try:
-        config = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and ("vision_config" in config or config.get("model_type") in known_types())
+    config = peek(folder)
+    return "vision_config" in config or config.get("model_type") in known_types()
 
 
 @functools.cache
@@ -49,16 +46,26 @@ def known_types() -> dict[str, str]:
     """transformers' model types from images and text to text, and the class of each."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as names
 
-    return {kind: found if isinstance(found, str) else found[0] for kind, found in names.items()}
+    return first_classes(names)
 
 
 def class_of(model_type: str, where: str = "") -> Any:
     """transformers' class of a vision-language model type; raises ValueError naming the nearest ones."""
+    return named_class(f"vision-language family{where}", model_type, known_types())
+
+
+def first_classes(names: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each model type in a table of transformers, the first where it has several."""
+    return {kind: found if isinstance(found, str) else found[0] for kind, found in names.items()}
+
+
+def named_class(what: str, model_type: str, known: Mapping[str, str]) -> Any:
+    """transformers' class of a model type by a table of names; raises ValueError naming the nearest types."""
     import transformers
 
-    if model_type not in known_types():
-        raise unknown(f"vision-language family{where}", str(model_type), known_types())
-    return getattr(transformers, known_types()[model_type])
+    if model_type not in known:
+        raise unknown(what, str(model_type), known)
+    return getattr(transformers, known[model_type])
 
 
 def from_pretrained(

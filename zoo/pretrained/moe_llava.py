@@ -25,6 +25,7 @@ from . import folder as files
 from .context import decoder_of
 from .language import resolve_dtype
 from .moe_llava_names import KINDS, PUBLISHED, RENAMED, TOWER, TOWERS, tensors_on_disk
+from .peek import peek
 from .quantised import plain
 from .staging import staged
 from .upcycling import upcycle
@@ -34,11 +35,7 @@ UNREAD = re.compile(r".*(\.rotary_emb\..*|\.position_ids)")
 
 def is_moe_llava(folder: Path) -> bool:
     """Whether config.json in a folder is one of the authors'."""
-    try:
-        config = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and str(config.get("model_type", "")).startswith("moe_llava")
+    return str(peek(folder).get("model_type", "")).startswith("moe_llava")
 
 
 def from_pretrained(

@@ -15,6 +15,7 @@ import torch
 from ..data.tables_encode import FILE as PREPARATION
 from ..data.tables_encode import Preparation
 from .language import resolve_dtype
+from .peek import peek
 from .staging import staged
 from .storable import storable
 from .tensorfile import read_all, read_header, write_file
@@ -24,11 +25,7 @@ CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "network"
 
 def is_recommendation(folder: Path) -> bool:
     """Whether config.json in a folder is one that `save` wrote."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and str(config.get(NETWORK, "")).startswith("recommendation/")
+    return str(peek(folder).get(NETWORK, "")).startswith("recommendation/")
 
 
 def save(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

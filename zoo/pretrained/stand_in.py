@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import MoE
 from .language import RELATIVES, TABLES, tensors_on_disk
 
 
@@ -70,18 +69,12 @@ def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: An
     family = TABLES.get(RELATIVES.get(config.model_type, config.model_type))
     if family is not None:
         for name, tensor in own.items():
-            if any(name.startswith(f"{block}.") for block, m in model.named_modules() if isinstance(m, MoE)):
-                _take(model, family, name, tensor, state)
+            for key, part in tensors_on_disk(model, family, state={name: tensor}):
+                if key != name and key in state:
+                    part.copy_(state.pop(key))
+                    state[name] = tensor
     if left := [name for name in foreign if name in state]:
         raise ValueError(
             f"load_state_dict: {left[0]} and {len(left) - 1} more are named as {config.model_type} is published; read "
             "the checkpoint with zoo.from_pretrained"
         )
-
-
-def _take(model: nn.Module, family: Any, name: str, tensor: Tensor, state: dict[str, Any]) -> None:
-    parts = [(key, part) for key, part in tensors_on_disk(model, family, state={name: tensor}) if key in state]
-    for key, part in parts:
-        if key != name:
-            part.copy_(state.pop(key))
-            state[name] = tensor

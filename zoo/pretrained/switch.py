@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from . import adopt, image_text
 from . import folder as files
+from .peek import peek
 from .staging import staged
 from .stand_in import stand_in
 
@@ -26,11 +26,7 @@ ACTIVATIONS = ("relu", "gelu", "silu")
 
 def is_switch(folder: Path) -> bool:
     """Whether a folder's config.json is that of a Switch Transformer."""
-    try:
-        config = json.loads((folder / files.CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE
+    return peek(folder).get("model_type") == MODEL_TYPE
 
 
 def class_of(model_type: str, where: str = "") -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .language import resolve_dtype
+from .peek import peek
 from .staging import staged
 from .storable import storable
 from .tensorfile import DTYPES, read_all, read_header, write_file
@@ -19,11 +20,7 @@ CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "network"
 
 def is_vision_language(folder: Path) -> bool:
     """Whether config.json in a folder is one that `save` wrote."""
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and str(config.get(NETWORK, "")).startswith("vision_language/")
+    return str(peek(folder).get(NETWORK, "")).startswith("vision_language/")
 
 
 def save(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
