@@ -129,12 +129,13 @@ class InstructionTask(Task):
     def configure_model(self) -> None:
         """Build the model, and let the data fit its processor to it; Lightning calls this."""
         data = getattr(self._trainer, "datamodule", None)
-        if self.model is None:
-            self.model = self.build()
+        built: Any = self.build() if self.model is None else None
+        model = self.model if built is None else built
         if data is not None:
-            self.check_model(self.model, data)
-            self.model.config.image_token_id = data.chat.image_id
-            _stop_at(self.model.generation_config, data.chat.end)
+            self.check_model(model, data)
+            model.config.image_token_id = data.chat.image_id
+            _stop_at(model.generation_config, data.chat.end)
+        self.model = model if built is None else self.converted(built)
         self.prepare_model(self.recompute_layers)
 
     def count(self, batch: dict[str, Tensor]) -> int:
@@ -157,6 +158,10 @@ class InstructionTask(Task):
         logits = self.model(**inputs, use_cache=False).logits
         wanted = after != IGNORE
         return logits[wanted].float(), after[wanted]
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean negative log-likelihood of the answers' tokens."""
+        return F.cross_entropy(*self.logits(batch))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood of the answers' tokens, of all processes together, plus auxiliary losses."""

@@ -193,7 +193,7 @@ class LanguageTask(Task):
         if self.model is None:
             if tokenizer is not None and self.hparams["vocab_size"] is None:
                 self.hparams["vocab_size"] = self.overrides.get("vocab_size", tokenizer.vocab_size)
-            self.model = self.build()
+            self.model = self.converted(self.build())
         if tokenizer is not None:
             check_vocabulary(self.model, tokenizer)
         self.prepare_model(self.recompute_layers)
@@ -229,6 +229,10 @@ class LanguageTask(Task):
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none").view_as(
             batch["labels"]
         )
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean negative log-likelihood of a packed batch's targets."""
+        return self.nats(batch).sum() / (batch["labels"] >= 0).sum().clamp(min=1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean negative log-likelihood plus auxiliary losses."""

@@ -87,6 +87,8 @@ class RecommendationTask(Task):
         **training: Any,
     ) -> None:
         super().__init__(network, weight_decay=weight_decay, betas=betas, **training)
+        if self._conversions:
+            raise ValueError("convert: a recommendation model is made of experts already; choose network and overrides")
         if pretrained and (overrides or router or losses):
             raise ValueError("pretrained: the model there has its own sizes and gates; leave out overrides and router")
         self.preparation: Preparation | None = None  # how rows are encoded, once the data or a checkpoint says

@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 import zoo
+from tasks import conversions
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
@@ -56,6 +57,9 @@ class Task(LightningModule):
         activation_checkpointing: recompute layers in backward instead of keeping what they computed.
         compile: run the model through torch.compile.
         export: a folder that gets the model in its published layout when training ends.
+        convert: what is done to the model before it is trained, in order, such as
+            [{upcycle: {layers: all, num_experts: 8}}]: functions of `zoo` with their arguments. `calibrate`, where one
+            has it, is a number of training batches.
         non_finite: what happens when a gradient is not finite: "stop" with an error that names the parameter, "skip"
             the step with a warning, or "ignore" it.
     """
@@ -79,9 +83,13 @@ class Task(LightningModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         export: str | None = None,
+        convert: list[dict[str, Any]] | None = None,
         non_finite: Literal["stop", "skip", "ignore"] = "stop",
     ) -> None:
         super().__init__()
+        self._conversions = conversions.parse(convert or [])
+        if convert and isinstance(network, nn.Module):
+            raise ValueError("convert is for a model that the task makes; convert a module before it is given")
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
         self.network = network
         self.model = network if isinstance(network, nn.Module) else None
@@ -91,6 +99,14 @@ class Task(LightningModule):
 
     def build(self) -> nn.Module:
         """The model that the arguments describe, fresh or pretrained."""
+        raise NotImplementedError
+
+    def converted(self, model: nn.Module) -> nn.Module:
+        """A built model after the conversions that the arguments name."""
+        return conversions.converted(model, self._conversions, self)
+
+    def batch_loss(self, batch: Any) -> Tensor:
+        """Mean loss of a batch, without auxiliary losses."""
         raise NotImplementedError
 
     def count(self, batch: Any) -> int:
@@ -123,7 +139,7 @@ class Task(LightningModule):
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         if self.model is None and self.checked_on_meta():
             with torch.device("meta"):
-                self.check_model(self.build(), data)
+                self.check_model(self.converted(self.build()), data)
         learning_rate(self.hparams["schedule"], self.hparams["warmup_steps"], 1)
 
     def checked_on_meta(self) -> bool:
@@ -261,7 +277,7 @@ class Task(LightningModule):
 
     def rebuilt(self, state: Mapping[str, Tensor]) -> Any:
         """The model in one process, from what its parts were put together to."""
-        model = self.build()
+        model = self.converted(self.build())
         model.load_state_dict(state)
         return model
 

@@ -184,7 +184,7 @@ class VisionTask(Task):
         if self.model is None:
             if data is not None:
                 self._adopt_sizes(data)
-            self.model = self.build()
+            self.model = self.converted(self.build())
             if data is not None and self._own_classes():
                 self._classes = self._class_names(data)
         self.check_model(self.model, data)
@@ -215,6 +215,11 @@ class VisionTask(Task):
         if self.hparams["objective"] == "sigmoid":
             return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1)
         return F.cross_entropy(logits, targets, reduction="none")
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss of a batch's images as they are."""
+        targets = F.one_hot(batch["label"], self.model.num_classes).float()
+        return self.loss(self.model(batch["image"]), targets).mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of mixed images plus auxiliary losses."""

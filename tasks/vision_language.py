@@ -125,13 +125,18 @@ class ContrastiveTask(Task):
         if self.model is None:
             if data is not None:
                 self._adopt_sizes(data)
-            self.model = self.build()
+            self.model = self.converted(self.build())
         self.check_model(self.model, data)
         self.prepare_model(lambda: self.model.set_grad_checkpointing(True))
 
     def count(self, batch: dict[str, Tensor]) -> int:
         """Pairs in a batch."""
         return len(batch["image"])
+
+    def batch_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """The contrastive loss of a batch."""
+        out = self.model(batch["image"], batch["ids"], batch["mask"])
+        return contrastive_loss(out.image, out.text, out.scale, data_group(self.trainer))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The contrastive loss over the batches of all processes plus auxiliary losses.

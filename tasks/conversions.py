@@ -1,0 +1,105 @@
+"""Conversions of a model before it is trained, as a config lists them: upcycling and its kin."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import zoo
+from zoo.nearest import unknown
+
+# Functions of `zoo` from a model to a model.
+CONVERSIONS = ("upcycle",)
+CALIBRATE = "calibrate"
+BATCHES = 8
+
+
+def parse(said: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Names and arguments of conversions from [{name: {argument: value}}, ...].
+
+    Raises TypeError for another form; ValueError, naming the nearest, for an unknown conversion or argument, for a
+    `calibrate` that is no number of batches, and for what a conversion needs and is not given.
+    """
+    if isinstance(said, (str, Mapping)) or not isinstance(said, Sequence):
+        raise TypeError(f"convert: expected a list such as [{{upcycle: {{num_experts: 8}}}}], got {said!r}")
+    found = []
+    for one in said:
+        one = {one: {}} if isinstance(one, str) else one
+        if not isinstance(one, Mapping) or len(one) != 1:
+            raise TypeError(f"convert: expected one conversion and its arguments in each entry, got {one!r}")
+        [(name, arguments)] = one.items()
+        arguments = {} if arguments is None else arguments
+        if name not in CONVERSIONS:
+            raise unknown("conversion", str(name), CONVERSIONS)
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"convert: {name}: expected its arguments as a mapping, got {arguments!r}")
+        _check(name, arguments)
+        found.append((name, dict(arguments)))
+    return found
+
+
+def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, Any]]], task: Any) -> nn.Module:
+    """The model after all conversions, each applied to what the one before gave.
+
+    A conversion that looks at data gets the task's loss (`batch_loss`) on as many of its training batches as the
+    argument `calibrate` says, 8 if it does not. Without memory (meta device) none looks at data; with several processes
+    the first one's data decide.
+    """
+    looked = False
+    for name, given in conversions:
+        function, arguments = getattr(zoo, name), dict(given)
+        if CALIBRATE in inspect.signature(function).parameters:
+            batches = arguments.pop(CALIBRATE, BATCHES)
+            arguments[CALIBRATE] = functools.partial(_losses, task, batches)
+            looked = True
+            if task._trainer is not None and not any(p.is_meta for p in model.parameters()):
+                model = model.to(task._trainer.strategy.root_device)
+        model = function(model, **arguments)
+    if looked:
+        _agree(model)
+    return model
+
+
+def _losses(task: Any, batches: int, model: nn.Module) -> Iterator[Tensor]:
+    """The task's loss with this model on each of some training batches, in evaluation mode."""
+    data = getattr(task._trainer, "datamodule", None)
+    if data is None:
+        raise ValueError("convert: a conversion that looks at data needs a trainer with a data module")
+    before, training = task.model, model.training
+    device = next(model.parameters()).device
+    task.model = model.eval()
+    try:
+        for batch in itertools.islice(data.train_dataloader(), batches):
+            yield task.batch_loss(task.transfer_batch_to_device(batch, device, 0))
+    finally:
+        model.train(training)
+        task.model = before
+
+
+@torch.no_grad()
+def _agree(model: nn.Module) -> None:
+    """Give every process the first one's weights and buffers: each calibrated on data of its own."""
+    if dist.is_available() and dist.is_initialized():
+        for value in model.state_dict().values():
+            if not value.is_meta:
+                dist.broadcast(value, 0)
+
+
+def _check(name: str, arguments: Mapping[str, Any]) -> None:
+    parameters = dict(list(inspect.signature(getattr(zoo, name)).parameters.items())[1:])
+    for argument in arguments:
+        if argument not in parameters:
+            raise unknown(f"argument of {name}", str(argument), parameters)
+    batches = arguments.get(CALIBRATE, BATCHES)
+    if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
+        raise ValueError(f"convert: {name}.calibrate: expected a number of batches of at least 1, got {batches!r}")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
+    if missing:
+        raise ValueError(f"convert: {name} needs {' and '.join(missing)}")

@@ -1,0 +1,117 @@
+"""`model.convert`: what a config says is done to a model before it is trained."""
+
+import pytest
+import torch
+import yaml
+
+import zoo
+from tasks import conversions
+from tasks.__main__ import main
+from tasks.language import LanguageTask
+from tasks.recommendation import RecommendationTask
+from tasks.vision import VisionTask
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """A folder with a tiny Llama over bytes, and the model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=259, num_key_value_heads=1, **sizes))
+    model.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense", model
+
+
+def run(domain, subcommand, folder, model, *args):
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": model}))
+    trainer = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    where = ["--trainer.default_root_dir", str(folder)]
+    return main([domain, subcommand, "--config", str(folder / "config.yaml"), *trainer, *where, *map(str, args)])
+
+
+def test_a_dense_language_model_is_upcycled_trained_and_exported(dense, text, tmp_path, capsys):
+    folder, model = dense
+    convert = [{"upcycle": {"layers": "all", "num_experts": 4, "losses": {"switch": 0.01}}}]
+    data = [f"--data.source={text}", "--data.sequence_length=32", "--data.batch_size=4"]
+    data.append("--trainer.limit_val_batches=1")
+    said = {"pretrained": str(folder), "convert": convert, "lr": 0.0, "weight_decay": 0.0}
+    assert run("language", "fit", tmp_path, said, *data, "--model.export", tmp_path / "out") == 0
+    again = zoo.from_pretrained(tmp_path / "out")
+    assert again.config.model_type == "mixtral"
+    ids = torch.randint(259, (2, 16))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
+
+    checkpoint = tmp_path / "language" / "version_0" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert run("language", "validate", tmp_path, said, *data, "--ckpt_path", checkpoint) == 0
+    assert "val/bits_per_byte" in capsys.readouterr().out
+
+
+def test_a_vision_model_is_converted(tmp_path):
+    said = {"network": "vision/vit_tiny_patch16_224", "overrides": {"depth": 1, "embed_dim": 24}}
+    said |= {"convert": [{"upcycle": {"num_experts": 2, "layers": "all"}}], "image_size": 32}
+    data = ["--data.source=digits", "--data.image_size=32", "--data.channels=3", "--data.batch_size=8"]
+    more = ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2"]
+    assert run("vision", "fit", tmp_path, said, *data, *more, "--model.export", tmp_path / "out") == 0
+    model = zoo.from_pretrained(tmp_path / "out")
+    assert model.blocks[0].mlp.experts.num_experts == 2
+
+
+def test_a_conversion_that_looks_at_data_gets_the_losses_of_training_batches(make, monkeypatch):
+    seen = []
+
+    def probe(model, *, calibrate=None, scale=1.0):
+        assert not next(model.parameters()).is_meta
+        for loss in calibrate(model):
+            assert not model.training
+            (gradient,) = torch.autograd.grad(loss, [model.get_input_embeddings().weight])
+            seen.append((float(loss), float(gradient.norm())))
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(scale)
+        return model
+
+    monkeypatch.setattr(zoo, "probe", probe, raising=False)
+    monkeypatch.setattr(conversions, "CONVERSIONS", ("upcycle", "probe"))
+    task = make.task(convert=[{"probe": {"calibrate": 3}}, {"probe": {"scale": 0.0, "calibrate": 1}}])
+    data = make.data(batch_size=2)
+    make.trainer(max_steps=1).fit(task, data)
+    assert len(seen) == 4
+    assert all(norm > 0 for _, norm in seen)
+    # The second conversion sees the first batch again, through what the first one gave.
+    assert seen[3] == pytest.approx(seen[0])
+    assert len({loss for loss, _ in seen[:3]}) == 3
+
+
+def test_the_loss_of_a_language_batch_is_that_of_its_targets(make):
+    task, data = make.task(), make.data(batch_size=2)
+    task.model = task.build()
+    data.prepare_data()
+    batch = next(iter(data.train_dataloader()))
+    total = count = 0
+    for row in range(len(batch["labels"])):  # a row at a time, so that rows weigh by their targets
+        nats = task.nats({name: value[row : row + 1] for name, value in batch.items()})
+        total, count = total + nats.double().sum(), count + int((batch["labels"][row] >= 0).sum())
+    torch.testing.assert_close(task.batch_loss(batch).double(), total / count, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        ([{"upcicle": {}}], "unknown conversion 'upcicle'; did you mean upcycle"),
+        ([{"upcycle": {"num_expert": 2}}], "unknown argument of upcycle 'num_expert'; did you mean num_experts"),
+        ([{"upcycle": {}, "split": {}}], "one conversion and its arguments"),
+        ([{"upcycle": 3}], "upcycle: expected its arguments as a mapping, got 3"),
+        ({"upcycle": {}}, "expected a list"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_name(convert, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        LanguageTask(convert=convert)
+
+
+def test_models_that_cannot_be_converted_are_refused():
+    with pytest.raises(ValueError, match="made of experts already"):
+        RecommendationTask(convert=[{"upcycle": {}}])
+    with pytest.raises(ValueError, match="convert a module before"):
+        VisionTask(torch.nn.Linear(1, 1), convert=[{"upcycle": {}}])
