@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .dispatch import from_pretrained, save_pretrained
+    from .quantising import quantise
     from .upcycling import upcycle, upcycle_optimizer
 
-__all__ = ["from_pretrained", "save_pretrained", "upcycle", "upcycle_optimizer"]
+__all__ = ["from_pretrained", "quantise", "save_pretrained", "upcycle", "upcycle_optimizer"]
 
 _LAZY = {
     "from_pretrained": "dispatch",
+    "quantise": "quantising",
     "save_pretrained": "dispatch",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",

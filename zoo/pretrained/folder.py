@@ -18,7 +18,7 @@ from ..moe import MoE
 from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, hub, sharded
+from . import adopt, hub, quantising, sharded
 from .language import TABLES, Family, resolve_dtype, tensors_on_disk
 from .peek import peek
 from .quantised import dequantised, method_of, plain
@@ -49,6 +49,7 @@ def from_pretrained(
     capacity: Any = None,
     attn_implementation: str | None = None,
     mesh: Mesh | None = None,
+    quantise: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -70,6 +71,9 @@ def from_pretrained(
     With `mesh` the model is spread over processes (`zoo.parallel.parallelize`) before it is read: each reads the bytes
     of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.
 
+    With `quantise`, a format of `zoo.quantise`, experts are kept in numbers of few bits: a checkpoint in MXFP4 read as
+    "mxfp4" has the numbers of its files, one in FP8 read as "float8" but for the last bits of scales.
+
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys, a wrong shape, or a
     damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.
     """
@@ -85,7 +89,7 @@ def from_pretrained(
         dtype = config.dtype or stored_dtype(entries)
     given = adopt.gate_arguments(losses, capacity)
     make = None
-    check_router(router, mesh)
+    check_router(router, mesh, quantise)
     if router is not None:
         sizes = (config.hidden_size, getattr(config, family.num_experts))
         make = gate_factory(router, *sizes, k=config.num_experts_per_tok, **given)
@@ -95,13 +99,18 @@ def from_pretrained(
         router_args=given,
         backend=backend,
         dtype=resolve_dtype(dtype),
-        device=device if mesh is None else "meta",
+        device=device if mesh is None and quantise is None else "meta",
         attn_implementation=attn_implementation,
         initialize=False,
     )
     if mesh is not None:
         targets = _targets(model, family, entries, folder, own_gates=True)
         sharded.spread_and_fill(model, targets, entries, mesh, device)
+    elif quantise is not None:
+        if as_stored:
+            _widen_gates(model, family, entries)
+        targets = _targets(model, family, entries, folder, own_gates=True)
+        quantising.read(model, targets, entries, quantise, device)
     elif torch.device(next(model.parameters()).device).type != "meta":
         if as_stored:
             _widen_gates(model, family, entries)
@@ -150,10 +159,13 @@ def save_pretrained(
         write_weights(tensors_on_disk(model, family, state=state), parameters, staging, limit)
 
 
-def check_router(router: Any, mesh: Mesh | None) -> None:
-    """Raise ValueError for other gates than a checkpoint's in a model that is read in parts."""
-    if mesh is not None and router is not None:
-        raise ValueError("from_pretrained: with a mesh the gates are the checkpoint's own; leave out router")
+def check_router(router: Any, mesh: Mesh | None, quantise: str | None = None) -> None:
+    """Raise ValueError for other gates than a checkpoint's in a model that is read in parts, or into few bits."""
+    if mesh is not None and quantise is not None:
+        raise ValueError("from_pretrained: quantised experts are not spread over processes; give mesh or quantise")
+    if router is not None and (mesh is not None or quantise is not None):
+        option = "a mesh" if mesh is not None else "quantise"
+        raise ValueError(f"from_pretrained: with {option} the gates are the checkpoint's own; leave out router")
 
 
 def stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:

@@ -21,7 +21,7 @@ from ..moe import MoE
 from ..nearest import unknown
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, moe_llava, quantised, sharded
+from . import adopt, moe_llava, quantised, quantising, sharded
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
@@ -79,16 +79,18 @@ def from_pretrained(
     capacity: Any = None,
     attn_implementation: str | None = None,
     mesh: Mesh | None = None,
+    quantise: str | None = None,
     find: Callable[[str, str], Any] | None = None,
     put: Callable[..., Any] | None = None,
 ) -> Any:
     """A published vision-language checkpoint as transformers' model, the sparse blocks of its language model on `MoE`.
 
-    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` too; for other models than these, `find` gives
-    the class of a model type in place of `class_of`, and `put` changes it in place of `put_layers`. A dense model is
-    transformers' own as it is, for `zoo.upcycle`; so is one whose sparse blocks `zoo.pretrained.sparse_rows` has no row
-    for, with its experts behind transformers' own routers on our kernels where they can. FP8 and MXFP4 weights are
-    dequantised while they are read, by us: transformers reads its tensors from `zoo.pretrained.quantised`.
+    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` and `quantise` too; for other models than
+    these, `find` gives the class of a model type in place of `class_of`, and `put` changes it in place of `put_layers`.
+    A dense model is transformers' own as it is, for `zoo.upcycle`; so is one whose sparse blocks
+    `zoo.pretrained.sparse_rows` has no row for, with its experts behind transformers' own routers on our kernels where
+    they can. FP8 and MXFP4 weights are dequantised while they are read, by us: transformers reads its tensors from
+    `zoo.pretrained.quantised`.
 
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys or a wrong shape, and for
     gates or losses where no block of ours would have them, and with a mesh for a router, and for a family whose
@@ -99,11 +101,12 @@ def from_pretrained(
         raise ValueError(f"{folder / files.CONFIG}: no model_type; expected the configuration of a transformers model")
     found = (find or class_of)(model_type, f" in {folder / files.CONFIG}")
     entries = files.entries_of(folder, raw)  # names the file that is missing or damaged
-    files.check_router(router, mesh)
+    files.check_router(router, mesh, quantise)
     device = torch.device(device) if device is not None else torch.get_default_device()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = resolve_dtype(dtype) if dtype != "auto" else "auto"
-    if mesh is not None or device.type == "meta":
+    in_parts = mesh is not None or quantise is not None
+    if in_parts or device.type == "meta":
         config = quantised.plain(found.config_class.from_pretrained(folder))
         if dtype == "auto":
             dtype = config.dtype or files.stored_dtype(entries)
@@ -111,12 +114,15 @@ def from_pretrained(
             model = found._from_config(config, dtype=dtype, **options)
     else:
         model = _read(found, folder, dtype, options, entries if quantised.settings_of(raw) else None)
-    theirs = copy.deepcopy(model) if mesh is not None else None
+    theirs = copy.deepcopy(model) if in_parts else None
     model = (put or put_layers)(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
     model.name_or_path = str(folder)
-    if mesh is not None:
+    if in_parts:
         targets, parts = targets_of(model, theirs, entries, folder)
-        sharded.spread_and_fill(model, targets, parts, mesh, device)
+        if mesh is not None:
+            sharded.spread_and_fill(model, targets, parts, mesh, device)
+        elif quantise is not None:
+            quantising.read(model, targets, parts, quantise, device)
         files.read_generation(model, folder)
         return model
     return model if device.type == "meta" else model.to(device)

@@ -8,7 +8,6 @@ Which tensors are quantised the files say themselves: what `modules_to_not_conve
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..moe.codes import GROUP, e2m1_pairs, e4m3, e8m0, looked_up
 from .tensorfile import DTYPES, Entry
 
 METHODS = ("fp8", "mxfp4")
 BLOCK = (128, 128)  # where a configuration does not say
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class Fp8(Quantised):
             return sum(self.at(n).read_part(part, box[1:]) for n, part in zip(numbers, target))
         start, stop = self.first + box[0].start, self.first + box[0].stop
         codes, count = _bytes(self, self.shape, box)
-        values = _looked_up(_e4m3(), codes).to(torch.promote_types(target.dtype, torch.float32))
+        values = looked_up(e4m3(), codes).to(torch.promote_types(target.dtype, torch.float32))
         height, width = self.block
         blocks = range(start // height, -(-stop // height))
         scales, more = _scales(self.scale, [slice(blocks.start, blocks.stop), slice(0, self.scale.shape[1])])
@@ -91,7 +89,7 @@ class Mxfp4(Quantised):
         codes, count = _bytes(self, (self.shape[1], groups, GROUP // 2), [box[1], slice(0, groups), slice(0, 16)])
         scales, more = _scales(self.scale, [box[1], slice(0, groups)])
         scales = scales.to(torch.promote_types(target.dtype, torch.float32))
-        values = _looked_up(_e2m1_pairs(), codes) * scales[..., None]
+        values = looked_up(e2m1_pairs(), codes) * scales[..., None]
         target.copy_(values.flatten(1).T[box[0]])
         return count + more
 
@@ -226,32 +224,6 @@ def _scales(scale: Entry, box: Sequence[slice]) -> tuple[Tensor, int]:
     if scale.dtype in ("U8", "F8_E8M0"):
         codes = torch.empty(shape, dtype=torch.uint8, device="cpu")
         count = replace(scale, dtype="U8").read_part(codes, box)
-        return _looked_up(_e8m0(), codes), count
+        return looked_up(e8m0(), codes), count
     values = torch.empty(shape, dtype=torch.float32, device="cpu")
     return values, scale.read_part(values, box)
-
-
-def _looked_up(table: Tensor, codes: Tensor) -> Tensor:
-    """What each byte of [..., n] means, a row of float32 [256, m]: [..., n * m]; numpy is four times torch's speed."""
-    rows = table.numpy().view(f"u{table[0].nbytes}")[:, 0]
-    return torch.from_numpy(rows.take(codes.numpy(), mode="clip").view("float32"))
-
-
-@functools.cache
-def _e4m3() -> Tensor:
-    codes = torch.arange(256, dtype=torch.uint8, device="cpu")
-    return codes.view(torch.float8_e4m3fn).to(torch.float32)[:, None]
-
-
-@functools.cache
-def _e2m1_pairs() -> Tensor:
-    """The two numbers of each byte, [256, 2]."""
-    numbers = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float32, device="cpu")
-    return torch.stack([numbers.repeat(16), numbers.repeat_interleave(16)], dim=1)
-
-
-@functools.cache
-def _e8m0() -> Tensor:
-    """2^(byte - 127), at last NaN; the first is too small for exp2."""
-    powers = [2.0 ** (code - 127) for code in range(255)]
-    return torch.tensor([*powers, math.nan], dtype=torch.float32, device="cpu")[:, None]

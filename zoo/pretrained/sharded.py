@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,22 +85,34 @@ def fill(model: nn.Module, where: Mapping[str, View], entries: Mapping[str, Entr
             local = tensor.to_local()
         else:
             shape, offset, local = tuple(tensor.shape), (0,) * tensor.dim(), tensor
-        here: list[slice | int] = []
-        box = [slice(0, size) for size in view.shape]
-        for d, (origin, first, size) in enumerate(zip(view.origin, offset, shape)):
-            if d in view.dims:
-                n = view.dims.index(d)
-                low, high = max(origin, first), min(origin + view.shape[n], first + size)
-                box[n] = slice(low - origin, max(low, high) - origin)
-                here.append(slice(low - first, max(low, high) - first))
-            else:
-                # -1: this process has none of it
-                here.append(origin - first if first <= origin < first + size else -1)
-        if -1 in here or not math.prod(part.stop - part.start for part in box):
-            continue
-        found = sorted(d for d in view.dims if d is not None)
-        target = local[tuple(here)].permute([found.index(d) for d in view.dims if d is not None])
-        for n, dim in enumerate(view.dims):
-            target = target.unsqueeze(n) if dim is None else target
-        read += entries[key].read_part(target, box)
+        if part := part_of(view, shape, offset, local):
+            read += entries[key].read_part(*part)
     return read
+
+
+def part_of(
+    view: View, shape: Sequence[int], offset: Sequence[int], local: Tensor
+) -> tuple[Tensor, list[slice]] | None:
+    """Where a file's tensor goes in a part [shape] of a parameter, from `offset` on: the place, and what belongs there.
+
+    None where it has nothing in this part.
+    """
+    here: list[slice | int] = []
+    box = [slice(0, size) for size in view.shape]
+    for d, (origin, first, size) in enumerate(zip(view.origin, offset, shape)):
+        if d in view.dims:
+            n = view.dims.index(d)
+            low, high = max(origin, first), min(origin + view.shape[n], first + size)
+            box[n] = slice(low - origin, max(low, high) - origin)
+            here.append(slice(low - first, max(low, high) - first))
+        elif first <= origin < first + size:
+            here.append(origin - first)
+        else:
+            return None
+    if not math.prod(part.stop - part.start for part in box):
+        return None
+    found = sorted(d for d in view.dims if d is not None)
+    target = local[tuple(here)].permute([found.index(d) for d in view.dims if d is not None])
+    for n, dim in enumerate(view.dims):
+        target = target.unsqueeze(n) if dim is None else target
+    return target, box
