@@ -7,7 +7,7 @@ import torch
 
 from zoo.models import count_parameters
 from zoo.moe import Experts, MoE, QuantisedExperts, Routing, quantised
-from zoo.moe.codes import FORMATS
+from zoo.moe.kernels.codes import FORMATS
 from zoo.moe.kernels import moe_mlp
 from zoo.moe.routers import TopKRouter
 

@@ -18,7 +18,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 import zoo
 from zoo.models import count_parameters
 from zoo.moe import MoE, QuantisedExperts
-from zoo.moe.codes import FORMATS
+from zoo.moe.kernels.codes import FORMATS
 
 TOKENS = (2, 11)
 

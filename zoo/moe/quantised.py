@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .codes import FORMATS
 from .experts import Experts, Weights
 from .kernels import get_activation
+from .kernels.codes import FORMATS
 from .routing import Routing
 
 DECODED = 1 << 27  # numbers that are decoded at a time
+FEW = 8  # rows an expert has on average up to which the CPU multiplies what it decodes at once
+KINDS = ("codes", "scales")
 
 
 def _waits(x: Tensor) -> bool:
@@ -26,7 +28,7 @@ def _waits(x: Tensor) -> bool:
 
 
 class QuantisedExperts(nn.Module):
-    """E MLPs as `Experts`, frozen, their matrices kept in one of `zoo.moe.codes.FORMATS` (MoQE 2310.02410).
+    """E MLPs as `Experts`, frozen, their matrices kept in one of `zoo.moe.kernels.codes.FORMATS` (MoQE 2310.02410).
 
     A float8 matrix takes half the memory of a bfloat16 one, an int8 one too, an MXFP4 one 0.27 of it. Those that tokens
     meet are decoded when they are needed, some at a time, to the tokens' dtype: outputs, and gradients of tokens and
@@ -67,7 +69,7 @@ class QuantisedExperts(nn.Module):
         self.parts = {self._in: 2 if self.gated else 1, "down_proj": 1}  # matrices with scales of their own
         self._shapes = {self._in: (hidden_dim, dim), "down_proj": (dim, hidden_dim)}
         for name, (rows, columns) in self._shapes.items():
-            for kind, (size, dtype) in zip(("codes", "scales"), FORMATS[format].sizes(rows, columns)):
+            for kind, (size, dtype) in zip(KINDS, FORMATS[format].sizes(rows, columns)):
                 stacked = (num_experts, self.parts[name] * size[0], size[1])
                 self.register_buffer(f"{name}_{kind}", torch.zeros(stacked, dtype=dtype))
         wide = hidden_dim * self.parts[self._in]
@@ -102,7 +104,7 @@ class QuantisedExperts(nn.Module):
     def decoded(self, name: str, experts: Tensor | slice, dtype: torch.dtype) -> Tensor:
         """The matrices [G, R, C] of some experts."""
         parts = self.parts[name]
-        codes, scales = (getattr(self, f"{name}_{kind}")[experts] for kind in ("codes", "scales"))
+        codes, scales = (getattr(self, f"{name}_{kind}")[experts] for kind in KINDS)
         values = FORMATS[self.format].decode(
             codes.unflatten(1, (parts, -1)).flatten(0, 1), scales.unflatten(1, (parts, -1)).flatten(0, 1), dtype
         )
@@ -149,7 +151,10 @@ class QuantisedExperts(nn.Module):
         device = x.device.type
         autocast = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        count = routing.token_index.numel()
         kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
+        if not kept and _waits(x) and count and count <= FEW * self.num_experts and dtype != torch.float64:
+            return self._few(x, routing, dtype)
         total = None
         for experts, part in self._groups(x, routing):
             if kept:
@@ -168,6 +173,32 @@ class QuantisedExperts(nn.Module):
             b_in, b_out = (b if b is None else b[experts].to(dtype) for b in (self.b_in, self.b_out))
         routing = Routing(part.token_index, part.offsets, weight, part.num_tokens)
         return self.compute_with(Weights(w_in, w_out, b_in, b_out), x, routing)
+
+    def _few(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+        """The same on the CPU for a few tokens, without gradients: nothing decoded leaves the cache."""
+        act, form, bounds = get_activation(self.activation), FORMATS[self.format], routing.offsets.tolist()
+        rows = x.index_select(0, routing.token_index).to(dtype)
+        weight = routing.weight[:, None].to(dtype)
+        if self.weigh_input:
+            rows = rows * weight
+        out = torch.empty_like(rows)
+        for e in (e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]):
+            hidden, span = rows[bounds[e] : bounds[e + 1]], slice(bounds[e], bounds[e + 1])
+            for name, bias in zip(self._shapes, (self.b_in, self.b_out)):
+                codes, scales = (
+                    getattr(self, f"{name}_{kind}")[e].unflatten(0, (self.parts[name], -1)) for kind in KINDS
+                )
+                product = hidden.new_empty(len(hidden), len(codes), codes.shape[1])
+                for n in range(len(codes)):
+                    form.linear(hidden, codes[n], scales[n], product[:, n])
+                product = product.flatten(1)
+                if bias is not None:
+                    product += bias[e].to(dtype)
+                hidden = product if name == "down_proj" else act.forward(product)
+            out[span] = hidden
+        if not self.weigh_input:
+            out *= weight
+        return out.new_zeros(x.shape).index_add_(0, routing.token_index, out)
 
     def _groups(self, x: Tensor, routing: Routing) -> Iterator[tuple[Tensor, Routing]]:
         """Experts [G] that are decoded together, and the decision about them alone."""

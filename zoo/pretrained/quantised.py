@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moe.codes import GROUP, e2m1_pairs, e4m3, e8m0, looked_up
+from ..moe.kernels.codes import GROUP, e2m1_pairs, e4m3, e8m0, looked_up
 from .tensorfile import DTYPES, Entry
 
 METHODS = ("fp8", "mxfp4")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from zoo.moe.codes import FORMATS
+from zoo.moe.kernels.codes import FORMATS
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 SHAPES = {"float8": [(1, 1), (128, 128), (256, 130), (5, 300)], "mxfp4": [(1, 32), (7, 96)], "int8": [(1, 1), (9, 33)]}
