@@ -17,7 +17,7 @@ LOSSES = {name: {"weight": 1e-2, "correction": 1} for name in ("importance", "lo
 
 
 class LLaMAMoERouter(TopKRouter):
-    """LLaMA-MoE (pjlab-sys4nlp/llama-moe): Shazeer's noisy top-k, the softmax over the k chosen logits.
+    """LLaMA-MoE (2406.16554): Shazeer's noisy top-k, the softmax over the k chosen logits.
 
     Logits are W_2 tanh(W_1 x) with W_1 [E, D] (`weight`) and W_2 [E, E] (`out`), the "mlp" network of the published
     models, or x W^T with W starting at zero ("linear"); none has a bias. Noise of learned width, and the losses 1e-2
