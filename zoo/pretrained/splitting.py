@@ -150,7 +150,7 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
         found[mlp] = _moe(mlp, routers[mlp], neurons, shared, how["scale"], how["backend"])
         if x is not None and isinstance(router := routers[mlp], MoEficationRouter):
             fit_predictor(router, found[mlp].experts, x)
-    _warn_of_dropout(mlps)
+    _warn_of_dropout(mlps, "split", stacklevel=4)
     # Modules with a replacement are not copied: memory for the dense ones twice is not needed.
     sparse: Any = copy.deepcopy(model, {id(mlp.module): moe for mlp, moe in found.items() if not mlp.inline})
     for mlp, moe in found.items():
