@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import zoo
 from zoo.moe import Experts
 from zoo.moe.routers import MoEficationRouter
-from zoo.pretrained import fit_predictor
+from zoo.pretrained import fit_predictor, layerwise_distillation
 from zoo.pretrained.split_groups import spread_within
 from zoo.pretrained.split_predictor import activation_sums, captured, oracle
 
@@ -146,3 +146,23 @@ def test_few_tokens_are_enough_to_run_and_none_are_refused(count):
     assert 0 <= fit_predictor(router, experts, torch.randn(count, 6), epochs=2) <= 1
     with pytest.raises(ValueError, match="expected tokens to learn from"):
         fit_predictor(router, experts, torch.randn(0, 6))
+
+
+@pytest.mark.parametrize("classes", [5, 1])
+def test_layerwise_distillation_is_the_sum_of_moeberts_terms(classes):
+    ours, theirs = [[torch.randn(2, 3, 4, requires_grad=True) for _ in range(3)] for _ in range(2)]
+    logits, teacher = torch.randn(2, classes, requires_grad=True), torch.randn(2, classes, requires_grad=True)
+    found = layerwise_distillation(ours, theirs, logits, teacher)
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in zip((*ours, logits), (*theirs, teacher))]
+    expected = sum(float((a - b).square().sum()) / 24 for a, b in pairs[:3])
+    if classes == 1:
+        expected += float((pairs[3][0] - pairs[3][1]).square().sum()) / 2
+    else:
+        p, q = (values.softmax(-1) for values in pairs[3])
+        expected += float(((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2 / 2)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-5)
+    found.backward()
+    assert all(state.grad is not None for state in (*ours, logits))
+    assert all(state.grad is None for state in (*theirs, teacher))
+    with pytest.raises(ValueError, match="2 hidden states, but the teacher's are 3"):
+        layerwise_distillation(ours[:2], theirs, logits, teacher)

@@ -10,6 +10,7 @@ import transformers
 from split_cases import error, experts_of, language, losses_of, output, shaken, vit
 
 import zoo
+from zoo.models.image_text import configuration
 from zoo.pretrained import set_k
 
 LINEAR = {"name": "LLaMAMoERouter", "network": "linear", "noise": None}
@@ -95,3 +96,15 @@ def test_another_k_is_saved_too(tmp_path):
     assert [moe.router.k for moe in experts_of(again)] == [2, 2]
     assert torch.equal(output(again, x), output(sparse, x))
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["split"][0]["k"] == 2
+
+
+def test_a_split_llavas_narrow_experts_have_no_place_in_moe_llavas_layout(tmp_path):
+    config = configuration("moe_llava_tiny", text_config={"model_type": "llama"})
+    llava = transformers.LlavaForConditionalGeneration._from_config(config)
+    sparse = zoo.split(llava, num_experts=4, router={"name": "TopKRouter", "k": 1, "normalize": False})
+    assert all(
+        name.startswith("model.language_model.") for name, m in sparse.named_modules() if isinstance(m, zoo.moe.MoE)
+    )
+    width = config.text_config.intermediate_size
+    with pytest.raises(ValueError, match=f"experts as wide as the dense MLPs, {width}; found {width // 4}"):
+        zoo.save_pretrained(sparse, tmp_path / "saved")

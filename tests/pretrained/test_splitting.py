@@ -289,7 +289,7 @@ def test_dropout_is_treated_as_in_upcycling():
 
 def test_any_gate_may_be_named():
     ids = torch.randint(3, 64, (2, 9))
-    routers = ("TopKRouter", "MoEBERTRouter", {"name": "SMoEDropoutRouter", "steps": 10})
+    routers = ("TopKRouter", "MoEBERTRouter", "DenseRouter", {"name": "SMoEDropoutRouter", "steps": 10})
     for router in routers:
         sparse = zoo.split(language("llama"), num_experts=4, k=2, router=router).train()
         sparse(ids, labels=ids).loss.backward()

@@ -92,6 +92,7 @@ def split_again(model: nn.Module, **how: Any) -> nn.Module:
 def set_k(model: nn.Module, k: int) -> None:
     """Let each token of a split model meet k experts, in place: where they count with weight one biases stay whole.
 
+    With all E the sum of the experts is the MLP, biases too: what can be put together to a dense one again (EMoE).
     Raises ValueError for gates that are no token choice, more experts than there are, and experts that share units.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
