@@ -70,7 +70,8 @@ def split(
 
     Dropout is treated, and dtype, device, training mode and requires_grad are kept, as in `zoo.upcycle`.
     `zoo.save_pretrained` writes split timm models, and split Llama, Mistral and Qwen3 in the layouts of Mixtral and
-    Qwen3-MoE where these can express the gates: token choice with weights that sum to one, for Qwen3 others too.
+    Qwen3-MoE where these can express the gates: token choice with weights that sum to one (for Qwen3 others
+    too), such as `LLaMAMoERouter` with network="linear" and noise=None.
 
     Raises ValueError naming what does not fit: no MLP, a layer that is sparse already, an activation that the experts
     do not have, an MLP that computes something else, sizes that do not divide, data that is needed and not given.
@@ -239,7 +240,9 @@ def _moe(mlp: DenseMLP, router: Any, neurons: Tensor, shared: int, scale: float 
         if name == "b_out":
             value = (tensor * part).expand(num_experts, -1)
         elif name == "w_out":
-            value = (tensor.T[neurons] * factor.unsqueeze(-1).to(like.dtype)).transpose(1, 2)
+            value = tensor.T[neurons].transpose(1, 2)
+            if scale != 1 or shared:
+                value = value * factor  # in float32 at least
         else:
             sides = tensor.chunk(2) if experts.gated else (tensor,)
             value = torch.cat([side[neurons] for side in sides], dim=1)
