@@ -56,9 +56,9 @@ def test_a_timm_model_with_images_and_with_random_ones(tmp_path, monkeypatch, ca
         Image.new("RGB", (40, 36), (60 * i, 255 - 60 * i, 128)).save(tmp_path / f"{i}.png")
     assert timm.is_model("test_vit")
     for data in ([], ["--images", tmp_path]):
-        run(monkeypatch, "test_vit", "--scratch", "--methods", "random", "cluster", *data, *SHORT)
+        run(monkeypatch, "test_vit", "--scratch", "--methods", "cluster", "--layers", "last-1", *data, *SHORT)
         found = table(capsys.readouterr().out)
-        assert len(found) == 6
+        assert {method for method, _ in found} == {"cluster"}
         assert all(errors[-1] < 1e-3 < errors[0] for errors in found.values())
     with pytest.raises(SystemExit, match="expected at least 200 images for 2 batches, got 4"):
         run(monkeypatch, "test_vit", "--scratch", "--images", tmp_path, *SHORT[:-1], 100)

@@ -70,8 +70,8 @@ def split(
 
     Dropout is treated, and dtype, device, training mode and requires_grad are kept, as in `zoo.upcycle`.
     `zoo.save_pretrained` writes split timm models, and split Llama, Mistral and Qwen3 in the layouts of Mixtral and
-    Qwen3-MoE where these can express the gates: token choice with weights that sum to one (for Qwen3 others
-    too), such as `LLaMAMoERouter` with network="linear" and noise=None.
+    Qwen3-MoE where these can express the gates: token choice with weights that sum to one (for Qwen3 others too), such
+    as `LLaMAMoERouter` with network="linear" and noise=None.
 
     Raises ValueError naming what does not fit: no MLP, a layer that is sparse already, an activation that the experts
     do not have, an MLP that computes something else, sizes that do not divide, data that is needed and not given.
@@ -159,7 +159,7 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
         if mlp.inline:
             _put_inline(sparse.get_submodule(mlp.name), mlp, moe)
     told = {**how, "layers": indices, "k": k, "within": within}
-    sparse.split_how = [*getattr(model, "split_how", []), told]
+    sparse.split_how = [*getattr(sparse, "split_how", []), told]
     _finish_transformers(sparse)
     return sparse
 
