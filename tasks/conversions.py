@@ -16,7 +16,7 @@ import zoo
 from zoo.nearest import unknown
 
 # Functions of `zoo` from a model to a model.
-CONVERSIONS = ("quantise", "upcycle")
+CONVERSIONS = ("quantise", "split", "upcycle")
 CALIBRATE = "calibrate"
 BATCHES = 8
 

@@ -13,17 +13,27 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import from_pretrained, quantise, save_pretrained, upcycle
+    from .pretrained import from_pretrained, quantise, save_pretrained, split, upcycle
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "from_pretrained", "list_models", "moe", "quantise", "save_pretrained", "upcycle"]
+__all__ = [
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "moe",
+    "quantise",
+    "save_pretrained",
+    "split",
+    "upcycle",
+]
 
 _LAZY = {
     "create_model": "zoo.models",
-    "list_models": "zoo.models",
     "from_pretrained": "zoo.pretrained",
+    "list_models": "zoo.models",
     "quantise": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
+    "split": "zoo.pretrained",
     "upcycle": "zoo.pretrained",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,10 +22,13 @@ class Scheduled:
 
 @torch.no_grad()
 def advance(model: nn.Module) -> None:
-    """Tell every gate of `model` that changes with the steps that one optimizer step was taken.
+    """Tell every gate of `model` that changes with steps or follows its experts that one optimizer step was taken.
 
     Call it on all processes once an optimizer step, however many micro-batches that had. `tasks.training.Task` does.
     """
     for module in model.modules():
         if isinstance(module, Scheduled):
             module.advance()
+        router: Any = getattr(module, "router", None)
+        if hasattr(router, "follow"):
+            router.follow(module.experts)

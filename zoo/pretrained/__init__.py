@@ -8,14 +8,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .dispatch import from_pretrained, save_pretrained
     from .quantising import quantise
+    from .split_distillation import layerwise_distillation
+    from .split_predictor import fit_predictor
+    from .splitting import set_k, split
     from .upcycling import upcycle, upcycle_optimizer
 
-__all__ = ["from_pretrained", "quantise", "save_pretrained", "upcycle", "upcycle_optimizer"]
+__all__ = [
+    "fit_predictor",
+    "from_pretrained",
+    "layerwise_distillation",
+    "quantise",
+    "save_pretrained",
+    "set_k",
+    "split",
+    "upcycle",
+    "upcycle_optimizer",
+]
 
 _LAZY = {
+    "fit_predictor": "split_predictor",
     "from_pretrained": "dispatch",
+    "layerwise_distillation": "split_distillation",
     "quantise": "quantising",
     "save_pretrained": "dispatch",
+    "set_k": "splitting",
+    "split": "splitting",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",
 }

@@ -159,6 +159,8 @@ def _decision(router: TopKRouter) -> dict[str, Any]:
         "scale": router.scale,
         "selection_bias": router.selection_bias is not None,
         "groups": groups,
+        "unit_weights": router.unit_weights,
+        "level": getattr(router, "level", "token"),  # one decision a token, or a sentence
     }
 
 

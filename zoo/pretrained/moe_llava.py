@@ -227,6 +227,11 @@ def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrit
     kind = PUBLISHED[text.model_type]
     layers = [i for i, layer in enumerate(decoder_of(model).layers) if isinstance(layer.mlp, MoE)]
     moes = [decoder_of(model).layers[i].mlp for i in layers]
+    if other := {moe.experts.hidden_dim for moe in moes} - {text.intermediate_size}:
+        raise ValueError(
+            f"save_pretrained: MoE-LLaVA's layout means experts as wide as the dense MLPs, {text.intermediate_size}; "
+            f"found {', '.join(map(str, sorted(other)))}"
+        )
     raw = {name: value for name, value in text.to_dict().items() if name not in ("model_type", "architectures")}
     raw |= {
         "architectures": [f"EvalMoELLaVA{KINDS[kind][1]}ForCausalLM"],

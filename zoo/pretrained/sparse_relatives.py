@@ -1,7 +1,7 @@
-"""Upcycled dense language models in the published layout of their sparse relatives.
+"""Dense language models with experts in the published layout of their sparse relatives.
 
 Mixtral is Mistral with experts, and Llama too where Llama has no biases; Qwen3-MoE is Qwen3 with experts, in any of its
-layers. So what `zoo.upcycle` makes of these is written as those, and loads anywhere.
+layers. So what `zoo.upcycle` and `zoo.split` make of these is written as those, and loads anywhere.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def published_config(model: Any) -> Any:
     if not layers or model_type not in TABLES.keys() | RELATIVES.keys():
         raise TypeError(
             f"save_pretrained: {type(model).__name__} has no published layout; expected a model of "
-            f"{', '.join(TABLES)} from zoo.create_model or zoo.from_pretrained, an upcycled one of "
+            f"{', '.join(TABLES)} from zoo.create_model or zoo.from_pretrained, one with experts of "
             f"{', '.join(RELATIVES)}, or a vision model"
         )
     if model_type in RELATIVES:
@@ -53,7 +53,7 @@ def published_config(model: Any) -> Any:
 def _relative(model: Any, config: Any, layers: dict[str, MoE]) -> Any:
     family_name = RELATIVES[config.model_type]
     family = TABLES[family_name]
-    label = f"save_pretrained: an upcycled {config.model_type} in the {family.prefix} layout"
+    label = f"save_pretrained: a {config.model_type} with experts in the {family.prefix} layout"
     blocks = model.model.layers
     dense = [i for i in range(len(blocks)) if f"model.layers.{i}.mlp" not in layers]
     kinds = {(m.experts.num_experts, m.experts.hidden_dim, getattr(m.router, "k", 1)) for m in layers.values()}

@@ -229,11 +229,12 @@ def _put_inline(layer: nn.Module, mlp: DenseMLP, moe: MoE) -> None:
     setattr(layer, activation_attribute(layer), nn.Identity())
 
 
-def _warn_of_dropout(mlps: list[DenseMLP]) -> None:
+def _warn_of_dropout(mlps: list[DenseMLP], conversion: str = "upcycle", stacklevel: int = 3) -> None:
     rates = {rate for mlp in mlps if not mlp.dropout for rate in mlp.dropout_rates if rate}
     if rates:
         shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
-        warnings.warn(f"upcycle: dropout of only some units inside the MLPs ({shown}) is left out", stacklevel=3)
+        told = f"{conversion}: dropout of only some units inside the MLPs ({shown}) is left out"
+        warnings.warn(told, stacklevel=stacklevel)
 
 
 def _finish_transformers(model: Any) -> None:

@@ -17,6 +17,7 @@ from timm.models._input import get_model_args
 
 from ..moe import MoE
 from .language import resolve_dtype
+from .splitting import split_again
 from .staging import staged
 from .storable import storable
 from .tensorfile import DTYPES, read_header, write_file
@@ -29,7 +30,7 @@ from .vmoe_arguments import choose_router, described, infer
 from .vmoe_names import as_theirs, our_name
 
 CURRENT = ("img_size", "in_chans", "num_classes", "global_pool")
-CONFIG, WEIGHTS, UPCYCLED, CHANGED = "config.json", "model.safetensors", "upcycled", "changed"
+CONFIG, WEIGHTS, UPCYCLED, SPLIT, CHANGED = "config.json", "model.safetensors", "upcycled", "split", "changed"
 VMOE_SIZES = {512: "small", 768: "base", 1024: "large", 1280: "huge"}
 SOFT_SIZES = {**VMOE_SIZES, 384: "small"}
 
@@ -121,9 +122,13 @@ def from_timm(
     size = cfg.get("input_size", (3, 0, 0))
     if "img_size" in arguments and "img_size" not in stored and _takes_any_size(config["architecture"]):
         cfg["input_size"] = (int(stored.get("in_chans", 3)), *to_2tuple(merged.pop("img_size")))
-    model = _build(config["architecture"], merged, cfg, dtype, device, draw=bool(config.get(UPCYCLED)))
+    model = _build(
+        config["architecture"], merged, cfg, dtype, device, draw=bool(config.get(UPCYCLED) or config.get(SPLIT))
+    )
     for how in config.get(UPCYCLED, []):
         model = upcycle(model, **how)
+    for how in config.get(SPLIT, []):
+        model = split_again(model, **how)
     model = put_layers(model, **config.get(CHANGED, {}))
     if not next(model.parameters()).is_meta:
         patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", None))
@@ -139,19 +144,20 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
     """Write a vision model in timm's layout: config.json with architecture and arguments, and model.safetensors.
 
     `zoo.from_pretrained(folder)` reads it, and `timm.create_model("local-dir:" + folder, pretrained=True)`, or
-    "hf-hub:" once it is there; one that was upcycled, or has layers put in, is read by zoo alone. The same model gives
-    the same bytes. Raises ValueError for an argument that JSON cannot hold, such as a router given as a function, and
-    for a model that was changed since it was made; FileExistsError as `staged`.
+    "hf-hub:" once it is there; one that was upcycled or split, or has layers put in, is read by zoo alone. The same
+    model gives the same bytes. Raises ValueError for an argument that JSON cannot hold, such as a router given as a
+    function, and for a model that was changed since it was made; FileExistsError as `staged`.
     """
     # timm looks at the model itself for what may have changed since it was made.
     fixed = {name: value for name, value in model._model_args.items() if name not in CURRENT}
     arguments = {name: storable(value, name) for name, value in fixed.items()}
     upcycled = storable(getattr(model, "upcycled", []), "upcycled")
+    split = storable(getattr(model, "split_how", []), "split")
     changed = storable(getattr(model, "changed", {}), "changed")
-    if not upcycled:
+    if not upcycled and not split:
         _check_rebuilds(model, arguments, changed)
     with staged(folder, overwrite) as staging:
-        extra = {name: value for name, value in ((UPCYCLED, upcycled), (CHANGED, changed)) if value}
+        extra = {name: value for name, value in ((UPCYCLED, upcycled), (SPLIT, split), (CHANGED, changed)) if value}
         save_config_for_hf(model, str(staging / CONFIG), model_config=extra, model_args=arguments)
         config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

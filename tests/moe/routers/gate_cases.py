@@ -20,13 +20,17 @@ from zoo.moe.routers import (
     DomainRouter,
     DSelectKRouter,
     DynamicRouter,
+    EMoERouter,
     ExpertChoiceRouter,
     GShardRouter,
     HashRouter,
     HierarchicalRouter,
+    LLaMAMoERouter,
     LoryRouter,
     MEORouter,
     ModuleFormerRouter,
+    MoEBERTRouter,
+    MoEficationRouter,
     MoEPlusPlusRouter,
     MoTRouter,
     NullExpertRouter,
@@ -143,6 +147,7 @@ GATES: dict[str, Gate] = {
     "domain (DEMix)": Gate(lambda d, e: DomainRouter(d, e), context=lambda x, cluster: {"domain": cluster}),
     # A heavier loss than the paper's 1e-3: it is what makes half of the experts enough after 150 steps.
     "DS-MoE": Gate(lambda d, e: DenseRouter(d, e, eval_k=4, losses={"mutual_information": 0.1}), active=8),
+    "EMoE": Gate(lambda d, e: EMoERouter(d, e, 2), active=2),
     "expert choice, capped": Gate(
         lambda d, e: ExpertChoiceRouter(d, e, capacity=Capacity(2.0), max_experts=3), active=2
     ),
@@ -162,9 +167,16 @@ GATES: dict[str, Gate] = {
         context=lambda x, cluster: {"token_ids": cluster},
         active=2,
     ),
+    "LLaMA-MoE": Gate(lambda d, e: LLaMAMoERouter(d, e, 2), active=2),
+    "LLaMA-MoE, linear": Gate(lambda d, e: LLaMAMoERouter(d, e, 2, network="linear"), active=2),
     # The first segment's weights have no gradient, though they have an effect.
     "Lory": Gate(lambda d, e: LoryRouter(d, e, segment=4), whole_sequences=True, smooth=False),
     "MEO": Gate(lambda d, e: MEORouter(d, e), whole_sequences=True),
+    "MoEBERT": Gate(lambda d, e: MoEBERTRouter(d, e, losses=BALANCE)),
+    "MoEBERT, by sentence": Gate(
+        lambda d, e: MoEBERTRouter(d, e, level="sentence", losses=BALANCE), whole_sequences=True
+    ),
+    "MoEfication": Gate(lambda d, e: MoEficationRouter(d, e, 2), active=2),
     # Eight experts compute one token for every two; tokens of one position are of one cluster here.
     "MoT": Gate(lambda d, e: MoTRouter(d, e, group_size=2), active=4),
     "MoT within a sequence": Gate(lambda d, e: MoTRouter(d, e, group_size=4, across="sequence"), whole_sequences=True),

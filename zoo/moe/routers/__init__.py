@@ -9,16 +9,20 @@ from .dense import DenseRouter
 from .dense_to_sparse import DenseToSparseRouter, SMoEDropoutRouter
 from .dselect_k import DSelectKRouter
 from .dynamic import DynamicRouter
+from .emoe import EMoERouter
 from .expert_choice import ExpertChoiceRouter
 from .gshard import GShardRouter
 from .hash import HashRouter
 from .hierarchical import HierarchicalRouter
 from .label import DomainRouter, LabelRouter, PanGuRouter, TaskRouter
+from .llama_moe import LLaMAMoERouter
 from .meo import MEORouter
 from .merging import LoryRouter, SMEARRouter
 from .mixture_of_tokens import MoTRouter
 from .moduleformer import ModuleFormerRouter
 from .moe_plus_plus import MoEPlusPlusRouter
+from .moebert import MoEBERTRouter
+from .moefication import MoEficationRouter
 from .null_expert import NullExpertRouter
 from .output_masking import OutputMaskingRouter
 from .patch import PatchRouter
@@ -47,14 +51,18 @@ __all__ = [
     "DenseToSparseRouter",
     "DomainRouter",
     "DynamicRouter",
+    "EMoERouter",
     "ExpertChoiceRouter",
     "GShardRouter",
     "HashRouter",
     "HierarchicalRouter",
+    "LLaMAMoERouter",
     "LabelRouter",
     "LoryRouter",
     "MEORouter",
+    "MoEBERTRouter",
     "MoEPlusPlusRouter",
+    "MoEficationRouter",
     "MoTRouter",
     "ModuleFormerRouter",
     "NullExpertRouter",

@@ -33,10 +33,12 @@ class Router(nn.Module, ABC):
     do not count in any loss), token_ids, causal (True where a token must not depend on later ones), and what single
     routers name, such as domain or task. A router ignores what it does not use.
 
-    merges says that a decision averages experts into one (`Blend`), so that processes cannot share them out.
+    merges says that a decision averages experts into one (`Blend`), so that processes cannot share them out;
+    unit_weights that every expert a token meets counts with weight one.
     """
 
     merges = False
+    unit_weights = False
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()

@@ -36,6 +36,8 @@ class HashRouter(Router):
 
     table: Tensor | None
 
+    unit_weights = True
+
     def __init__(
         self,
         dim: int,

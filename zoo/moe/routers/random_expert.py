@@ -28,6 +28,7 @@ class RandomRouter(Router):
     """
 
     k = 1
+    unit_weights = True
 
     def __init__(
         self, dim: int, num_experts: int, *, train_level: Level = "batch", inference_level: Level = "token"
