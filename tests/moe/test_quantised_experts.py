@@ -7,8 +7,8 @@ import torch
 
 from zoo.models import count_parameters
 from zoo.moe import Experts, MoE, QuantisedExperts, Routing, quantised
-from zoo.moe.kernels.codes import FORMATS
 from zoo.moe.kernels import moe_mlp
+from zoo.moe.kernels.codes import FORMATS
 from zoo.moe.routers import TopKRouter
 
 E, D, F = 5, 64, 96

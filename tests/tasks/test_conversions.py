@@ -48,6 +48,21 @@ def test_a_dense_language_model_is_upcycled_trained_and_exported(dense, text, tm
     assert "val/bits_per_byte" in capsys.readouterr().out
 
 
+def test_mlps_are_cut_by_what_training_batches_show(dense, text, tmp_path):
+    folder, model = dense
+    convert = [{"split": {"num_experts": 4, "k": 4, "method": "coactivation", "router": "TopKRouter", "calibrate": 2}}]
+    data = [f"--data.source={text}", "--data.sequence_length=32", "--data.batch_size=4"]
+    data.append("--trainer.limit_val_batches=1")
+    said = {"pretrained": str(folder), "convert": convert, "lr": 0.0, "weight_decay": 0.0}
+    assert run("language", "fit", tmp_path, said, *data, "--model.export", tmp_path / "out") == 0
+    experts = zoo.from_pretrained(tmp_path / "out").model.layers[0].mlp.experts
+    rows = model.model.layers[0].mlp.gate_proj.weight.detach()
+    cut = experts.w_in[:, : rows.shape[0] // 4].flatten(0, 1)
+    # Every hidden unit is in one expert, and not where it was.
+    assert torch.equal(cut[cut[:, 0].argsort()], rows[rows[:, 0].argsort()])
+    assert not torch.equal(cut, rows)
+
+
 def test_a_vision_model_is_converted(tmp_path):
     said = {"network": "vision/vit_tiny_patch16_224", "overrides": {"depth": 1, "embed_dim": 24}}
     said |= {"convert": [{"upcycle": {"num_experts": 2, "layers": "all"}}], "image_size": 32}
