@@ -191,8 +191,6 @@ class RecommendationTask(Task):
         fitting = trainer is not None and trainer.state.fn == TrainerFn.FITTING
         if fitting and self._tables is None and recommendation_tables.wanted(self.hparams, self.model.schema):
             self._tables, self.left_alone = recommendation_tables.fuse(self.model, self.hparams, trainer)
-            # DistributedDataParallel asks the module that it wraps what to leave alone.
-            self._ddp_params_and_buffers_to_ignore = [f"model.{name}" for name in self.left_alone]
 
     def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW, and where tables have an optimizer of their own that beside it."""

@@ -19,7 +19,7 @@ from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
 from tasks.optim import learning_rate, parameter_groups
-from zoo.moe import Step
+from zoo.moe import QuantisedExperts, Step
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
 
 # Among values of any type the command line takes a {"class_path": ...} for a class that it is to fill with defaults;
@@ -112,6 +112,13 @@ class Task(LightningModule):
     def count(self, batch: Any) -> int:
         """How many of `unit` a batch holds."""
         raise NotImplementedError
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Names of what DistributedDataParallel, which asks for it, is neither to average nor to send with each step."""
+        frozen = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantisedExperts)]
+        alone = [f"{name}.{buffer}" for name, module in frozen for buffer, _ in module.named_buffers()]
+        return [*(f"model.{name}" for name in self.left_alone), *alone]
 
     def setup(self, stage: str) -> None:
         """Raise ValueError before training, not after it, where the folder to export to is taken or read-only."""

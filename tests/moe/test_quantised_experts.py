@@ -83,6 +83,16 @@ def test_bfloat16_tokens_and_autocast():
         assert (y.double() - reference).abs().max() < 0.02 * reference.abs().max()
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_cast_of_the_model_leaves_the_numbers_as_they_are(format):
+    _, few = made(format, "relu", True)
+    layer = MoE(TopKRouter(D, E, k=2), few)
+    before = [value.clone() for value in few.held]
+    layer.bfloat16()
+    assert all(torch.equal(now, then) for now, then in zip(few.held[:2], before))
+    assert layer(torch.randn(3, D).bfloat16()).dtype == torch.bfloat16
+
+
 def test_weigh_input_and_what_is_kept_for_the_backward():
     experts, few = made("int8", weigh_input=True)
     with torch.no_grad():

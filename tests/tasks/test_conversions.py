@@ -63,6 +63,15 @@ def test_mlps_are_cut_by_what_training_batches_show(dense, text, tmp_path):
     assert not torch.equal(cut, rows)
 
 
+def test_frozen_experts_are_not_sent_with_every_step(make):
+    task = make.task(convert=[{"quantise": {"format": "int8"}}])
+    task.model = task.converted(task.build())
+    names = set(task._ddp_params_and_buffers_to_ignore)  # which torch's DistributedDataParallel asks for
+    buffers = {name for name, _ in task.named_buffers() if "_codes" in name or "_scales" in name}
+    assert buffers
+    assert names == buffers
+
+
 def test_a_vision_model_is_converted(tmp_path):
     said = {"network": "vision/vit_tiny_patch16_224", "overrides": {"depth": 1, "embed_dim": 24}}
     said |= {"convert": [{"upcycle": {"num_experts": 2, "layers": "all"}}], "image_size": 32}

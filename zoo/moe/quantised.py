@@ -76,6 +76,15 @@ class QuantisedExperts(nn.Module):
         self.register_buffer(f"{self._in}_bias", torch.zeros(num_experts, wide) if bias else None)
         self.register_buffer("down_proj_bias", torch.zeros(num_experts, dim) if bias else None)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As any module's, but scales keep their dtype when a model is cast."""
+        scales = {name: getattr(self, name) for name in (f"{part}_scales" for part in self.parts)}
+        super()._apply(fn, recurse)
+        for name, before in scales.items():
+            if (now := getattr(self, name)).dtype != before.dtype:
+                setattr(self, name, before.to(now.device))
+        return self
+
     @classmethod
     @torch.no_grad()
     def of(cls, experts: Experts, format: str = "float8") -> QuantisedExperts:
