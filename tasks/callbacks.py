@@ -103,7 +103,7 @@ class SaveLast(Callback):
 
     def __init__(self, every_n_steps: int = 1000) -> None:
         self.every_n_steps = every_n_steps
-        self._saved_step, self._interrupted, self._name = 0, False, ""
+        self._saved_step, self.interrupted, self._name = 0, False, ""
         self._handler: Any = None
 
     def path(self, trainer: Trainer) -> Path:
@@ -123,7 +123,7 @@ class SaveLast(Callback):
         """Save or stop, when this batch ended a step."""
         if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        trainer.should_stop = trainer.should_stop or self._interrupted
+        trainer.should_stop = trainer.should_stop or self.interrupted
         if trainer.global_step - self._saved_step >= self.every_n_steps:
             self._save(trainer)
 
@@ -131,7 +131,7 @@ class SaveLast(Callback):
         """Save what came after the last time."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
-        if self._interrupted:
+        if self.interrupted:
             print(f"stopped after step {trainer.global_step}; go on with --ckpt_path {self.path(trainer)}")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -147,9 +147,9 @@ class SaveLast(Callback):
         return next(p.name for p in paths if not p.exists() or p.resolve() == Path(trainer.ckpt_path or "").resolve())
 
     def _interrupt(self, number: int, frame: Any) -> None:
-        if self._interrupted:
+        if self.interrupted:
             raise KeyboardInterrupt
-        self._interrupted = True
+        self.interrupted = True
 
     def _save(self, trainer: Trainer) -> None:
         path = self.path(trainer)

@@ -34,16 +34,17 @@ TRAINER_DEFAULTS = {
 
 
 def run(domain: str, task: type[LightningModule], data: type[LightningDataModule], args: Sequence[str]) -> int:
-    """Parse, build, and run; returns the exit status. Mistakes in the arguments show before any work is done."""
+    """Parse, build, and run; returns the exit status, 130 after Ctrl-C, and 2, before any work, for wrong arguments."""
     quiet()
     if "expert_parallel" not in StrategyRegistry:
         StrategyRegistry.register("expert_parallel", ExpertParallelStrategy, "experts, FSDP2 and tensors in parallel")
     try:
-        TaskCLI(domain, args[0], task, data, list(args))
+        cli = TaskCLI(domain, args[0], task, data, list(args))
     except ArgumentMistake as mistake:
         print(f"error: {mistake}", file=sys.stderr)
         return 2
-    return 0
+    # As of a program that Ctrl-C ended, so that what a shell would run after it does not begin.
+    return 130 if any(isinstance(c, SaveLast) and c.interrupted for c in cli.trainer.callbacks) else 0
 
 
 def loggers(folder: str | Path, name: str) -> list[Logger]:

@@ -115,7 +115,7 @@ class Task(LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Names of what DistributedDataParallel, which asks for it, is neither to average nor to send with each step."""
+        """Names of what DistributedDataParallel, which asks for them, is neither to average nor to send each step."""
         frozen = [(name, module) for name, module in self.named_modules() if isinstance(module, QuantisedExperts)]
         alone = [f"{name}.{buffer}" for name, module in frozen for buffer, _ in module.named_buffers()]
         return [*(f"model.{name}" for name in self.left_alone), *alone]

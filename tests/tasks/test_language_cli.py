@@ -1,6 +1,7 @@
 """`zoo language ...` from start to end, in one process, on tiny models."""
 
 import csv
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -95,6 +96,19 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
     assert cli("fit", config, *options, "--ckpt_path", checkpoint, "--trainer.max_steps=5") == 0
     assert torch.load(tmp_path / "language" / "version_1" / "checkpoints" / "last.ckpt")["global_step"] == 5
     assert torch.load(checkpoint)["global_step"] == 3
+
+
+def test_a_run_that_ctrl_c_ended_says_so_by_its_status(text, tmp_path, monkeypatch, capsys):
+    begin = LanguageTask.training_step
+
+    def press(self, batch, batch_idx):
+        if batch_idx == 1:
+            signal.raise_signal(signal.SIGINT)
+        return begin(self, batch, batch_idx)
+
+    monkeypatch.setattr(LanguageTask, "training_step", press)
+    assert cli("fit", CONFIGS / "mixtral_tiny.yaml", *small(text, tmp_path)) == 130
+    assert "stopped after step 2" in capsys.readouterr().out
 
 
 def test_a_gate_of_ones_own_is_named_by_class_path(text, tmp_path, monkeypatch):
