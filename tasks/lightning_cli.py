@@ -44,7 +44,8 @@ def run(domain: str, task: type[LightningModule], data: type[LightningDataModule
         print(f"error: {mistake}", file=sys.stderr)
         return 2
     # As of a program that Ctrl-C ended, so that what a shell would run after it does not begin.
-    return 130 if any(isinstance(c, SaveLast) and c.interrupted for c in cli.trainer.callbacks) else 0
+    trainer: Any = cli.trainer
+    return 130 if any(isinstance(c, SaveLast) and c.interrupted for c in trainer.callbacks) else 0
 
 
 def loggers(folder: str | Path, name: str) -> list[Logger]:
