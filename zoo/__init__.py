@@ -13,16 +13,25 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import from_pretrained, save_pretrained, upcycle
+    from .pretrained import from_pretrained, save_pretrained, to_dense, upcycle
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "from_pretrained", "list_models", "moe", "save_pretrained", "upcycle"]
+__all__ = [
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "moe",
+    "save_pretrained",
+    "to_dense",
+    "upcycle",
+]
 
 _LAZY = {
     "create_model": "zoo.models",
     "list_models": "zoo.models",
     "from_pretrained": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
+    "to_dense": "zoo.pretrained",
     "upcycle": "zoo.pretrained",
 }
 

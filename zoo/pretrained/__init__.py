@@ -6,14 +6,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .densify import to_dense
     from .dispatch import from_pretrained, save_pretrained
     from .upcycling import upcycle, upcycle_optimizer
 
-__all__ = ["from_pretrained", "save_pretrained", "upcycle", "upcycle_optimizer"]
+__all__ = ["from_pretrained", "save_pretrained", "to_dense", "upcycle", "upcycle_optimizer"]
 
 _LAZY = {
     "from_pretrained": "dispatch",
     "save_pretrained": "dispatch",
+    "to_dense": "densify",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",
 }

@@ -226,6 +226,8 @@ def save(
         return moe_llava.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     limit = files._bytes(max_shard_size)
     check_gates(model)
+    if getattr(model, "reshaped", False):
+        _check_reshaped(model)
     whole = None
     if is_spread(model):
         whole = whole_state(model)
@@ -241,6 +243,21 @@ def save(
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
     return None
+
+
+def _check_reshaped(model: Any) -> None:
+    """Raise ValueError where a model that was pruned, or made dense in part, is not what its configuration describes."""
+    with torch.device("meta"):
+        twin = type(model)._from_config(copy.deepcopy(model.config))
+    if row_of(model) is not None:
+        adopt_blocks(twin)
+    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, twin))
+    if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        shown = f"{other[0]} {ours.get(other[0], 'missing here')}/{theirs.get(other[0], 'missing there')}"
+        raise ValueError(
+            f"save_pretrained: {model.config.model_type} has no way to say which of its layers to_dense or prune "
+            f"changed ({len(other)} tensors differ: {shown}); keep its state_dict"
+        )
 
 
 def is_wrapper(model: nn.Module) -> bool:
