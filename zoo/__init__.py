@@ -13,7 +13,7 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import from_pretrained, save_pretrained, to_dense, upcycle
+    from .pretrained import from_pretrained, prune, save_pretrained, to_dense, upcycle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "moe",
+    "prune",
     "save_pretrained",
     "to_dense",
     "upcycle",
@@ -30,6 +31,7 @@ _LAZY = {
     "create_model": "zoo.models",
     "list_models": "zoo.models",
     "from_pretrained": "zoo.pretrained",
+    "prune": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
     "to_dense": "zoo.pretrained",
     "upcycle": "zoo.pretrained",

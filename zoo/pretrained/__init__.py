@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .densify import to_dense
     from .dispatch import from_pretrained, save_pretrained
+    from .pruning import prune
     from .upcycling import upcycle, upcycle_optimizer
 
-__all__ = ["from_pretrained", "save_pretrained", "to_dense", "upcycle", "upcycle_optimizer"]
+__all__ = ["from_pretrained", "prune", "save_pretrained", "to_dense", "upcycle", "upcycle_optimizer"]
 
 _LAZY = {
     "from_pretrained": "dispatch",
+    "prune": "pruning",
     "save_pretrained": "dispatch",
     "to_dense": "densify",
     "upcycle": "upcycling",

@@ -52,10 +52,10 @@ def published_config(model: Any) -> Any:
         )
     if model_type in RELATIVES:
         config = _relative(model, config, layers)
-    for name, layer in layers.items():
-        check_router(f"{name}.router", layer.router, adopt.family_of(config.model_type), config)
     if reshaped:  # layers may differ from each other
         check_tensors(model, config, label)
+    for name, layer in layers.items():
+        check_router(f"{name}.router", layer.router, adopt.family_of(config.model_type), config)
     return config
 
 
