@@ -82,7 +82,7 @@ def prune(
         similar = lambda: {n.rpartition(".")[2]: v for n, v in block_similarity(model, calibrate).items()}  # noqa: E731
         fewer = _least(model, blocks, drop_blocks, "drop_blocks", similar)
     pruned = _with_experts(model, kept)
-    say_numbers(pruned, model)
+    say_numbers(pruned)
     for i in gone:
         drop_moe(pruned, names[i])
     if fewer:

@@ -79,7 +79,7 @@ def measure(what: str, model: nn.Module, calibrate: Calibrate | None, names: Col
                 going = next(batches, None) is not None
             for name, calls in step.routings.items():
                 for decision in calls if name in names else ():
-                    usage = _usage(decision)
+                    usage = usage_of(decision)
                     if name in found:
                         found[name] += usage
                     else:
@@ -89,7 +89,8 @@ def measure(what: str, model: nn.Module, calibrate: Calibrate | None, names: Col
     return found
 
 
-def _usage(decision: Decision) -> Usage:
+def usage_of(decision: Decision) -> Usage:
+    """Of one decision."""
     if not isinstance(decision, Routing):
         matrix = decision.dense().detach().double()
         return Usage((matrix != 0).sum(0).double(), matrix.sum(0), None, len(matrix))
