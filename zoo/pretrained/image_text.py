@@ -225,8 +225,7 @@ def save(
     if row_of(model) is None and any(isinstance(module, MoE) for module in model.modules()):
         return moe_llava.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     limit = files._bytes(max_shard_size)
-    if getattr(model, "reshaped", False):
-        _check_reshaped(model)
+    check_reshaped(model)
     check_gates(model)
     whole = None
     if is_spread(model):
@@ -245,8 +244,10 @@ def save(
     return None
 
 
-def _check_reshaped(model: Any) -> None:
+def check_reshaped(model: Any) -> None:
     """Raise ValueError where a model that was pruned, or made dense in part, is not as its configuration says."""
+    if not getattr(model, "reshaped", False):
+        return
     with torch.device("meta"):
         twin = type(model)._from_config(copy.deepcopy(model.config))
     if row_of(model) is not None:

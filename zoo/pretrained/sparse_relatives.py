@@ -37,12 +37,10 @@ def published_config(model: Any) -> Any:
             raise TypeError(f"save_pretrained: no published layout has a place for {name}, {what}; keep its state_dict")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     model_type = getattr(config, "model_type", None)
-    reshaped, label = (
-        getattr(model, "reshaped", False),
-        f"save_pretrained: the {model_type} that to_dense or prune made",
-    )
-    if not layers and model_type in TABLES and (reshaped or getattr(config, "first_k_dense_replace", None)):
-        check_tensors(model, config, label if reshaped else f"save_pretrained: a dense {model_type}")
+    reshaped = getattr(model, "reshaped", False)
+    label = f"save_pretrained: the {model_type} that to_dense or prune made"
+    if not layers and model_type in TABLES and (reshaped or _says_dense(config)):
+        check_tensors(model, config, label)
         return config  # every layer is dense, and the configuration says so
     if not layers or model_type not in TABLES.keys() | RELATIVES.keys():
         raise TypeError(
@@ -57,6 +55,11 @@ def published_config(model: Any) -> Any:
     for name, layer in layers.items():
         check_router(f"{name}.router", layer.router, adopt.family_of(config.model_type), config)
     return config
+
+
+def _says_dense(config: Any) -> bool:
+    """Whether a sparse family's configuration makes every layer dense."""
+    return (getattr(config, "first_k_dense_replace", None) or 0) >= config.num_hidden_layers
 
 
 def _relative(model: Any, config: Any, layers: dict[str, MoE]) -> Any:
