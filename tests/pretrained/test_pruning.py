@@ -179,9 +179,32 @@ def test_a_pruned_family_equals_its_masked_gates_and_is_published(family, tmp_pa
     assert pruned.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
 
 
+def test_a_switch_transformer_and_a_model_from_images_to_text_are_pruned_too(tmp_path):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4, "num_heads": 4}
+    config = transformers.SwitchTransformersConfig(**sizes, **sparse)
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path / "switch")
+    switch, ids = zoo.from_pretrained(tmp_path / "switch"), torch.randint(3, 64, (2, 9))
+    pruned = zoo.prune(switch, experts=[[0, 2], [1, 3]])
+    zoo.save_pretrained(pruned, tmp_path / "pruned")
+    theirs = transformers.SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / "pruned").eval()
+    with torch.no_grad():
+        found, expected = (m(ids, decoder_input_ids=ids).logits for m in (theirs, pruned))
+    assert error(found, expected) < 2e-5
+    with pytest.raises(ValueError, match="switch_transformers has no way to say"):
+        zoo.save_pretrained(zoo.prune(switch, experts=[[0, 2], [1, 2, 3]]), tmp_path / "uneven")
+
+    model = zoo.create_model("vision_language/qwen3_vl_moe_tiny").eval()
+    pruned = zoo.prune(model, keep=2, scores=[[0, 2, 1, 3, 0, 0, 0, 0]] * sum(isinstance(m, MoE) for m in model.modules()))
+    zoo.save_pretrained(pruned, tmp_path / "images")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "images").eval()
+    assert theirs.config.text_config.num_experts == 2
+    assert error(output(theirs, ids), output(pruned, ids)) < 2e-5
+
+
 def test_fewer_experts_than_a_token_meets_lower_k_with_a_warning(tmp_path):
     model, ids = zoo.create_model("language/mixtral_tiny", num_hidden_layers=2).eval(), torch.randint(3, 64, (2, 9))
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="so that k goes from 2 to 1") as told:
         pruned = zoo.prune(model, experts=[[3], [6]])
     assert [str(w.message) for w in told] == [
         f"prune: model.layers.{i}.mlp keeps 1 of 8 experts, so that k goes from 2 to 1" for i in range(2)

@@ -357,3 +357,29 @@ def test_what_is_no_sum_of_mlps_is_refused_by_name():
     neurons = zoo.create_model("language/mixtral_tiny", num_hidden_layers=1, experts="NeuronExperts")
     with pytest.raises(ValueError, match=r"layers\.0\.mlp has NeuronExperts; expected Experts"):
         zoo.to_dense(neurons)
+    isolated = zoo.create_model("vision_language/ernie4_5_vl_tiny")
+    with pytest.raises(ValueError, match=r"mlp\.parts\.0 is a IsolatedMoE; expected a MoE that stands alone"):
+        zoo.to_dense(isolated)
+    spread = layer()
+    spread.blocks[0].experts.parallel = lambda *_: None
+    for convert in (zoo.to_dense, lambda model: zoo.prune(model, experts=[[0]])):
+        with pytest.raises(ValueError, match="One is spread over processes; expected a model in one process"):
+            convert(spread)
+
+
+def test_models_that_are_made_from_arguments_of_ours_are_not_written_as_what_they_are_not(tmp_path):
+    limoe = zoo.to_dense(zoo.create_model("vision_language/limoe_tiny"))
+    assert not any(isinstance(module, MoE) for module in limoe.modules())
+    with pytest.raises(ValueError, match="limoe_tiny was changed by to_dense or prune"):
+        zoo.save_pretrained(limoe, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.filterwarnings("ignore:upcycle. dropout of only some units")
+def test_an_upcycled_llava_is_a_llava_again(tmp_path):
+    sparse = zoo.create_model("vision_language/moe_llava_tiny").eval()
+    dense = zoo.to_dense(sparse)
+    zoo.save_pretrained(dense, tmp_path / "saved")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    state = theirs.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in dense.state_dict().items())

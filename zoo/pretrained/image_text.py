@@ -244,14 +244,19 @@ def save(
     return None
 
 
-def check_reshaped(model: Any) -> None:
-    """Raise ValueError where a model that was pruned, or made dense in part, is not as its configuration says."""
+def check_reshaped(model: Any, put: Callable[[Any], Any] | None = None) -> None:
+    """Raise ValueError where a model that was pruned, or made dense in part, is not as its configuration says.
+
+    put puts our layers into a model of that; by default the family's own do.
+    """
     if not getattr(model, "reshaped", False):
         return
     with torch.device("meta"):
         twin = type(model)._from_config(copy.deepcopy(model.config))
-    if row_of(model) is not None:
-        adopt_blocks(twin)
+        if put is not None:
+            put(twin)
+        elif row_of(model) is not None:
+            adopt_blocks(twin)
     ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, twin))
     if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         shown = f"{other[0]} {ours.get(other[0], 'missing here')}/{theirs.get(other[0], 'missing there')}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from ..moe import MoE
-from .context import decoder_of
 from .dense_mlps import blocks_with_mlps
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -19,9 +19,10 @@ def say_numbers(model: Any) -> None:
     experts = {router.num_experts for router in routers}
     choices = {router.k for router in routers if hasattr(router, "k")}
     if hasattr(model, "config") and hasattr(model, "get_decoder"):
-        config = decoder_of(model).config
+        # An encoder and a decoder have copies of their own.
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
         for fields, found in ((EXPERTS, experts), (CHOICES, choices)):
-            for field in fields if len(found) == 1 else ():
+            for config, field in itertools.product(configs.values(), fields if len(found) == 1 else ()):
                 if isinstance(getattr(config, field, None), int):
                     setattr(config, field, next(iter(found)))
     elif hasattr(model, "pretrained_cfg"):
