@@ -1,4 +1,4 @@
-"""Distillation: a student learns what a teacher finds likely beside what is right (Switch, 2101.03961, section 3)."""
+"""Distillation: a student learns what a teacher finds likely beside what is right (Switch, 2101.03961, section 4.2)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def distillation_loss(
 ) -> Tensor:
     """(1 - weight) cross-entropy with labels + weight `soft_loss` with the teacher, a scalar in float32.
 
-    Switch's mixture is weight 0.25 (table 6, on a student whose weights outside the MLPs start as the teacher's, which
-    `zoo.to_dense` does). logits and teacher_logits [..., V], labels [...]; where a label is ignore_index, neither
+    Switch's mixture is weight 0.25, for a student whose weights outside the MLPs start as the teacher's: `zoo.to_dense`
+    makes such a one. logits and teacher_logits [..., V], labels [...]; where a label is ignore_index, neither
     counts. reduction="none" gives the loss at every place [...], zero there; "mean" over the places that count, zero
     where there are none. The teacher gets no gradient. Raises ValueError for shapes that do not belong together, a
     weight outside [0, 1], or a temperature of zero or less.

@@ -195,7 +195,8 @@ def test_a_switch_transformer_and_a_model_from_images_to_text_are_pruned_too(tmp
         zoo.save_pretrained(zoo.prune(switch, experts=[[0, 2], [1, 2, 3]]), tmp_path / "uneven")
 
     model = zoo.create_model("vision_language/qwen3_vl_moe_tiny").eval()
-    pruned = zoo.prune(model, keep=2, scores=[[0, 2, 1, 3, 0, 0, 0, 0]] * sum(isinstance(m, MoE) for m in model.modules()))
+    layers = sum(isinstance(module, MoE) for module in model.modules())
+    pruned = zoo.prune(model, keep=2, scores=[[0, 2, 1, 3, 0, 0, 0, 0]] * layers)
     zoo.save_pretrained(pruned, tmp_path / "images")
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "images").eval()
     assert theirs.config.text_config.num_experts == 2
@@ -229,6 +230,22 @@ def test_groups_of_experts_keep_as_many_each():
         zoo.prune(model, keep=3, scores=[[1] * 8])
     with pytest.raises(ValueError, match=r"equally many must be kept; got \[3, 1\]"):
         zoo.prune(model, experts=[[0, 1, 2, 4]])
+
+
+@pytest.mark.parametrize(
+    "name", ["vmoe_tiny_test", "swin_moe_tiny_test", "convnext_moe_tiny_test", "vit_tiny_patch16_224"]
+)
+@pytest.mark.filterwarnings("ignore:prune. .* keeps 1 of . experts")
+def test_any_vision_model_with_experts_is_pruned_to_one_and_to_none(name, tmp_path):
+    sizes = {"embed_dim": 48, "depth": 4, "num_heads": 3, "img_size": 32, "moe_layers": "every-2", "num_experts": 4}
+    model = zoo.create_model(f"vision/{name}", num_classes=5, **(sizes if "vit" in name else {})).eval()
+    side = 64 if "convnext" in name else 32
+    x = torch.randn(2, 3, side, side)
+    one = zoo.prune(model, keep=1, by="weight", calibrate=lambda m: [m(x).sum()])
+    weighed = zoo.to_dense(model, weights="usage", calibrate=lambda m: [m(x).sum()])
+    for number, made in enumerate((one, zoo.to_dense(one), weighed)):
+        zoo.save_pretrained(made, tmp_path / f"{number}")
+        assert torch.equal(output(zoo.from_pretrained(tmp_path / f"{number}"), x), output(made, x))
 
 
 @pytest.mark.parametrize("kind", ["upcycled", "vmoe"])

@@ -31,15 +31,12 @@ def say_numbers(model: Any) -> None:
 
 def _say_timm(model: Any, experts: set[int], choices: set[int]) -> None:
     arguments = dict(getattr(model, "_model_args", None) or {})
-    if "moe_layers" in arguments:
+    if hasattr(model, "moe_layers"):
         if len(experts) == 1:
             arguments["num_experts"] = next(iter(experts))
         if len(choices) == 1:
-            router, k = arguments.get("router"), next(iter(choices))
-            if isinstance(router, Mapping) and "k" in router:
-                arguments["router"] = {**router, "k": k}
-            else:
-                arguments["k"] = k
+            arguments |= {"router": _with_k(arguments.get("router"), k := next(iter(choices))), "k": k}
+            arguments = {name: value for name, value in arguments.items() if name != "router" or value is not None}
         model._model_args = arguments
     notes = []
     for how in getattr(model, "upcycled", []):
@@ -52,8 +49,24 @@ def _say_timm(model: Any, experts: set[int], choices: set[int]) -> None:
             groups.setdefault((number, k), []).append(i)
         granularity = how.get("granularity", 1)
         notes += [
-            {**how, "layers": layers, "num_experts": number // granularity, "k": max(k // granularity, 1)}
+            {
+                **how,
+                "layers": layers,
+                "num_experts": number // granularity,
+                "router": _with_k(how["router"], k),
+                "k": max(k // granularity, 1),
+            }
             for (number, k), layers in groups.items()
         ]
     if notes:
         model.upcycled = notes
+
+
+def _with_k(router: Any, k: int) -> Any:
+    """What a user said of a gate, with another k where it says one."""
+    if not isinstance(router, Mapping):
+        return router
+    if "class_path" in router:
+        inside = dict(router.get("init_args") or {})
+        return {**router, "init_args": {**inside, "k": k}} if "k" in inside else router
+    return {**router, "k": k} if "k" in router else router

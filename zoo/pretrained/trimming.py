@@ -1,4 +1,4 @@
-"""Mixtures of experts and whole blocks that do little, left out (layer drop and block drop, 2406.02500, section 4)."""
+"""Mixtures of experts and whole blocks that do little, left out (layer drop and block drop, 2406.02500)."""
 
 from __future__ import annotations
 

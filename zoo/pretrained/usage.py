@@ -73,10 +73,12 @@ def measure(what: str, model: nn.Module, calibrate: Calibrate | None, names: Col
         )
     found: dict[str, Usage] = {}
     with evaluating(model):
-        batches, going = iter(calibrate(model)), True
+        batches: Iterator[Tensor] | None = None
+        going, done = True, object()
         while going:
             with record(model) as step:
-                going = next(batches, None) is not None
+                batches = iter(calibrate(model)) if batches is None else batches  # it may run all of them at once
+                going = next(batches, done) is not done
             for name, calls in step.routings.items():
                 for decision in calls if name in names else ():
                     usage = usage_of(decision)
