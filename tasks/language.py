@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader
 
 import zoo
 from tasks.generation import generate, prompt_ids
+from tasks.teacher import Teacher
 from tasks.training import Overrides, Task, share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
+from zoo.distillation import soft_loss
 from zoo.pretrained.causal import check_published
 from zoo.pretrained.packed import carries_state, mask_arguments
 
@@ -150,6 +152,8 @@ class LanguageTask(Task):
             layers, its last for all the rest; the family's own by default.
         losses: auxiliary losses by name with their weights, such as {"switch": 0.01, "z": 0.001}.
         vocab_size: of a model made by name; the tokenizer's by default.
+        teacher: a frozen model to learn from beside the text, {"pretrained": folder, "weight": 0.25} and what else
+            `tasks.teacher.Teacher` takes.
         max_new_tokens: length of what `predict` generates.
         temperature: 0 takes the likeliest token.
         top_p: sample from the likeliest tokens that have this probability together.
@@ -166,6 +170,7 @@ class LanguageTask(Task):
         router: dict[str, Any] | list[dict[str, Any]] | None = None,
         losses: dict[str, Any] | None = None,
         vocab_size: int | None = None,
+        teacher: dict[str, Any] | None = None,
         max_new_tokens: int = 200,
         temperature: float = 0.8,
         top_p: float = 0.95,
@@ -173,6 +178,7 @@ class LanguageTask(Task):
     ) -> None:
         super().__init__(network, **training)
         self.overrides: dict[str, Any] = dict(overrides or {})
+        self._teacher = Teacher(teacher) if teacher else None
 
     def build(self) -> nn.Module:
         """The model that the arguments describe, fresh or pretrained."""
@@ -196,7 +202,19 @@ class LanguageTask(Task):
             self.model = self.converted(self.build())
         if tokenizer is not None:
             check_vocabulary(self.model, tokenizer)
+        if self._teacher is not None and self._teacher.model is None and trainer is not None and trainer.training:
+            self._teacher.model = self.build_teacher(self.model)
         self.prepare_model(self.recompute_layers)
+
+    def build_teacher(self, model: Any) -> nn.Module:
+        """The model's teacher; raises ValueError for one of another vocabulary."""
+        assert self._teacher is not None
+        size = model.config.get_text_config().vocab_size
+        made = {"vocab_size": size} if self._teacher.spec.get("network") else {"dtype": torch.get_default_dtype()}
+        teacher: Any = self._teacher.build(**made)
+        if (theirs := teacher.config.get_text_config().vocab_size) != size:
+            raise ValueError(f"teacher: its vocabulary has {theirs} tokens, the model's {size}; they must be the same")
+        return teacher
 
     def checked_on_meta(self) -> bool:
         """Always: of a pretrained model that reads the configuration and the heads of its files."""
@@ -210,6 +228,9 @@ class LanguageTask(Task):
                 "where several share a sequence, later ones hear of those before them",
                 stacklevel=2,
             )
+        known = self.hparams["pretrained"] or self.hparams["vocab_size"] or self.overrides.get("vocab_size")
+        if self._teacher is not None and known:  # else the vocabulary is the tokenizer's, which may have to be learnt
+            self.build_teacher(model)
         if self.hparams["export"]:
             check_published(model)
         if self.hparams["pretrained"] and not data.tokenizer_name.startswith("bpe:"):
@@ -219,13 +240,18 @@ class LanguageTask(Task):
         """Tokens in a batch."""
         return batch["input_ids"].numel()
 
-    def nats(self, batch: dict[str, Tensor]) -> Tensor:
-        """Negative log-likelihood of every target of a packed batch, [B, S] float32, zero where there is none."""
+    def logits(self, batch: dict[str, Tensor], model: Any = None) -> Tensor:
+        """What the model, or another one, gives at every place of a packed batch, [B, S, V]."""
+        model = self.model if model is None else model
         # No attention mask and no cache: then positions that start again mark where documents begin.
         positions = batch["position_ids"]
-        flash = "flash" in str(self.model.config._attn_implementation)
-        apart = flash_lengths(positions) if flash else mask_arguments(self.model, positions)
-        logits = self.model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **apart).logits
+        flash = "flash" in str(model.config._attn_implementation)
+        apart = flash_lengths(positions) if flash else mask_arguments(model, positions)
+        return model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **apart).logits
+
+    def nats(self, batch: dict[str, Tensor], logits: Tensor | None = None) -> Tensor:
+        """Negative log-likelihood of every target of a packed batch, [B, S] float32, zero where there is none."""
+        logits = self.logits(batch) if logits is None else logits
         return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), reduction="none").view_as(
             batch["labels"]
         )
@@ -235,13 +261,19 @@ class LanguageTask(Task):
         return self.nats(batch).sum() / (batch["labels"] >= 0).sum().clamp(min=1)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood plus auxiliary losses."""
+        """Mean negative log-likelihood, or its mixture with the teacher's predictions, plus auxiliary losses."""
         with zoo.moe.record(self.model) as step:
-            nats = self.nats(batch)
+            logits = self.logits(batch)
+        nats = self.nats(batch, logits)
         targets = (batch["labels"] >= 0).sum()
         mean = nats.detach().sum() / targets.clamp(min=1)
         self.log("loss", mean, prog_bar=True, logger=False)
         self.log("train/loss", mean)
+        if self._teacher is not None:
+            of_teacher = self._teacher.logits(lambda model: self.logits(batch, model), logits)
+            soft = soft_loss(logits, of_teacher, self._teacher.temperature).where(batch["labels"] >= 0, 0.0)
+            self.log("train/loss_teacher", soft.detach().sum() / targets.clamp(min=1))
+            nats = (1 - self._teacher.weight) * nats + self._teacher.weight * soft
         # Divide by the number of places, not of targets: then every target weighs the same in whatever micro-batch and
         # on whatever process it is, and accumulation and data parallelism give the gradient of the whole batch.
         return self.with_auxiliary(nats.sum() / nats.numel(), step)

@@ -20,9 +20,11 @@ from torch.nn import functional as F
 import zoo
 from tasks.optim import layered
 from tasks.predictions import check_predictions, write_predictions
+from tasks.teacher import Teacher
 from tasks.training import Overrides, Task
 from tasks.vision_data import VisionData, channels_of
 from zoo.data.images_rows import IGNORE
+from zoo.distillation import soft_loss
 
 __all__ = ["VisionData", "VisionTask"]
 
@@ -38,6 +40,12 @@ def takes_any_size(name: str) -> bool:
     return known is not None and not known.fixed_input_size
 
 
+def image_size_of(model: Any) -> tuple[int, ...] | None:
+    """The size of images that a model is set to, None for one that takes any."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return tuple(size) if size else None
+
+
 class VisionTask(Task):
     """An image classifier, its loss, and what to log.
 
@@ -50,6 +58,8 @@ class VisionTask(Task):
             (`zoo.models.vision.build`).
         router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}; the model's own by default.
         losses: auxiliary losses by name with their weights, such as {"importance_vmoe": 0.005, "load_vmoe": 0.005}.
+        teacher: a frozen model to learn from beside the labels, {"pretrained": folder, "weight": 0.25} and what else
+            `tasks.teacher.Teacher` takes; it sees the same images, mixed ones too.
         capacity: places an expert, a factor or the arguments of `zoo.moe.Capacity`.
         num_classes: of the model; the data's by default.
         image_size: of the model; the data's by default, and if that has none the model's own.
@@ -76,6 +86,7 @@ class VisionTask(Task):
         router: dict[str, Any] | str | None = None,
         losses: dict[str, Any] | None = None,
         capacity: float | dict[str, Any] | None = None,
+        teacher: dict[str, Any] | None = None,
         num_classes: int | None = None,
         image_size: int | None = None,
         channels: int | None = None,
@@ -91,6 +102,7 @@ class VisionTask(Task):
         super().__init__(network, **training)
         self.overrides: dict[str, Any] = dict(overrides or {})
         self._predicting = False
+        self._teacher = Teacher(teacher) if teacher else None
         self._classes: tuple[str, ...] | None = None  # of a pretrained model that only predicts; else those of the data
         if pretrained and upcycle:
             raise ValueError("pretrained and upcycle exclude each other: both say where the weights come from")
@@ -139,6 +151,8 @@ class VisionTask(Task):
 
     def check_model(self, model: Any, data: Any) -> None:
         """Raise ValueError when model and data differ in classes, channels or image size."""
+        if self._teacher is not None and next(model.parameters()).is_meta:
+            self.build_teacher(model)
         if data is None:
             return
         if self._classes is None and model.num_classes != len(data.classes):
@@ -188,7 +202,28 @@ class VisionTask(Task):
             if data is not None and self._own_classes():
                 self._classes = self._class_names(data)
         self.check_model(self.model, data)
+        trainer = self._trainer
+        if self._teacher is not None and self._teacher.model is None and trainer is not None and trainer.training:
+            self._teacher.model = self.build_teacher(self.model)
         self.prepare_model(lambda: self.model.set_grad_checkpointing(True))
+
+    def build_teacher(self, model: Any) -> nn.Module:
+        """The model's teacher; raises ValueError for one of other classes, channels or images."""
+        assert self._teacher is not None
+        sizes: dict[str, Any] = {}
+        if self._teacher.spec.get("network"):
+            sizes = {"num_classes": model.num_classes, "in_chans": channels_of(model)}
+            if self.hparams["image_size"] and not takes_any_size(self._teacher.spec["network"].removeprefix("vision/")):
+                sizes["img_size"] = self.hparams["image_size"]
+        teacher: Any = self._teacher.build(**sizes)
+        for what, of in (
+            ("classes", lambda m: m.num_classes),
+            ("channels", channels_of),
+            ("image size", image_size_of),
+        ):
+            if (theirs := of(teacher)) != (ours := of(model)) and None not in (theirs, ours):
+                raise ValueError(f"teacher: {what} {theirs}, the model's {ours}; they must be the same")
+        return teacher
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What decays and what does not, and each block's learning rate."""
@@ -221,6 +256,15 @@ class VisionTask(Task):
         targets = F.one_hot(batch["label"], self.model.num_classes).float()
         return self.loss(self.model(batch["image"]), targets).mean()
 
+    def soft_loss(self, logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Cross-entropy of the objective's kind with what the teacher finds likely, [B] float32."""
+        assert self._teacher is not None
+        temperature = self._teacher.temperature
+        if self.hparams["objective"] == "softmax":
+            return soft_loss(logits, teacher_logits, temperature)
+        wanted = (teacher_logits.float() / temperature).sigmoid()
+        return self._cross_entropy(logits.float() / temperature, wanted) * temperature**2
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Mean loss of mixed images plus auxiliary losses."""
         images, labels = batch["image"], batch["label"]
@@ -230,13 +274,17 @@ class VisionTask(Task):
             images, targets = self._mix(images, labels)
         with zoo.moe.record(self.model) as step:
             logits = self.model(images)
-        loss = self.loss(logits, targets).mean()
+        loss = hard = self.loss(logits, targets).mean()
         if hasattr(self.model, "embedding_loss"):
             of_embedding = self.model.embedding_loss(targets)
             self.log("train/loss_embedding", of_embedding.detach())
             loss = loss + of_embedding
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log("train/loss", loss.detach())
+        if self._teacher is not None:
+            soft = self.soft_loss(logits, self._teacher.logits(lambda model: model(images), logits)).mean()
+            self.log("train/loss_teacher", soft.detach())
+            loss = loss + self._teacher.weight * (soft - hard)
         self.log("train/skipped_images", batch["skipped"].sum().float(), reduce_fx="sum", on_step=False, on_epoch=True)
         return self.with_auxiliary(loss, step)
 

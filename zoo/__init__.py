@@ -13,7 +13,7 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import from_pretrained, quantise, save_pretrained, split, upcycle
+    from .pretrained import from_pretrained, prune, quantise, save_pretrained, split, to_dense, upcycle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,9 +21,11 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "moe",
+    "prune",
     "quantise",
     "save_pretrained",
     "split",
+    "to_dense",
     "upcycle",
 ]
 
@@ -31,9 +33,11 @@ _LAZY = {
     "create_model": "zoo.models",
     "from_pretrained": "zoo.pretrained",
     "list_models": "zoo.models",
+    "prune": "zoo.pretrained",
     "quantise": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
     "split": "zoo.pretrained",
+    "to_dense": "zoo.pretrained",
     "upcycle": "zoo.pretrained",
 }
 

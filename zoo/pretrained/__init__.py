@@ -6,7 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .densify import to_dense
     from .dispatch import from_pretrained, save_pretrained
+    from .pruning import prune
     from .quantising import quantise
     from .split_distillation import layerwise_distillation
     from .split_predictor import fit_predictor
@@ -17,10 +19,12 @@ __all__ = [
     "fit_predictor",
     "from_pretrained",
     "layerwise_distillation",
+    "prune",
     "quantise",
     "save_pretrained",
     "set_k",
     "split",
+    "to_dense",
     "upcycle",
     "upcycle_optimizer",
 ]
@@ -29,10 +33,12 @@ _LAZY = {
     "fit_predictor": "split_predictor",
     "from_pretrained": "dispatch",
     "layerwise_distillation": "split_distillation",
+    "prune": "pruning",
     "quantise": "quantising",
     "save_pretrained": "dispatch",
     "set_k": "splitting",
     "split": "splitting",
+    "to_dense": "densify",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",
 }

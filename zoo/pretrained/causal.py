@@ -68,6 +68,7 @@ def is_ours(model: nn.Module) -> bool:
 def check_published(model: nn.Module) -> None:
     """Raise TypeError for a language model that no published layout has a place for, ValueError naming what differs."""
     if is_ours(model):
+        image_text.check_reshaped(model)
         check_gates(model)
     else:
         published_config(model)

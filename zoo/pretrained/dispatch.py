@@ -67,6 +67,11 @@ def save_pretrained(
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     made: Any = getattr(model, "made_with", None)
+    if made and getattr(model, "reshaped", False):
+        raise ValueError(
+            f"save_pretrained: {made['network']} was changed by to_dense or prune, which its arguments cannot say; "
+            "keep its state_dict"
+        )
     if made and made["network"].startswith("vision_language/"):
         return vision_language.save(model, folder, overwrite=overwrite)
     if made:

@@ -231,6 +231,7 @@ def save(
     if row_of(model) is None and any(isinstance(module, MoE) for module in model.modules()):
         return moe_llava.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     limit = files._bytes(max_shard_size)
+    check_reshaped(model)
     check_gates(model)
     whole = None
     if is_spread(model):
@@ -247,6 +248,28 @@ def save(
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
     return None
+
+
+def check_reshaped(model: Any, put: Callable[[Any], Any] | None = None) -> None:
+    """Raise ValueError where a model that was pruned, or made dense in part, is not as its configuration says.
+
+    put puts our layers into a model of that; by default the family's own do.
+    """
+    if not getattr(model, "reshaped", False):
+        return
+    with torch.device("meta"):
+        twin = type(model)._from_config(copy.deepcopy(model.config))
+        if put is not None:
+            put(twin)
+        elif row_of(model) is not None:
+            adopt_blocks(twin)
+    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, twin))
+    if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
+        shown = f"{other[0]} {ours.get(other[0], 'missing here')}/{theirs.get(other[0], 'missing there')}"
+        raise ValueError(
+            f"save_pretrained: {model.config.model_type} has no way to say which of its layers to_dense or prune "
+            f"changed ({len(other)} tensors differ: {shown}); keep its state_dict"
+        )
 
 
 def is_wrapper(model: nn.Module) -> bool:

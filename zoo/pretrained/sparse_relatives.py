@@ -37,6 +37,11 @@ def published_config(model: Any) -> Any:
             raise TypeError(f"save_pretrained: no published layout has a place for {name}, {what}; keep its state_dict")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     model_type = getattr(config, "model_type", None)
+    reshaped = getattr(model, "reshaped", False)
+    label = f"save_pretrained: the {model_type} that to_dense or prune made"
+    if not layers and model_type in TABLES and (reshaped or _says_dense(config)):
+        check_tensors(model, config, label)
+        return config  # every layer is dense, and the configuration says so
     if not layers or model_type not in TABLES.keys() | RELATIVES.keys():
         raise TypeError(
             f"save_pretrained: {type(model).__name__} has no published layout; expected a model of "
@@ -45,9 +50,16 @@ def published_config(model: Any) -> Any:
         )
     if model_type in RELATIVES:
         config = _relative(model, config, layers)
+    if reshaped:  # layers may differ from each other
+        check_tensors(model, config, label)
     for name, layer in layers.items():
         check_router(f"{name}.router", layer.router, adopt.family_of(config.model_type), config)
     return config
+
+
+def _says_dense(config: Any) -> bool:
+    """Whether a sparse family's configuration makes every layer dense."""
+    return (getattr(config, "first_k_dense_replace", None) or 0) >= config.num_hidden_layers
 
 
 def _relative(model: Any, config: Any, layers: dict[str, MoE]) -> Any:
@@ -76,11 +88,11 @@ def _relative(model: Any, config: Any, layers: dict[str, MoE]) -> Any:
             "norm_topk_prob": bool(getattr(router, "normalize", False)),
         }
     found = kind(**copy.deepcopy(fields))
-    _check_tensors(model, found, label)
+    check_tensors(model, found, label)
     return found
 
 
-def _check_tensors(model: Any, config: Any, label: str) -> None:
+def check_tensors(model: Any, config: Any, label: str) -> None:
     """Raise ValueError unless the relative has the same tensors: no biases, say, where it has none."""
     with torch.device("meta"):
         twin = adopt.build(config)

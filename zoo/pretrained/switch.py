@@ -122,8 +122,9 @@ def save(
 ) -> None:
     """Write a model in the published layout, so that plain transformers loads it; see `zoo.save_pretrained`.
 
-    Raises ValueError for gates that the layout cannot express.
+    Raises ValueError for gates that the layout cannot express, and for layers that differ in their experts.
     """
+    image_text.check_reshaped(model, put_layers)
     for name, layer in model.named_modules():
         if isinstance(layer, MoE) and not (isinstance(layer.router, TopKRouter) and layer.router.k == 1):
             raise ValueError(f"{name}.router: {type(layer.router).__name__} cannot be expressed in {MODEL_TYPE}")

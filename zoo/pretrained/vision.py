@@ -154,8 +154,8 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
     upcycled = storable(getattr(model, "upcycled", []), "upcycled")
     split = storable(getattr(model, "split_how", []), "split")
     changed = storable(getattr(model, "changed", {}), "changed")
-    if not upcycled and not split:
-        _check_rebuilds(model, arguments, changed)
+    if not (upcycled or split) or getattr(model, "reshaped", False):
+        _check_rebuilds(model, arguments, upcycled, split, changed)
     with staged(folder, overwrite) as staging:
         extra = {name: value for name, value in ((UPCYCLED, upcycled), (SPLIT, split), (CHANGED, changed)) if value}
         save_config_for_hf(model, str(staging / CONFIG), model_config=extra, model_args=arguments)
@@ -164,11 +164,22 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
         write_file(staging / WEIGHTS, model.state_dict().items())
 
 
-def _check_rebuilds(model: Any, arguments: Mapping[str, Any], changed: Mapping[str, Any]) -> None:
+def _check_rebuilds(
+    model: Any,
+    arguments: Mapping[str, Any],
+    upcycled: list[dict[str, Any]],
+    split: list[dict[str, Any]],
+    changed: Mapping[str, Any],
+) -> None:
     """Raise ValueError unless timm would build the same model from what is stored."""
     name = model.pretrained_cfg["architecture"]
     with torch.device("meta"):
-        twin = put_layers(timm.create_model(name, **get_model_args(model, dict(arguments))), **changed)
+        twin = timm.create_model(name, **get_model_args(model, dict(arguments)))
+        for how in upcycled:
+            twin = upcycle(twin, **how)
+        for how in split:
+            twin = split_again(twin, **how)
+        twin = put_layers(twin, **changed)
     shapes, expected = ({n: t.shape for n, t in m.state_dict().items()} for m in (model, twin))
     if other := sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n)):
         raise ValueError(

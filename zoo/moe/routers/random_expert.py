@@ -11,7 +11,7 @@ from ..routing import Routing
 from .base import Router
 from .context import to_experts
 
-Level = Literal["batch", "sentence", "token"]
+Level = Literal["batch", "sentence", "token", "partition"]
 
 
 class RandomRouter(Router):
@@ -19,7 +19,9 @@ class RandomRouter(Router):
 
     train_level is what one draw is for in training: the whole "batch", a draw a layer and forward pass, as in the
     authors' code (the default), or each "sentence" ("randomly activated for each input", as the paper's text reads) or
-    "token". inference_level is the same outside training: "token" by default, "sentence" as in the code's other mode.
+    "token", or a "partition": tokens in random order are cut into parts, one an expert, whose sizes differ by one at
+    most (EWA, 2308.06093: random uniform partition). inference_level is the same outside training: "token" by default,
+    "sentence" as in the code's other mode.
     Draws come from torch's generator of the device, so that the seed decides. THOR trains with two passes a batch and
     `zoo.moe.balance.consistency` between their outputs; the paper's models have 2 experts in every other layer.
 
@@ -45,6 +47,11 @@ class RandomRouter(Router):
         tokens = x.shape[:-1].numel()
         if level == "sentence" and x.dim() != 3:
             raise ValueError("RandomRouter: one draw a sentence needs tokens as [B, S, D], got one list of tokens")
+        if level == "partition":
+            # Which experts get one more is drawn too.
+            order = torch.randperm(self.num_experts, device=x.device)
+            expert = order[torch.randperm(tokens, device=x.device) % self.num_experts]
+            return to_experts(expert, self.num_experts, x, context.get("mask"))
         draws = {"batch": 1, "sentence": x.shape[0], "token": tokens}[level]
         drawn = torch.randint(self.num_experts, (draws, 1), device=x.device)
         expert = drawn.expand(-1, tokens // max(draws, 1)).reshape(-1)

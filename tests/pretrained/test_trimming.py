@@ -1,0 +1,177 @@
+"""Layer drop and block drop: similarities from their definition, and what is left."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+import zoo
+from zoo.moe import MoE
+
+
+def language(name: str = "mixtral", **fields) -> nn.Module:
+    torch.manual_seed(len(name))
+    return zoo.create_model(
+        f"language/{name}_tiny", **{"num_hidden_layers": 4, "initializer_range": 0.1, **fields}
+    ).eval()
+
+
+def vit() -> nn.Module:
+    sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
+    dense = timm.create_model("vit_tiny_patch16_224", **sizes).eval()
+    with torch.no_grad():
+        for parameter in dense.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return zoo.upcycle(dense, layers=[1, 2, 3], num_experts=3, noise=0.3)
+
+
+def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x) if x.is_floating_point() else model(x).logits
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def streams(model: nn.Module, batches: list[torch.Tensor]):
+    """Hidden states before and after every block, and around every MoE, by running the blocks one by one."""
+    blocks, sparse = [], []
+    with torch.no_grad():
+        for x in batches:
+            if not x.is_floating_point():
+                states, middles = of_decoder(model, x)
+                blocks += states
+                sparse += [(middle, after, True) for middle, (_, after) in zip(middles, states)]
+                continue
+            h = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+            for block in model.blocks:
+                middle = h + block.attn(block.norm1(h))
+                after = middle + block.mlp(block.norm2(middle))
+                sparse.append((middle, after, isinstance(block.mlp, MoE)))
+                blocks.append((h, after))
+                h = after
+    return blocks, sparse
+
+
+def of_decoder(model: nn.Module, ids: torch.Tensor):
+    """The same of a decoder: what goes into and out of its layers, and into the norm before each MoE."""
+    states, middles, handles = [], [], []
+    for layer in model.model.layers:
+        handles.append(layer.register_forward_hook(lambda m, a, y: states.append((a[0], y))))
+        handles.append(layer.post_attention_layernorm.register_forward_pre_hook(lambda m, a: middles.append(a[0])))
+    model(ids)
+    for handle in handles:
+        handle.remove()
+    return states, middles
+
+
+def cosines(pairs, depth: int) -> list[float]:
+    totals = [[] for _ in range(depth)]
+    for i, (before, after, *_) in enumerate(pairs):
+        totals[i % depth].append(F.cosine_similarity(before.double(), after.double(), dim=-1).flatten())
+    return [float(torch.cat(values).mean()) for values in totals]
+
+
+@pytest.mark.parametrize("make", [language, vit])
+def test_the_most_similar_layers_and_blocks_are_dropped(make):
+    model = make()
+    shapes = [(2, 3, 32, 32)] if make is vit else [(2, 9), (1, 5)]
+    batches = [torch.randn(s) if make is vit else torch.randint(3, 64, s) for s in shapes]
+    options = {"calibrate": lambda m: (output(m, x).sum() for x in batches)}
+    blocks, sparse = streams(model, batches)
+    names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
+    by_layer = [value for value, s in zip(cosines(sparse, 4), sparse) if s[2]]
+    least = max(range(len(names)), key=lambda i: by_layer[i])
+    pruned = zoo.prune(model, drop_layers=1, **options)
+    left = [name for name, module in pruned.named_modules() if isinstance(module, MoE)]
+    assert left == [name for name in names if name != names[least]]
+
+    by_block = cosines(blocks, 4)
+    order = sorted(range(4), key=lambda i: -by_block[i])
+    pruned = zoo.prune(model, drop_blocks=2, **options)
+    expected = zoo.prune(model, drop_blocks=sorted(order[:2]))
+    assert torch.equal(output(pruned, batches[0]), output(expected, batches[0]))
+
+
+@pytest.mark.parametrize("make", [language, vit])
+def test_a_dropped_layer_adds_nothing_and_a_dropped_block_is_passed_over(make, tmp_path):
+    model = make()
+    x = torch.randn(2, 3, 32, 32) if make is vit else torch.randint(3, 64, (2, 9))
+    reference = copy.deepcopy(model)
+    names = [name for name, module in reference.named_modules() if isinstance(module, MoE)]
+    reference.get_submodule(names[1]).register_forward_hook(lambda module, args, y: 0 * y)
+    pruned = zoo.prune(model, drop_layers=[1])
+    assert error(output(pruned, x), output(reference, x)) < 1e-6
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="tensors"):
+        zoo.save_pretrained(pruned, tmp_path / "layer")
+    assert not (tmp_path / "layer").exists()
+
+    reference = copy.deepcopy(model)
+    blocks = reference.blocks if make is vit else reference.model.layers
+    for i in (0, 2):
+        blocks[i].register_forward_hook(lambda m, a, k, y: a[0] if a else k["hidden_states"], with_kwargs=True)
+    pruned = zoo.prune(model, drop_blocks=[0, 2])
+    assert error(output(pruned, x), output(reference, x)) < 1e-6
+    zoo.save_pretrained(pruned, tmp_path / "block")
+    assert error(output(zoo.from_pretrained(tmp_path / "block"), x), output(pruned, x)) < 1e-5
+    if make is language:
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "block").eval()
+        assert error(output(theirs, x), output(pruned, x)) < 2e-5
+        assert pruned.generate(x, max_new_tokens=4, do_sample=False).shape == (2, 13)
+
+
+@pytest.mark.parametrize(
+    ("name", "drop"), [("deepseek_v3", [0]), ("deepseek_v3", [2]), ("qwen3_moe", [1]), ("gpt_oss", [0, 1])]
+)
+def test_dense_layers_and_kinds_of_attention_move_along(name, drop, tmp_path):
+    fields = {"mlp_only_layers": [2]} if name == "qwen3_moe" else {}
+    model, ids = language(name, **fields), torch.randint(3, 64, (2, 9))
+    pruned = zoo.prune(model, drop_blocks=drop)
+    zoo.save_pretrained(pruned, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert len(theirs.model.layers) == 4 - len(drop)
+    assert error(output(theirs, ids), output(pruned, ids)) < 5e-5
+
+
+def test_experts_layers_and_blocks_can_go_together_and_train():
+    model, ids = language("olmoe"), torch.randint(3, 64, (2, 9))
+    calls = []
+
+    def calibrate(m):
+        for _ in range(2):
+            calls.append(m.training)
+            yield m(ids, labels=ids).loss
+
+    pruned = zoo.prune(model.train(), keep=8, by="counts", drop_layers=1, drop_blocks=[3], calibrate=calibrate)
+    assert calls == [False] * 4  # once for use, once for similarity
+    assert model.training
+    assert pruned.training
+    pruned.gradient_checkpointing_enable()
+    pruned(ids, labels=ids).loss.backward()
+    sparse = [m for m in pruned.modules() if isinstance(m, MoE)]
+    assert all(m.router.num_experts == 8 and m.router.weight.grad.abs().sum() > 0 for m in sparse)
+    again = copy.deepcopy(pruned)
+    again.load_state_dict(pruned.state_dict())
+
+
+def test_what_cannot_be_dropped_is_refused():
+    model = language()
+    with pytest.raises(ValueError, match="all 4 blocks of MixtralForCausalLM would be dropped"):
+        zoo.prune(model, drop_blocks=4, calibrate=lambda m: (m(torch.ones(1, 3).long()).logits.sum() for _ in range(1)))
+    with pytest.raises(ValueError, match="drop_layers=5 of 4"):
+        zoo.prune(model, drop_layers=5)
+    with pytest.raises(ValueError, match="how much layers and blocks do shows on data"):
+        zoo.prune(model, drop_layers=1)
+    with pytest.raises(ValueError, match="no block 4 among 4 blocks"):
+        zoo.prune(model, drop_blocks=[4])
+    swin = zoo.create_model("vision/swin_moe_tiny_test")
+    with pytest.raises(ValueError, match="is not one list of equal blocks"):
+        zoo.prune(swin, drop_blocks=[0])

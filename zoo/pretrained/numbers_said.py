@@ -1,0 +1,72 @@
+"""How many experts layers have, said anew where a model's configuration or arguments say it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from ..moe import MoE
+from .dense_mlps import blocks_with_mlps
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOICES = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+def say_numbers(model: Any) -> None:
+    """Let a model that lost experts say how many its layers have, and how many a token meets, where all agree."""
+    routers: list[Any] = [module.router for module in model.modules() if isinstance(module, MoE)]
+    experts = {router.num_experts for router in routers}
+    choices = {router.k for router in routers if hasattr(router, "k")}
+    if hasattr(model, "config") and hasattr(model, "get_decoder"):
+        # An encoder and a decoder have copies of their own.
+        configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+        for fields, found in ((EXPERTS, experts), (CHOICES, choices)):
+            for config, field in itertools.product(configs.values(), fields if len(found) == 1 else ()):
+                if isinstance(getattr(config, field, None), int):
+                    setattr(config, field, next(iter(found)))
+    elif hasattr(model, "pretrained_cfg"):
+        _say_timm(model, experts, choices)
+
+
+def _say_timm(model: Any, experts: set[int], choices: set[int]) -> None:
+    arguments = dict(getattr(model, "_model_args", None) or {})
+    if hasattr(model, "moe_layers"):
+        if len(experts) == 1:
+            arguments["num_experts"] = next(iter(experts))
+        if len(choices) == 1:
+            arguments |= {"router": _with_k(arguments.get("router"), k := next(iter(choices))), "k": k}
+            arguments = {name: value for name, value in arguments.items() if name != "router" or value is not None}
+        model._model_args = arguments
+    notes = []
+    for how in getattr(model, "upcycled", []):
+        found = [module for _, module in blocks_with_mlps(model, how.get("within", ""))]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i in how["layers"]:
+            moe: Any = found[i]
+            k = getattr(moe.router, "k", how["k"]) if isinstance(moe, MoE) else how["k"]
+            number = moe.router.num_experts if isinstance(moe, MoE) else how["num_experts"]
+            groups.setdefault((number, k), []).append(i)
+        granularity = how.get("granularity", 1)
+        notes += [
+            {
+                **how,
+                "layers": layers,
+                "num_experts": number // granularity,
+                "router": _with_k(how["router"], k),
+                "k": max(k // granularity, 1),
+            }
+            for (number, k), layers in groups.items()
+        ]
+    if notes:
+        model.upcycled = notes
+
+
+def _with_k(router: Any, k: int) -> Any:
+    """What a user said of a gate, with another k where it says one."""
+    if not isinstance(router, Mapping):
+        return router
+    if "class_path" in router:
+        inside = dict(router.get("init_args") or {})
+        return {**router, "init_args": {**inside, "k": k}} if "k" in inside else router
+    return {**router, "k": k} if "k" in router else router
