@@ -6,13 +6,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .averaging import average
     from .dispatch import from_pretrained, save_pretrained
+    from .mixing import mix
     from .upcycling import upcycle, upcycle_optimizer
 
-__all__ = ["from_pretrained", "save_pretrained", "upcycle", "upcycle_optimizer"]
+__all__ = ["average", "from_pretrained", "mix", "save_pretrained", "upcycle", "upcycle_optimizer"]
 
 _LAZY = {
+    "average": "averaging",
     "from_pretrained": "dispatch",
+    "mix": "mixing",
     "save_pretrained": "dispatch",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",
