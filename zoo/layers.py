@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from .gates import gate_factory, parse_spec
-from .moe import DepthRouter, Experts, MoA, MoH, NeuronExperts, SwitchHead, ZeroComputationExperts
+from .moe import DepthRouter, Experts, MoA, MoH, NeuronExperts, ResidualExperts, SwitchHead, ZeroComputationExperts
 from .nearest import unknown
 from .pretrained.placement import moe_layers
 
-EXPERTS: dict[str, type[nn.Module]] = {c.__name__: c for c in (Experts, NeuronExperts, ZeroComputationExperts)}
+EXPERTS: dict[str, type[nn.Module]] = {
+    c.__name__: c for c in (Experts, NeuronExperts, ResidualExperts, ZeroComputationExperts)
+}
 ATTENTION: dict[str, type[nn.Module]] = {c.__name__: c for c in (MoA, MoH, SwitchHead)}
 LAYERS = "layers"
 

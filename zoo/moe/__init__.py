@@ -15,6 +15,7 @@ from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
 from .peer import PEER, NeuronExperts
+from .residual import ResidualExperts
 from .routers import Router
 from .routing import Routing
 from .shortcut import Shortcut, ShortcutMoE
@@ -44,6 +45,7 @@ __all__ = [
     "MoH",
     "NeuronExperts",
     "PatchMoE",
+    "ResidualExperts",
     "Router",
     "Routing",
     "Shortcut",
