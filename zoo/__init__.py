@@ -13,16 +13,27 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import average, from_pretrained, mix, save_pretrained, upcycle
+    from .pretrained import average, from_pretrained, grow, mix, save_pretrained, upcycle
 
 __version__ = "0.1.0"
-__all__ = ["average", "create_model", "from_pretrained", "list_models", "mix", "moe", "save_pretrained", "upcycle"]
+__all__ = [
+    "average",
+    "create_model",
+    "from_pretrained",
+    "grow",
+    "list_models",
+    "mix",
+    "moe",
+    "save_pretrained",
+    "upcycle",
+]
 
 _LAZY = {
     "average": "zoo.pretrained",
     "create_model": "zoo.models",
     "list_models": "zoo.models",
     "from_pretrained": "zoo.pretrained",
+    "grow": "zoo.pretrained",
     "mix": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
     "upcycle": "zoo.pretrained",

@@ -20,7 +20,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
     not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
-    from ..moe import Experts, IsolatedMoE, LoRAExperts, MoE, ResidualExperts
+    from ..moe import Experts, GrownExperts, IsolatedMoE, LoRAExperts, MoE, ResidualExperts
     from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
@@ -31,7 +31,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        if isinstance(layer, MoE) and not isinstance(layer.experts, (Experts, LoRAExperts, ResidualExperts)):
+        alike = (Experts, GrownExperts, LoRAExperts, ResidualExperts)
+        if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
         stacked = _stacked(layer)
         if stacked:

@@ -11,6 +11,7 @@ from .dispatch import ExpertParallel
 from .dispatch_nodes import HierarchicalExpertParallel
 from .dispatch_static import StaticExpertParallel
 from .experts import MLP, Experts
+from .grown import GrownExperts
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
@@ -34,6 +35,7 @@ __all__ = [
     "ExpertParallel",
     "Experts",
     "GatedConv2d",
+    "GrownExperts",
     "HeadExperts",
     "HierarchicalExpertParallel",
     "IsolatedMoE",

@@ -8,15 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .averaging import average
     from .dispatch import from_pretrained, save_pretrained
+    from .growing import grow, output_regularization
     from .mixing import mix
     from .upcycling import upcycle, upcycle_optimizer
 
-__all__ = ["average", "from_pretrained", "mix", "save_pretrained", "upcycle", "upcycle_optimizer"]
+__all__ = [
+    "average",
+    "from_pretrained",
+    "grow",
+    "mix",
+    "output_regularization",
+    "save_pretrained",
+    "upcycle",
+    "upcycle_optimizer",
+]
 
 _LAZY = {
     "average": "averaging",
     "from_pretrained": "dispatch",
+    "grow": "growing",
     "mix": "mixing",
+    "output_regularization": "growing",
     "save_pretrained": "dispatch",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..moe import Experts, MoE, NeuronExperts, ResidualExperts, ShortcutMoE
+from ..moe import Experts, GrownExperts, MoE, NeuronExperts, ResidualExperts, ShortcutMoE
 from ..moe.residual import folded_state
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
@@ -29,7 +29,7 @@ def published_config(model: Any) -> Any:
     for name, module in model.named_modules():
         other = isinstance(module, (DecoderAttention, DecoderDepth))
         part: Any = module.experts if isinstance(module, MoE) else None
-        if isinstance(part, (Experts, ResidualExperts)) and not isinstance(part, NeuronExperts):
+        if isinstance(part, (Experts, GrownExperts, ResidualExperts)) and not isinstance(part, NeuronExperts):
             part = None
         if isinstance(module, ShortcutMoE):
             part = module
