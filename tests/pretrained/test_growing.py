@@ -14,6 +14,7 @@ from torch import nn
 import zoo
 from zoo.models import count_parameters
 from zoo.moe import Experts, GrownExperts, MoE, Routing
+from zoo.moe.grown import joined_state
 from zoo.moe.routers import TopKRouter
 from zoo.pretrained import output_regularization
 
@@ -100,7 +101,7 @@ def test_language_models_inside_others_grow_and_are_saved(name, tmp_path):
     grown = stir(zoo.grow(zoo.create_model(f"vision_language/{name}_tiny"), num_new=2))
     zoo.save_pretrained(grown, tmp_path / "grown")
     again = zoo.from_pretrained(tmp_path / "grown")
-    found, expected = again.state_dict(), grown.state_dict()
+    found, expected = again.state_dict(), joined_state(grown)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
@@ -122,12 +123,13 @@ def test_old_experts_and_rows_stay_bit_for_bit_under_weight_decay_and_momentum(n
         is_new = torch.tensor(after.experts.is_new)
         assert int(is_new.sum()) == 4
         for key, old in before.state_dict().items():
-            now = after.state_dict()[key]
+            now = joined_state(after)[key]
             if key in ("router.weight", "router.bias") or key.startswith("experts."):
                 assert torch.equal(now[~is_new], old), key
     changed = [k for k, v in grown.state_dict().items() if not torch.equal(v, start[k])]
-    assert any("experts.down_proj" in key for key in changed)
-    assert any("router.weight" in key for key in changed)
+    assert any("experts.new.down_proj" in key for key in changed)
+    assert any("router.new_weight" in key for key in changed)
+    assert not any("old" in key or "frozen" in key for key in changed)
     assert any("self_attn" in key for key in changed)
     held = {id(p) for p in steps.state}
     assert not held & {id(p) for moe in moes(grown) for p in moe.experts.old.parameters()}
@@ -178,14 +180,15 @@ def test_grown_experts_compute_what_one_stack_does(is_new, tokens):
             chosen[:, torch.tensor(is_new)] = False
         routing = Routing.from_matrix(torch.rand(tokens, number, dtype=torch.float64), chosen)
         assert torch.allclose(grown(x, routing), plain(x, routing), rtol=1e-9, atol=1e-12)
-    assert plain.state_dict().keys() == grown.state_dict().keys()
-    assert all(torch.equal(t, grown.state_dict()[n]) for n, t in plain.state_dict().items())
+    assert plain.state_dict().keys() == joined_state(grown).keys()
+    assert all(torch.equal(t, joined_state(grown)[n]) for n, t in plain.state_dict().items())
     other = GrownExperts(copy.deepcopy(old).requires_grad_(), copy.deepcopy(new), is_new)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()
     other.load_state_dict(plain.state_dict())
     assert all(torch.equal(t, grown.state_dict()[n]) for n, t in other.state_dict().items())
+    other.load_state_dict(grown.state_dict())
     with pytest.raises(RuntimeError, match="size mismatch for new"):
         other.load_state_dict({n: torch.cat([t, t[:1]]) for n, t in plain.state_dict().items()})
 
@@ -199,8 +202,8 @@ def test_a_grown_model_grows_again_and_freezes_what_it_had():
         assert (old, after.experts.num_experts, after.experts.new.num_experts) == (10, 13, 3)
         assert after.router.weight.shape == (13, 64)
         assert torch.equal(after.router.weight[:old], before.router.weight)
-        for key, value in before.experts.state_dict().items():
-            assert torch.equal(after.experts.state_dict()[key][:old], value)
+        for key, value in joined_state(before.experts).items():
+            assert torch.equal(joined_state(after.experts)[key][:old], value)
     thawed = zoo.grow(first, num_new=1, freeze_old=False)
     assert all(type(moe.experts) is Experts and moe.experts.down_proj.requires_grad for moe in moes(thawed))
     assert all(isinstance(moe.router.weight, nn.Parameter) and moe.router.weight.requires_grad for moe in moes(thawed))
@@ -214,6 +217,10 @@ def test_it_trains_compiled_copied_in_bfloat16_and_under_checkpointing():
     again.load_state_dict(grown.state_dict())
     assert torch.equal(again(x).logits, grown(x).logits)
     assert torch.equal(pickle.loads(pickle.dumps(grown))(x).logits, grown(x).logits)
+    again.load_state_dict(family("mixtral", dtype="bfloat16", num_local_experts=10).state_dict())
+    assert not torch.equal(again(x).logits, grown(x).logits)
+    again.load_state_dict(joined_state(grown))
+    assert torch.equal(again(x).logits, grown(x).logits)
     again.gradient_checkpointing_enable()
     again(input_ids=x, labels=x).loss.backward()
     expected = {n: p.grad for n, p in again.named_parameters()}

@@ -7,13 +7,12 @@ gradient is zero. So old and new rows are two parameters, of which the old one a
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from .experts import Experts
 from .routing import Routing
@@ -24,9 +23,9 @@ FROZEN, NEW = "frozen_", "new_"
 class GrownExperts(nn.Module):
     """E experts of which some are frozen: `old`, without gradients or optimizer state, beside the trained `new`.
 
-    is_new says which are which, in order. Each stack is computed by its own kernels on its part of a routing.
-    In a state dict the experts are whole, under the names of `Experts`, and so are those that are loaded (those under
-    the names of both stacks are read too). Raises ValueError where the parts do not belong together.
+    is_new says which are which, in order. Each stack is computed by its own kernels on its part of a routing. A state
+    dict has both; one with whole stacks under the names of `Experts`, as `joined_state` gives it, is loaded too. Raises
+    ValueError where the parts do not belong together.
     """
 
     def __init__(self, old: Experts, new: Experts, is_new: Sequence[bool]) -> None:
@@ -41,7 +40,6 @@ class GrownExperts(nn.Module):
         self.num_experts, self.dim, self.hidden_dim = len(is_new), old.dim, old.hidden_dim
         self.activation, self.is_new = old.activation, tuple(is_new)
         self.old, self.new = old.requires_grad_(False), new
-        self.register_state_dict_post_hook(_join_experts)
         self.register_load_state_dict_pre_hook(_split_experts)
 
     def __getattr__(self, name: str) -> Any:
@@ -82,8 +80,8 @@ class GrownExperts(nn.Module):
 def freeze_rows(router: nn.Module, name: str, is_new: Sequence[bool]) -> None:
     """Train only those rows of a gate's parameter [E, ...] that are new; the others are a parameter without gradients.
 
-    The gate is of a class of its own then, where the parameter is made of both whenever it is read. In state dicts it
-    stays whole, under its own name.
+    The gate is of a class of its own then, where the parameter is made of both whenever it is read. A state dict has
+    both, and one with the whole parameter is loaded too.
     """
     value: Tensor = getattr(router, name)
     names = getattr(router, "frozen_names", ())
@@ -95,7 +93,6 @@ def freeze_rows(router: nn.Module, name: str, is_new: Sequence[bool]) -> None:
     router.register_parameter(FROZEN + name, nn.Parameter(frozen, requires_grad=False))
     router.register_parameter(NEW + name, nn.Parameter(new, value.requires_grad))
     if not names:
-        router.register_state_dict_post_hook(_join_gate)
         router.register_load_state_dict_pre_hook(_split_gate)
 
 
@@ -162,9 +159,22 @@ def empty_like(experts: Experts, num_experts: int) -> Experts:
     return made.to(experts.down_proj.dtype).to_empty(device=experts.down_proj.device)
 
 
-def _join_experts(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name, _parameter in module.old.named_parameters():
-        _join(state, f"{prefix}{name}", f"{prefix}old.{name}", f"{prefix}new.{name}", module.is_new)
+def joined_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """A model's tensors by name, or those of `state`, with the parts of grown experts and gates put together."""
+    found = dict(model.state_dict() if state is None else state)
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, GrownExperts):
+            for name, _parameter in module.old.named_parameters():
+                _join(found, prefix + name, f"{prefix}old.{name}", f"{prefix}new.{name}", module.is_new)
+        for name in getattr(module, "frozen_names", ()):
+            _join(found, prefix + name, prefix + FROZEN + name, prefix + NEW + name, module._is_new)
+    return found
+
+
+def _join(state: dict[str, Tensor], whole: str, old: str, new: str, is_new: Sequence[bool]) -> None:
+    if old in state and new in state:
+        state[whole] = woven(state.pop(old), state.pop(new), is_new)
 
 
 def _split_experts(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -172,23 +182,9 @@ def _split_experts(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> 
         _split(state, f"{prefix}{name}", f"{prefix}old.{name}", f"{prefix}new.{name}", module.is_new)
 
 
-def _join_gate(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
-    _each_gate(_join, module, state, prefix)
-
-
 def _split_gate(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _each_gate(_split, module, state, prefix)
-
-
-def _each_gate(change: Callable[..., None], module: Any, state: dict[str, Any], prefix: str) -> None:
     for name in getattr(module, "frozen_names", ()):
-        change(state, prefix + name, prefix + FROZEN + name, prefix + NEW + name, module._is_new)
-
-
-def _join(state: dict[str, Any], whole: str, old: str, new: str, is_new: Sequence[bool]) -> None:
-    # Tensors in parts stay as they are: they are read into, and put together by other means.
-    if old in state and new in state and not isinstance(state[new], DTensor):
-        state[whole] = woven(state.pop(old), state.pop(new), is_new)
+        _split(state, prefix + name, prefix + FROZEN + name, prefix + NEW + name, module._is_new)
 
 
 def _split(state: dict[str, Any], whole: str, old: str, new: str, is_new: Sequence[bool]) -> None:

@@ -41,8 +41,8 @@ def grow(
     experts gives each a smaller share, and of k > 1 choices an expert and its copy take two.
 
     With freeze_old the old experts and rows of gates are frozen, under any optimizer, and have no state in one: they
-    are parameters of their own without gradients (`zoo.moe.grown`), whole again in a state dict and in what
-    `zoo.save_pretrained` writes, which knows nothing of freezing. What is not expert or gate learns on, and biases of
+    are parameters of their own without gradients (`zoo.moe.grown`), in state dicts too; what `zoo.save_pretrained`
+    writes is whole, and knows nothing of freezing. What is not expert or gate learns on, and biases of
     the choice move; `output_regularization` keeps outputs near the old model's. A grown model may be grown again.
 
     Works for families on our layers, whose configuration gets the new number, upcycled and timm models, LIMoE. Where

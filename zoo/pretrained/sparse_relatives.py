@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..moe import Experts, GrownExperts, MoE, NeuronExperts, ResidualExperts, ShortcutMoE
+from ..moe.grown import joined_state
 from ..moe.residual import folded_state
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
@@ -85,7 +86,9 @@ def _check_tensors(model: Any, config: Any, label: str) -> None:
     """Raise ValueError unless the relative has the same tensors: no biases, say, where it has none."""
     with torch.device("meta"):
         twin = adopt.build(config)
-    ours, theirs = ({name: tuple(t.shape) for name, t in folded_state(m).items()} for m in (model, twin))
+    ours, theirs = (
+        {name: tuple(t.shape) for name, t in joined_state(m, folded_state(m)).items()} for m in (model, twin)
+    )
     if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         shown = ", ".join(f"{n} {ours.get(n, 'missing here')}/{theirs.get(n, 'missing there')}" for n in other[:3])
         raise ValueError(f"{label}: {len(other)} tensors differ ({shown})")
