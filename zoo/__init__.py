@@ -13,7 +13,7 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import average, from_pretrained, grow, mix, save_pretrained, upcycle
+    from .pretrained import average, from_pretrained, grow, mix, save_pretrained, share_depth, upcycle
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "mix",
     "moe",
     "save_pretrained",
+    "share_depth",
     "upcycle",
 ]
 
@@ -36,6 +37,7 @@ _LAZY = {
     "grow": "zoo.pretrained",
     "mix": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
+    "share_depth": "zoo.pretrained",
     "upcycle": "zoo.pretrained",
 }
 

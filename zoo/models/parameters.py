@@ -16,7 +16,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     Where modalities have experts of their own, the token is one of text. Where experts choose, a token meets as many as
     the capacity factor says on average; in Soft MoE it meets them all. Attention experts count likewise; with a mixture
-    of depths it is a token that goes through every layer.
+    of depths it is a token that goes through every layer. Of layers that share experts it meets the same ones in all.
     Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
     not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
@@ -25,6 +25,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     total = sum(p.numel() for p in model.parameters())
     active = float(total)
+    counted: set[int] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, IsolatedMoE):
             # What the other parts would have active: the experts that no token of theirs meets are out already.
@@ -34,6 +35,11 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         alike = (Experts, GrownExperts, LoRAExperts, ResidualExperts)
         if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
+        if isinstance(layer, MoE):
+            held = id(next(layer.experts.parameters(), None))
+            if held in counted:
+                continue
+            counted.add(held)
         stacked = _stacked(layer)
         if stacked:
             met = _experts_met(layer.router)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .dispatch import from_pretrained, save_pretrained
     from .growing import grow, output_regularization
     from .mixing import mix
+    from .sharing import share_depth
     from .upcycling import upcycle, upcycle_optimizer
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "mix",
     "output_regularization",
     "save_pretrained",
+    "share_depth",
     "upcycle",
     "upcycle_optimizer",
 ]
@@ -30,6 +32,7 @@ _LAZY = {
     "mix": "mixing",
     "output_regularization": "growing",
     "save_pretrained": "dispatch",
+    "share_depth": "sharing",
     "upcycle": "upcycling",
     "upcycle_optimizer": "upcycling",
 }
