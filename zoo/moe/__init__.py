@@ -12,6 +12,7 @@ from .dispatch_nodes import HierarchicalExpertParallel
 from .dispatch_static import StaticExpertParallel
 from .experts import MLP, Experts
 from .grown import GrownExperts
+from .hyper import HyperExperts, HyperNetwork
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
@@ -38,6 +39,8 @@ __all__ = [
     "GrownExperts",
     "HeadExperts",
     "HierarchicalExpertParallel",
+    "HyperExperts",
+    "HyperNetwork",
     "IsolatedMoE",
     "KeyValues",
     "LoRAExperts",
