@@ -6,7 +6,9 @@ The domains are Python's own source and its documentation, as bytes. A seed mode
 and then: the branches' average and their ensemble by domain posterior (Branch-Train-Merge, 2208.03306), and their MLPs
 and the seed's as experts of one sparse model (Branch-Train-Mix, 2403.07816), before and after its gates are tuned on
 both domains. Prints bits per byte of unseen text of each. The last row is the seed, trained on both for as many steps
-as all of these together: what the branches are worth if nothing forced them apart.
+as all of these together: what the branches are worth if nothing forced them apart. With the defaults, five minutes on
+a core, the means were 2.55 (seed), 2.71 and 2.48 (branches), 2.43 (average), 2.30 (ensemble), 2.40 (mix, gates tuned)
+and 2.23 (seed, trained on).
 """
 
 import argparse

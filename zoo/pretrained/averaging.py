@@ -29,6 +29,7 @@ FREE_FIELDS = (
     "bos_token_id",
     "dtype",
     "eos_token_id",
+    "initializer_range",
     "pad_token_id",
     "torch_dtype",
     "transformers_version",
