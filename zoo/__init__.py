@@ -13,29 +13,49 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import from_pretrained, prune, quantise, save_pretrained, split, to_dense, upcycle
+    from .pretrained import (
+        average,
+        from_pretrained,
+        grow,
+        mix,
+        prune,
+        quantise,
+        save_pretrained,
+        share_depth,
+        split,
+        to_dense,
+        upcycle,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
+    "average",
     "create_model",
     "from_pretrained",
+    "grow",
     "list_models",
+    "mix",
     "moe",
     "prune",
     "quantise",
     "save_pretrained",
+    "share_depth",
     "split",
     "to_dense",
     "upcycle",
 ]
 
 _LAZY = {
+    "average": "zoo.pretrained",
     "create_model": "zoo.models",
     "from_pretrained": "zoo.pretrained",
+    "grow": "zoo.pretrained",
     "list_models": "zoo.models",
+    "mix": "zoo.pretrained",
     "prune": "zoo.pretrained",
     "quantise": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
+    "share_depth": "zoo.pretrained",
     "split": "zoo.pretrained",
     "to_dense": "zoo.pretrained",
     "upcycle": "zoo.pretrained",

@@ -13,11 +13,23 @@ from typing import Any
 from torch import nn
 
 from .gates import gate_factory, parse_spec
-from .moe import DepthRouter, Experts, MoA, MoH, NeuronExperts, SwitchHead, ZeroComputationExperts
+from .moe import (
+    DepthRouter,
+    Experts,
+    HyperExperts,
+    MoA,
+    MoH,
+    NeuronExperts,
+    ResidualExperts,
+    SwitchHead,
+    ZeroComputationExperts,
+)
 from .nearest import unknown
 from .pretrained.placement import moe_layers
 
-EXPERTS: dict[str, type[nn.Module]] = {c.__name__: c for c in (Experts, NeuronExperts, ZeroComputationExperts)}
+EXPERTS: dict[str, type[nn.Module]] = {
+    c.__name__: c for c in (Experts, HyperExperts, NeuronExperts, ResidualExperts, ZeroComputationExperts)
+}
 ATTENTION: dict[str, type[nn.Module]] = {c.__name__: c for c in (MoA, MoH, SwitchHead)}
 LAYERS = "layers"
 
@@ -28,14 +40,29 @@ def experts_factory(
     """A function that makes the experts of a layer: those of `EXPERTS`, or of one's own with num_experts and dim.
 
     given, such as bias, backend and dropout, goes to experts that have such an argument. `NeuronExperts`, one hidden
-    unit each, keep their own activation.
+    unit each, keep their own activation; `HyperExperts` share their hypernetwork.
     Raises ValueError for an unknown name or argument, TypeError for what is no description.
     """
     make, arguments = parse_spec(spec, "experts", EXPERTS, "zoo.moe")
     sizes = {"num_experts": num_experts, "dim": dim, "hidden_dim": hidden_dim, "activation": activation, **given}
     if make is NeuronExperts:
         del sizes["activation"]
-    return _factory(make, arguments, sizes)
+    factory = _factory(make, arguments, sizes)
+    return _sharing(factory) if make is HyperExperts and "hypernetwork" not in arguments else factory
+
+
+def _sharing(factory: Callable[[], Any]) -> Callable[[], Any]:
+    """One hypernetwork for all layers, the first one's."""
+    first: list[Any] = []
+
+    def make() -> Any:
+        made = factory()
+        if first:
+            made.hypernetwork = first[0]
+        first[:] = [made.hypernetwork]
+        return made
+
+    return make
 
 
 def attention_factory(

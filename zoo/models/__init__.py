@@ -14,13 +14,29 @@ from typing import TYPE_CHECKING, Any
 from .registry import create_model, list_models
 
 if TYPE_CHECKING:
+    from .domain_ensemble import DomainEnsemble
+    from .fusion import FusionOfExperts
     from .language import dense_twin
     from .parameters import count_parameters
     from .transformers_experts import register_experts
 
-__all__ = ["count_parameters", "create_model", "dense_twin", "list_models", "register_experts"]
+__all__ = [
+    "DomainEnsemble",
+    "FusionOfExperts",
+    "count_parameters",
+    "create_model",
+    "dense_twin",
+    "list_models",
+    "register_experts",
+]
 
-_LAZY = {"count_parameters": "parameters", "dense_twin": "language", "register_experts": "transformers_experts"}
+_LAZY = {
+    "DomainEnsemble": "domain_ensemble",
+    "FusionOfExperts": "fusion",
+    "count_parameters": "parameters",
+    "dense_twin": "language",
+    "register_experts": "transformers_experts",
+}
 
 
 def __getattr__(name: str) -> Any:

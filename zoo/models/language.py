@@ -39,7 +39,8 @@ def build(
     num_experts are filled in, and k too where the gate has one and none is given; or a list of these for the first
     layers, its last for all the rest. losses and capacity (a `Capacity`, its arguments, or the factor alone) go to
     that gate, or to the family's own. In the same form, each starting as its class says:
-        experts    other experts than gated MLPs: {"name": "ZeroComputationExperts", "constant": 1}, "NeuronExperts"
+        experts    other experts than gated MLPs: {"name": "ZeroComputationExperts", "constant": 1}, "NeuronExperts",
+                   "ResidualExperts", {"name": "HyperExperts", "adapter_dim": 64}
         attention  heads as experts: {"name": "MoH", "num_shared_heads": 1, "k": 2}, "SwitchHead", "MoA" with its gate
                    {"name": "MoA", "num_experts": 8, "router": {"name": "TopKRouter", "k": 2}}; "layers" says where
         mixture_of_depths  {"capacity": 0.125, "sampling": "predictor", "layers": "every-2"}

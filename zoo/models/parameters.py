@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,24 +17,31 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
     Where modalities have experts of their own, the token is one of text. Where experts choose, a token meets as many as
     the capacity factor says on average; in Soft MoE it meets them all. Attention experts count likewise; with a mixture
-    of depths it is a token that goes through every layer.
+    of depths it is a token that goes through every layer. Of layers that share experts it meets the same ones in all.
     Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
     not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
-    from ..moe import Experts, IsolatedMoE, LoRAExperts, MoE, QuantisedExperts
+    from ..moe import Experts, GrownExperts, IsolatedMoE, LoRAExperts, MoE, QuantisedExperts, ResidualExperts
     from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
     total += sum(m.numbers for m in model.modules() if isinstance(m, QuantisedExperts))
     active = float(total)
+    counted: set[int] = set()
     for name, layer in model.named_modules():
         if isinstance(layer, IsolatedMoE):
             # What the other parts would have active: the experts that no token of theirs meets are out already.
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        if isinstance(layer, MoE) and not isinstance(layer.experts, (Experts, LoRAExperts, QuantisedExperts)):
+        alike = (Experts, GrownExperts, LoRAExperts, QuantisedExperts, ResidualExperts)
+        if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
+        if isinstance(layer, MoE):
+            held = id(next(itertools.chain(layer.experts.parameters(), layer.experts.buffers()), None))
+            if held in counted:
+                continue
+            counted.add(held)
         stacked = _stacked(layer)
         if stacked:
             met = _experts_met(layer.router)
@@ -45,10 +53,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _stacked(layer: Recorded) -> int:
     """How many parameters the experts of a layer have together."""
-    from ..moe import HeadExperts, MoA, MoE, MoH, QuantisedExperts
+    from ..moe import HeadExperts, MoA, MoE, MoH, QuantisedExperts, ResidualExperts
 
     if isinstance(layer, MoE) and isinstance(layer.experts, QuantisedExperts):
         return layer.experts.numbers
+    if isinstance(layer, MoE) and isinstance(layer.experts, ResidualExperts):
+        return sum(p.numel() for name, p in layer.experts.named_parameters() if name.startswith("residual_"))
     if isinstance(layer, MoE):
         return sum(p.numel() for p in layer.experts.parameters())
     if isinstance(layer, MoA):

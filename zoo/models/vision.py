@@ -109,7 +109,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(
-    name: str, *, attention: Any = None, mixture_of_depths: Any = None, convolutions: Any = None, **overrides: Any
+    name: str,
+    *,
+    attention: Any = None,
+    mixture_of_depths: Any = None,
+    convolutions: Any = None,
+    share_depth: bool = False,
+    **overrides: Any,
 ) -> nn.Module:
     """The model called `name`, ours or any of timm's; overrides are timm's arguments, and `VisionTransformerMoE`'s.
 
@@ -117,7 +123,8 @@ def build(
     with pretrained=True of the trained ones. Without moe_layers the model is timm's own, the dense twin.
 
     attention (MoA, MoH, SwitchHead), mixture_of_depths and convolutions (DeepMoE, PatchMoE) put layers of these kinds
-    into the model: see `zoo.pretrained.vision_layers.put_layers`.
+    into the model, share_depth=True lets all blocks share their weights but those of norms, as in WideNet
+    (2107.11817, with moe_layers="all"): see `zoo.pretrained.vision_layers.put_layers`.
     """
     import timm
 
@@ -127,7 +134,7 @@ def build(
     vision_timm.register()
     make = timm.create_model if name in MODELS else vision_timm.build_from_timm
     layers = {"attention": attention, "mixture_of_depths": mixture_of_depths, "convolutions": convolutions}
-    return put_layers(make(name, **overrides), **layers)
+    return put_layers(make(name, **overrides), **layers, share_depth=share_depth)
 
 
 def other_models() -> list[str]:

@@ -54,6 +54,7 @@ def put_experts(
             f"{type(model).__name__}: no block has an MLP of linear layers, whose place experts could take"
         )
     chosen = placed(moe_layers, len(blocks))
+    makers: dict[Any, Callable[[], Any]] = {}
     for i in chosen:
         mlp = recognise(*blocks[i])
         weight = mlp.linears[-1].weight
@@ -75,7 +76,10 @@ def put_experts(
             )
             with torch.device(weight.device):
                 options: dict[str, Any] = {"bias": mlp.has_bias, "backend": backend, "dropout": dropout}
-                made = experts_factory(experts, num_experts, *mlp.sizes, mlp.activation, **options)()
+                kind = (*mlp.sizes, mlp.activation, *options.values())
+                if kind not in makers:  # one for all layers, which may share something
+                    makers[kind] = experts_factory(experts, num_experts, *mlp.sizes, mlp.activation, **options)
+                made = makers[kind]()
                 layer = MoE(gate(), made).to(weight.dtype)
             if (mlps := stacked_mlps(made)) is not None and mlps.hidden_dim == mlp.sizes[1]:
                 _draw(mlps, mlp, shared_init)

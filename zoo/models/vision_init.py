@@ -22,8 +22,8 @@ _AS_LINEAR = {gate.reset_parameters for gate in (TopKRouter, ExpertChoiceRouter,
 @torch.no_grad()
 def init_module(module: nn.Module, name: str, shared_init: bool) -> None:
     """Draw the weights of one module of a vision transformer, by its name in the model."""
-    if ".router." in name:
-        return  # part of a gate that has more than one matrix, and starts in its own way
+    if ".router." in name or ".experts." in name:
+        return  # part of a gate that has more than one matrix, or of experts of another kind, and starts in its own way
     if isinstance(module, MoE):
         if (mlps := stacked_mlps(module.experts)) is not None:
             init_experts(mlps, shared_init)

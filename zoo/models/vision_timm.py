@@ -112,6 +112,8 @@ def build_from_timm(
             f"experts: those of {name} are copies of its MLPs; other kinds are for models made with experts, such as "
             "vision/vmoe_small_patch32_224"
         )
+    if not isinstance(num_experts, int):
+        raise ValueError(f"num_experts: expected one number, got {num_experts!r}; zoo.upcycle takes one a layer")
     model = timm.create_model(name, pretrained=pretrained, **overrides)
     if moe_layers is None:
         return model

@@ -11,11 +11,14 @@ from .dispatch import ExpertParallel
 from .dispatch_nodes import HierarchicalExpertParallel
 from .dispatch_static import StaticExpertParallel
 from .experts import MLP, Experts
+from .grown import GrownExperts
+from .hyper import HyperExperts, HyperNetwork
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
 from .peer import PEER, NeuronExperts
 from .quantised import QuantisedExperts
+from .residual import ResidualExperts
 from .routers import Router
 from .routing import Routing
 from .shortcut import Shortcut, ShortcutMoE
@@ -34,8 +37,11 @@ __all__ = [
     "ExpertParallel",
     "Experts",
     "GatedConv2d",
+    "GrownExperts",
     "HeadExperts",
     "HierarchicalExpertParallel",
+    "HyperExperts",
+    "HyperNetwork",
     "IsolatedMoE",
     "KeyValues",
     "LoRAExperts",
@@ -46,6 +52,7 @@ __all__ = [
     "NeuronExperts",
     "PatchMoE",
     "QuantisedExperts",
+    "ResidualExperts",
     "Router",
     "Routing",
     "Shortcut",

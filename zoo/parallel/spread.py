@@ -47,8 +47,9 @@ def parallelize(
     Gates that merge experts (SMEAR, Lory, MEO) need them whole, and many gates over one `ExpertStack` compute it once:
     those are sharded as dense parameters are. So are embedding tables, unless `fuse_embeddings` laid them out before.
 
-    Raises ValueError where a process would be left without an expert, for widths that do not divide, for shadows or
-    places with nodes, places with chunks or shadows, and for tensor parallelism of a model that has nothing for it.
+    Raises ValueError where a process would be left without an expert, for widths that do not divide, for blocks that
+    share weights, for shadows or places with nodes, places with chunks or shadows, and for tensor parallelism of a
+    model that has nothing for it.
     """
     sizes = mesh.sizes
     if shadows and 1 < within < sizes.expert:
@@ -57,6 +58,10 @@ def parallelize(
         given = {"chunks": chunks, "within": within, "shadows": shadows}
         raise ValueError(f"places={places}: rows go in flat groups, at once, to experts that are not lent; got {given}")
     stacks = dict(spreadable(model))
+    held = Counter(parameter for block in blocks(model) for parameter in set(block.parameters()))
+    if any(times > 1 for times in held.values()):
+        # FSDP would give each block weights of its own, without a word.
+        raise ValueError(f"parallelize: blocks of {type(model).__name__} share weights; train it with ddp")
     if sizes.tensor > 1:
         if not stacks and not planned(model):
             raise ValueError(
@@ -146,7 +151,12 @@ def _average(parameter: torch.Tensor) -> None:
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated parts of a model, outermost ones, that FSDP gathers one at a time: layers of a transformer, say."""
-    found: list[nn.Module] = []
+    return [part for parts in repeated(model) for part in parts]
+
+
+def repeated(model: nn.Module) -> list[list[nn.Module]]:
+    """The same, those of each list of modules together."""
+    found: list[list[nn.Module]] = []
     inside: set[int] = set()
     for _, container in model.named_modules():
         if id(container) in inside or not isinstance(container, (nn.ModuleList, nn.Sequential)) or len(container) < 2:
@@ -158,6 +168,6 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         ]
         if len(parts) < 2:
             continue
-        found += parts
+        found.append(parts)
         inside.update(id(module) for part in parts for module in part.modules())
     return found

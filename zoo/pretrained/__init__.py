@@ -6,23 +6,32 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .averaging import average
     from .densify import to_dense
     from .dispatch import from_pretrained, save_pretrained
+    from .growing import grow, output_regularization
+    from .mixing import mix
     from .pruning import prune
     from .quantising import quantise
+    from .sharing import share_depth
     from .split_distillation import layerwise_distillation
     from .split_predictor import fit_predictor
     from .splitting import set_k, split
     from .upcycling import upcycle, upcycle_optimizer
 
 __all__ = [
+    "average",
     "fit_predictor",
     "from_pretrained",
+    "grow",
     "layerwise_distillation",
+    "mix",
+    "output_regularization",
     "prune",
     "quantise",
     "save_pretrained",
     "set_k",
+    "share_depth",
     "split",
     "to_dense",
     "upcycle",
@@ -30,13 +39,18 @@ __all__ = [
 ]
 
 _LAZY = {
+    "average": "averaging",
     "fit_predictor": "split_predictor",
     "from_pretrained": "dispatch",
+    "grow": "growing",
     "layerwise_distillation": "split_distillation",
+    "mix": "mixing",
+    "output_regularization": "growing",
     "prune": "pruning",
     "quantise": "quantising",
     "save_pretrained": "dispatch",
     "set_k": "splitting",
+    "share_depth": "sharing",
     "split": "splitting",
     "to_dense": "densify",
     "upcycle": "upcycling",

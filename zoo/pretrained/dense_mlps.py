@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import Experts, MoE, Routing
+from ..moe import Experts, MoE, ResidualExperts, Routing
 from ..moe.kernels import ACTIVATIONS, moe_mlp
+from ..moe.residual import CORE
 
 # gate, up, down; without a gate the MLP is plain, or gate and up are one matrix where it has twice the rows.
 LAYOUTS: tuple[tuple[str | None, str, str], ...] = (
@@ -142,10 +143,11 @@ class DenseMLP:
             )
 
 
-def expert_parameter(experts: Experts, name: str) -> nn.Parameter:
-    """The stacked parameter for a name of `DenseMLP.weights`."""
+def expert_parameter(experts: Experts | ResidualExperts, name: str) -> nn.Parameter:
+    """The parameter for a name of `DenseMLP.weights`: the stacked one, or the core's where experts share one."""
     mapped = {"w_in": experts._in, "b_in": f"{experts._in}_bias", "w_out": "down_proj", "b_out": "down_proj_bias"}
-    return getattr(experts, mapped[name])
+    prefix = CORE if isinstance(experts, ResidualExperts) else ""
+    return getattr(experts, prefix + mapped[name])
 
 
 def blocks_with_mlps(model: nn.Module, within: str = "") -> Iterator[tuple[str, nn.Module]]:

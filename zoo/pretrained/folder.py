@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..gates import gate_factory
 from ..moe import MoE
+from ..moe.residual import folded_state
 from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
@@ -156,7 +157,7 @@ def save_pretrained(
     with staged(folder, overwrite) as staging:
         _write_configs(model, config, family, staging)
         parameters = sum(p.numel() for p in model.parameters())
-        write_weights(tensors_on_disk(model, family, state=state), parameters, staging, limit)
+        write_weights(tensors_on_disk(model, family, state=folded_state(model, state)), parameters, staging, limit)
 
 
 def check_router(router: Any, mesh: Mesh | None, quantise: str | None = None) -> None:

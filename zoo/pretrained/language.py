@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import MoE
+from ..moe.grown import joined_state
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 
@@ -185,7 +186,7 @@ def tensors_on_disk(
     """
     blocks = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, tensor in (model.state_dict() if state is None else state).items():
+    for name, tensor in joined_state(model, state).items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if block is None:
             if name not in tied:

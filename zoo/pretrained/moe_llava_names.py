@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..moe import MoE
+from ..moe.grown import joined_state
 from .context import decoder_of
 
 # The authors' model_type: transformers', its class prefix there, and the layers of an MLP.
@@ -59,7 +60,7 @@ def tensors_on_disk(
     names = KINDS[PUBLISHED[decoder_of(model).config.model_type]][2]
     blocks = [name for name, module in model.named_modules() if isinstance(module, MoE)]
     tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
-    for name, tensor in (model.state_dict() if state is None else state).items():
+    for name, tensor in joined_state(model, state).items():
         if name in tied:
             continue
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)

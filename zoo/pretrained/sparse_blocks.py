@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import MLP, Experts, IsolatedMoE, MoE, Router
+from ..moe.grown import joined_state
 from ..moe.routers import TopKRouter
 from .context import decoder_of, moe_of
 from .language import check_router
@@ -180,7 +181,7 @@ def tensors_of_transformers(model: Any, state: Mapping[str, Tensor] | None = Non
     assert row is not None
     blocks = {name: m for name, m in model.named_modules() if isinstance(m, (MoE, IsolatedMoE))}
     blocks = {name: m for name, m in blocks.items() if ".parts." not in name}
-    for name, tensor in (model.state_dict() if state is None else state).items():
+    for name, tensor in joined_state(model, state).items():
         block = next((b for b in blocks if name.startswith(f"{b}.")), None)
         if block is None:
             yield name, tensor

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from ..moe import Experts, MoE, NeuronExperts, ShortcutMoE
+from ..moe import Experts, GrownExperts, MoE, NeuronExperts, ResidualExperts, ShortcutMoE
+from ..moe.grown import joined_state
+from ..moe.residual import folded_state
 from . import adopt
 from .decoders import DecoderAttention, DecoderDepth
 from .language import RELATIVES, TABLES, check_router
@@ -28,7 +30,7 @@ def published_config(model: Any) -> Any:
     for name, module in model.named_modules():
         other = isinstance(module, (DecoderAttention, DecoderDepth))
         part: Any = module.experts if isinstance(module, MoE) else None
-        if isinstance(part, Experts) and not isinstance(part, NeuronExperts):
+        if isinstance(part, (Experts, GrownExperts, ResidualExperts)) and not isinstance(part, NeuronExperts):
             part = None
         if isinstance(module, ShortcutMoE):
             part = module
@@ -96,7 +98,9 @@ def check_tensors(model: Any, config: Any, label: str) -> None:
     """Raise ValueError unless the relative has the same tensors: no biases, say, where it has none."""
     with torch.device("meta"):
         twin = adopt.build(config)
-    ours, theirs = ({name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, twin))
+    ours, theirs = (
+        {name: tuple(t.shape) for name, t in joined_state(m, folded_state(m)).items()} for m in (model, twin)
+    )
     if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         shown = ", ".join(f"{n} {ours.get(n, 'missing here')}/{theirs.get(n, 'missing there')}" for n in other[:3])
         raise ValueError(f"{label}: {len(other)} tensors differ ({shown})")

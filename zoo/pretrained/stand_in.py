@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..moe.grown import joined_state
 from .language import RELATIVES, TABLES, tensors_on_disk
 
 
@@ -61,10 +62,12 @@ def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: An
 
     Raises ValueError for experts under names that are not the model's and not known here.
     """
-    own: dict[str, Tensor] = {} if prefix else model.state_dict()
-    foreign = [name for name in state if ".experts." in name and name not in own]
+    held: dict[str, Tensor] = {} if prefix else model.state_dict()
+    foreign = [name for name in state if ".experts." in name and name not in held]
     if prefix or not foreign:
         return
+    own = joined_state(model, held)
+    foreign = [name for name in foreign if name not in own]
     config: Any = model.config
     family = TABLES.get(RELATIVES.get(config.model_type, config.model_type))
     if family is not None:

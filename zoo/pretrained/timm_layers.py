@@ -11,7 +11,6 @@ from torch import nn
 
 from .dense_mlps import blocks_with_mlps
 
-
 NOTES = ("upcycled", "split_how")  # attributes with what `zoo.upcycle` and `zoo.split` did, a list of arguments
 
 

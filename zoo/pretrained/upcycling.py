@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..gates import gate_factory
-from ..moe import Capacity, Experts, MoE, Router
+from ..moe import Capacity, Experts, MoE, ResidualExperts, Router
 from .context import decoder_of, pass_context
 from .dense_mlps import DenseMLP, activation_attribute, blocks_with_mlps, expert_parameter, is_mlp, recognise
 from .placement import moe_layers
@@ -23,7 +23,7 @@ from .stand_in import stand_in
 def upcycle(
     model: nn.Module,
     layers: str | int | Iterable[int] = "every-2",
-    num_experts: int = 8,
+    num_experts: int | Sequence[int] = 8,
     router: Any = "TopKRouter",
     *,
     k: int | None = None,
@@ -33,6 +33,7 @@ def upcycle(
     noise: float = 0.0,
     router_std: float = 0.02,
     granularity: int = 1,
+    residual: bool = False,
     within: str = "",
     backend: str = "auto",
 ) -> nn.Module:
@@ -44,13 +45,15 @@ def upcycle(
     layers are those of `moe_layers`, counted over the blocks that have an MLP: those of a submodule where `within`
     names one ("model.vision_tower"), of the language model in a vision-language model, or of all. router is a name,
     class, function or mapping as in `create_model`; k (two by default), normalize, capacity (a `Capacity`, its
-    arguments or its factor) and losses are for gates that have such arguments.
+    arguments or its factor) and losses are for gates that have such arguments. num_experts may be one number for each
+    of the chosen layers, such as more in deeper ones (the pyramid of PR-MoE, 2201.05596).
     With combine weights normalised and no drops (top-k without capacity, the default) the model gives the dense model's
     outputs. The paper normalises in vision, with router="ExpertChoiceRouter" and capacity=2, and not in language.
     The router starts from N(0, router_std^2); experts are copies, plus N(0, (noise * s)^2) where s is the standard
     deviation of the weights they copy. With granularity G (2410.07524) each copy is cut into G experts of width F/G,
     num_experts counting copies and k copies a token: pieces of a copy share their router row, so that they start chosen
-    together, and `scale` G makes up for the weight they share.
+    together, and `scale` G makes up for the weight they share. With residual=True experts are what is added to one copy
+    that all share (`ResidualExperts`, RMoE 2204.09636), at first nothing but the noise.
 
     Dropout outside the MLP stays, and that of hidden units and outputs alike (timm); that of only one of them is left
     out with a warning (GPT-2, T5). New parameters take dtype, device, training mode and requires_grad of those they
@@ -61,9 +64,11 @@ def upcycle(
     do not have, an MLP that computes something else, sizes that do not divide.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if num_experts < 1 or granularity < 1:
+    numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts)
+    if min(numbers, default=0) < 1 or granularity < 1:
         raise ValueError(f"upcycle: num_experts={num_experts} and granularity={granularity} must be at least 1")
-    k = min(2, num_experts) if k is None else k
+    if residual and granularity > 1:
+        raise ValueError(f"upcycle: residual experts share a whole copy, which granularity={granularity} would cut")
     within = within or _language_model(model)
     blocks = list(blocks_with_mlps(model, within))
     if not blocks:
@@ -73,15 +78,20 @@ def upcycle(
     for name, module in chosen:
         if isinstance(module, MoE) or hasattr(module, "experts"):
             raise ValueError(f"upcycle: {name} is a mixture of experts already")
+    if isinstance(num_experts, int):
+        numbers *= len(chosen)
+    if len(numbers) != len(chosen):
+        raise ValueError(f"upcycle: num_experts has {len(numbers)} numbers for {len(chosen)} layers")
+    k = min(2, *numbers) if k is None else k
     given: dict[str, Any] = {} if losses is None else {"losses": losses}
     if capacity is not None:
         given["capacity"] = _capacity(capacity)
     found = {}
-    for mlp in (recognise(name, module) for name, module in chosen):
+    for number, mlp in zip(numbers, [recognise(name, module) for name, module in chosen]):
         mlp.check()
         defaults = {"normalize": normalize, **({"scale": float(granularity)} if granularity > 1 else {})}
-        make = gate_factory(router, mlp.sizes[0], num_experts * granularity, k * granularity, defaults, **given)
-        found[mlp] = _moe(mlp, make, granularity, noise, router_std, backend)
+        make = gate_factory(router, mlp.sizes[0], number * granularity, k * granularity, defaults, **given)
+        found[mlp] = _moe(mlp, make, granularity, noise, router_std, backend, residual)
     _warn_of_dropout(list(found))
     # Modules with a replacement are not copied: memory for the dense ones twice is not needed.
     sparse: Any = copy.deepcopy(model, {id(mlp.module): moe for mlp, moe in found.items() if not mlp.inline})
@@ -90,6 +100,7 @@ def upcycle(
             _put_inline(sparse.get_submodule(mlp.name), mlp, moe)
     how = {"layers": list(moe_layers(layers, len(blocks))), "num_experts": num_experts, "router": router, "k": k}
     how |= {"normalize": normalize, "capacity": capacity, "losses": losses, "granularity": granularity}
+    how |= {"residual": True} if residual else {}
     sparse.upcycled = [*getattr(model, "upcycled", []), {**how, "within": within, "backend": backend}]
     _finish_transformers(sparse)
     return sparse
@@ -100,7 +111,7 @@ def upcycle_optimizer(old: Optimizer, dense: nn.Module, new: Optimizer, sparse: 
     """Give the optimizer of an upcycled model the state that the dense model's had (2212.05055, section 3).
 
     `sparse` is `upcycle(dense, ...)` and `new` an optimizer of the same kind over its parameters, in any groups. State
-    of kept parameters is copied, that of an MLP copied to each of its experts; routers start without. Learning rates
+    of kept parameters is copied, that of an MLP to each of its experts, or to their core; routers start without. Rates
     and other options stay those of `new`. Raises ValueError where the models do not belong together, and for state that
     is not shaped as its parameter is.
     """
@@ -175,6 +186,7 @@ def _moe(
     noise: float,
     router_std: float,
     backend: str,
+    residual: bool = False,
 ) -> MoE:
     dim, hidden = mlp.sizes
     if hidden % granularity:
@@ -189,10 +201,19 @@ def _moe(
         weight.copy_(copies.repeat_interleave(granularity, 0))
     for parameter in router.parameters():
         parameter.data = parameter.data.to(like.dtype)
+    sizes = (router.num_experts, dim, hidden // granularity)
+    experts: Any
+    if residual and mlp.dropout:
+        raise ValueError(f"upcycle: {mlp.name} drops {mlp.dropout:g} of its units, which residual experts cannot")
     with torch.device("meta"):
-        sizes = (router.num_experts, dim, hidden // granularity)
-        experts = Experts(*sizes, mlp.activation, mlp.has_bias, backend, mlp.dropout)
+        if residual:
+            experts = ResidualExperts(*sizes, mlp.activation, mlp.has_bias, backend)
+        else:
+            experts = Experts(*sizes, mlp.activation, mlp.has_bias, backend, mlp.dropout)
     experts.to(like.dtype).to_empty(device=like.device)
+    if residual:
+        for parameter in experts.parameters():
+            parameter.zero_()
     weights = mlp.weights()
     if "b_out" in weights:
         weights["b_out"] = weights["b_out"] / granularity  # each piece of a copy adds its share
@@ -200,13 +221,16 @@ def _moe(
         parameter = expert_parameter(experts, part)
         parameter.copy_(stacked)
         if noise and part.startswith("w"):
-            parameter.add_(torch.randn_like(parameter), alpha=noise * float(weights[part].float().std()))
-        parameter.requires_grad_(like.requires_grad)
+            own = experts.residual(parameter) if isinstance(experts, ResidualExperts) else parameter
+            own.add_(torch.randn_like(own), alpha=noise * float(weights[part].float().std()))
+    experts.requires_grad_(like.requires_grad)
     return MoE(router, experts).train(mlp.module.training)
 
 
-def _stack(weights: dict[str, Tensor], mlp: DenseMLP, experts: Experts) -> dict[str, Tensor]:
+def _stack(weights: dict[str, Tensor], mlp: DenseMLP, experts: Any) -> dict[str, Tensor]:
     """One expert's tensors as those of all: cut into G pieces along the hidden units, and the pieces repeated."""
+    if isinstance(experts, ResidualExperts):
+        return weights  # of the core
     pieces = mlp.sizes[1] // experts.hidden_dim
     found = {}
     for part, tensor in weights.items():

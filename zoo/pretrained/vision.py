@@ -16,6 +16,7 @@ from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args
 
 from ..moe import MoE
+from ..moe.grown import joined_state
 from .language import resolve_dtype
 from .splitting import split_again
 from .staging import staged
@@ -161,7 +162,7 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
         save_config_for_hf(model, str(staging / CONFIG), model_config=extra, model_args=arguments)
         config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
         (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_file(staging / WEIGHTS, model.state_dict().items())
+        write_file(staging / WEIGHTS, joined_state(model).items())
 
 
 def _check_rebuilds(
@@ -180,7 +181,7 @@ def _check_rebuilds(
         for how in split:
             twin = split_again(twin, **how)
         twin = put_layers(twin, **changed)
-    shapes, expected = ({n: t.shape for n, t in m.state_dict().items()} for m in (model, twin))
+    shapes, expected = ({n: t.shape for n, t in joined_state(m).items()} for m in (model, twin))
     if other := sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n)):
         raise ValueError(
             f"save_pretrained: timm's {name} with this model's arguments has other tensors ({some(other)}); "

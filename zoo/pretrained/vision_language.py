@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..moe.grown import joined_state
 from .language import resolve_dtype
 from .peek import peek
 from .staging import staged
@@ -32,7 +33,7 @@ def save(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = False)
     config = storable(model.made_with, "argument")
     with staged(folder, overwrite) as staging:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_file(staging / WEIGHTS, sorted(model.state_dict().items()))
+        write_file(staging / WEIGHTS, sorted(joined_state(model).items()))
 
 
 def load(

@@ -12,6 +12,7 @@ from ..gates import gate_factory, parse_spec
 from ..layers import attention_factory, depth_factory
 from ..moe import DeepMoE, DepthRouter, MixtureOfDepths, PatchMoE
 from ..nearest import unknown
+from .sharing import tie_depth
 
 CONVOLUTIONS: dict[str, Any] = {c.__name__: c for c in (DeepMoE, PatchMoE)}
 
@@ -56,7 +57,14 @@ class ClassifierDeepMoE(DeepMoE):
             return getattr(super().__getattr__("backbone"), name)
 
 
-def put_layers(model: Any, *, attention: Any = None, mixture_of_depths: Any = None, convolutions: Any = None) -> Any:
+def put_layers(
+    model: Any,
+    *,
+    attention: Any = None,
+    mixture_of_depths: Any = None,
+    convolutions: Any = None,
+    share_depth: bool | None = None,
+) -> Any:
     """The model with layers of other kinds in it, in place, but for DeepMoE, which goes around it; each starts fresh.
 
     attention and mixture_of_depths are those of `zoo.layers`, for timm's VisionTransformer and ours. convolutions, for
@@ -65,11 +73,12 @@ def put_layers(model: Any, *, attention: Any = None, mixture_of_depths: Any = No
         {"name": "PatchMoE", "layers": ["layer4.1.conv2"], "num_experts": 4, "patch_size": 1,
          "router": {"name": "PatchRouter", "patches": 8}}
                     experts of C'/E channels each, with a kernel no larger than the patch, on the patches they choose
+    share_depth=True lets all blocks share their weights but those of norms (`zoo.share_depth`).
     Raises ValueError for blocks and convolutions that do not exist or do not fit, TypeError for what is no description.
     """
     changed = {"attention": attention, "mixture_of_depths": mixture_of_depths, "convolutions": convolutions}
     changed = {name: value for name, value in changed.items() if value is not None}
-    if not changed:
+    if not changed and not share_depth:
         return model
     like = next(model.parameters())
     with like.device:
@@ -88,7 +97,7 @@ def put_layers(model: Any, *, attention: Any = None, mixture_of_depths: Any = No
             model = _convolutions(model, convolutions)
     model.to(like.dtype)
     model.changed = changed
-    return model
+    return tie_depth(model) if share_depth else model
 
 
 def _blocks(model: Any, what: str) -> Any:
