@@ -16,7 +16,7 @@ import zoo
 from zoo.nearest import unknown
 
 # Functions of `zoo` from a model to a model.
-CONVERSIONS = ("prune", "quantise", "split", "to_dense", "upcycle")
+CONVERSIONS = ("average", "grow", "mix", "prune", "quantise", "share_depth", "split", "to_dense", "upcycle")
 CALIBRATE = "calibrate"
 BATCHES = 8
 

@@ -118,12 +118,12 @@ def _spread(scales: Tensor, rows: int, columns: int) -> Tensor:
 def _encode_float8(values: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = values.shape[-2:]
     padding = (0, _blocks(columns) * BLOCK - columns, 0, _blocks(rows) * BLOCK - rows)
-    tiles = torch.nn.functional.pad(values.float(), padding)
+    tiles = torch.nn.functional.pad(values.float(), padding) if any(padding) else values.float()
     tiles = tiles.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))  # [..., R / 128, 128, C / 128, 128]
     scales = _largest(tiles, (-3, -1)) / torch.finfo(torch.float8_e4m3fn).max
     scales = torch.where(scales > 0, scales, 1.0)
-    codes = values.float() / _spread(scales, rows, columns)
-    return codes.to(torch.float8_e4m3fn).view(torch.uint8), scales
+    codes = (tiles / scales[..., :, None, :, None]).to(torch.float8_e4m3fn).view(torch.uint8)
+    return codes.flatten(-4, -3).flatten(-2)[..., :rows, :columns], scales
 
 
 def _float8(codes: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:
