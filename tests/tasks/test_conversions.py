@@ -10,6 +10,7 @@ from tasks.__main__ import main
 from tasks.language import LanguageTask
 from tasks.recommendation import RecommendationTask
 from tasks.vision import VisionTask
+from zoo.moe import Experts, MoE, QuantisedExperts
 
 
 @pytest.fixture
@@ -61,6 +62,32 @@ def test_mlps_are_cut_by_what_training_batches_show(dense, text, tmp_path):
     # Every hidden unit is in one expert, and not where it was.
     assert torch.equal(cut[cut[:, 0].argsort()], rows[rows[:, 0].argsort()])
     assert not torch.equal(cut, rows)
+
+
+SPARSE = {
+    "prune": ({"keep": 3, "calibrate": 2}, lambda model: model.config.num_local_experts == 3),
+    "grow": ({"num_new": 2}, lambda model: model.config.num_local_experts == 6),
+    "to_dense": ({"method": "average", "weights": "usage", "calibrate": 1}, lambda model: not has(model, MoE)),
+    "quantise": ({"format": "int8"}, lambda model: has(model, QuantisedExperts) and not has(model, Experts)),
+}
+
+
+def has(model, kind):
+    return any(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_sparse_model_is_converted_trained_and_taken_up_again(name, make):
+    arguments, holds = SPARSE[name]
+    task, data = make.task(convert=[{name: arguments}]), make.data(batch_size=2)
+    trainer = make.trainer(max_steps=2)
+    trainer.fit(task, data)
+    assert holds(task.model)
+    trainer.save_checkpoint(trainer.default_root_dir + "/kept.ckpt")
+    again = make.task(convert=[{name: arguments}])
+    make.trainer(max_steps=3).fit(again, make.data(batch_size=2), ckpt_path=trainer.default_root_dir + "/kept.ckpt")
+    assert again.global_step == 3
+    assert holds(again.model)
 
 
 def test_frozen_experts_are_not_sent_with_every_step(make):
