@@ -1,6 +1,8 @@
 """The shared mixture-of-experts core: tensors only, no task, no model family, no file format."""
 
-from . import balance, kernels, routers, schedule, telemetry
+from . import balance, expert_losses, kernels, routers, schedule, telemetry
+from .adamix import AdaMix
+from .adapted import AdaptedLinear, LoRALinear, ScaledLinear
 from .attention_experts import HeadExperts, KeyValues, MoA, MoH, SwitchHead, rotary
 from .blend import Blend
 from .capacity import Capacity
@@ -14,6 +16,7 @@ from .experts import MLP, Experts
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
+from .mix_lora import MixLoRAExperts
 from .peer import PEER, NeuronExperts
 from .routers import Router
 from .routing import Routing
@@ -24,6 +27,8 @@ from .zero_computation import ZeroComputationExperts
 __all__ = [
     "MLP",
     "PEER",
+    "AdaMix",
+    "AdaptedLinear",
     "Blend",
     "Capacity",
     "ChannelRouter",
@@ -38,6 +43,8 @@ __all__ = [
     "IsolatedMoE",
     "KeyValues",
     "LoRAExperts",
+    "LoRALinear",
+    "MixLoRAExperts",
     "MixtureOfDepths",
     "MoA",
     "MoE",
@@ -46,6 +53,7 @@ __all__ = [
     "PatchMoE",
     "Router",
     "Routing",
+    "ScaledLinear",
     "Shortcut",
     "ShortcutMoE",
     "Slots",
@@ -54,6 +62,7 @@ __all__ = [
     "SwitchHead",
     "ZeroComputationExperts",
     "balance",
+    "expert_losses",
     "kernels",
     "record",
     "rotary",

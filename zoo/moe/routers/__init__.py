@@ -28,11 +28,13 @@ from .random_expert import RandomRouter
 from .remoe import ReMoERouter
 from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
+from .sira import SiRARouter
 from .skywork import SkyworkRouter
 from .soft import SoftRouter
 from .sparse_mixer import SparseMixerRouter
 from .stable import StableMoERouter
 from .switch_head import SwitchHeadRouter
+from .task_experts import MoCLERouter, TaskMixtureRouter
 from .token_rounding import TokenRoundingRouter
 from .topk import TopKRouter
 from .xmoe import XMoERouter
@@ -54,6 +56,7 @@ __all__ = [
     "LabelRouter",
     "LoryRouter",
     "MEORouter",
+    "MoCLERouter",
     "MoEPlusPlusRouter",
     "MoTRouter",
     "ModuleFormerRouter",
@@ -69,12 +72,14 @@ __all__ = [
     "SMEARRouter",
     "SMoEDropoutRouter",
     "SentenceRouter",
+    "SiRARouter",
     "SinkhornRouter",
     "SkyworkRouter",
     "SoftRouter",
     "SparseMixerRouter",
     "StableMoERouter",
     "SwitchHeadRouter",
+    "TaskMixtureRouter",
     "TaskRouter",
     "TokenRoundingRouter",
     "TopKRouter",
