@@ -13,15 +13,26 @@ from ._when_imported import when_imported
 if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
-    from .pretrained import from_pretrained, save_pretrained, upcycle
+    from .pretrained import adapt, from_pretrained, merge_adapters, save_pretrained, upcycle
 
 __version__ = "0.1.0"
-__all__ = ["create_model", "from_pretrained", "list_models", "moe", "save_pretrained", "upcycle"]
+__all__ = [
+    "adapt",
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "merge_adapters",
+    "moe",
+    "save_pretrained",
+    "upcycle",
+]
 
 _LAZY = {
     "create_model": "zoo.models",
     "list_models": "zoo.models",
+    "adapt": "zoo.pretrained",
     "from_pretrained": "zoo.pretrained",
+    "merge_adapters": "zoo.pretrained",
     "save_pretrained": "zoo.pretrained",
     "upcycle": "zoo.pretrained",
 }

@@ -64,7 +64,7 @@ def adapted(make, columns=None, **options):
     base = linear()
     out = OUT if columns is None else columns[1] - columns[0]
     made = AdaptedLinear(base, make(), LoRAExperts(E, D, R, alpha=5.0, out_dim=out), columns, **options).double()
-    nn.init.normal_(made.experts.b)
+    nn.init.normal_(made.lora.b)
     return made
 
 
@@ -74,7 +74,7 @@ def labels(x):
 
 def summed(made, x, weight):
     """sum_e weight_e alpha / r B_e A_e x, a token and an expert at a time."""
-    a, b = made.experts.a, made.experts.b
+    a, b = made.lora.a, made.lora.b
     rows = []
     for t, token in enumerate(x):
         row = x.new_zeros(b.shape[1])
@@ -96,7 +96,7 @@ def test_a_linear_layer_gets_its_experts_products(gate, tokens, one_product, mon
     (decision,) = step.routings[""]
     expected = F.linear(x, made.base.weight, made.base.bias) + summed(made, x, decision.dense())
     gate = [p for p in made.router.parameters() if tokens and decision.weight.requires_grad]
-    same(found, expected, [x, made.experts.a, made.experts.b, *gate])
+    same(found, expected, [x, made.lora.a, made.lora.b, *gate])
 
 
 @pytest.mark.parametrize("one_product", [0, 10**6])
@@ -131,7 +131,7 @@ def test_a_merging_gate_makes_one_map_a_sequence():
     with record(made) as step:
         found = made(x)
     weight = step.routings[""][0].weight
-    a, b = (torch.einsum("ge,e...->g...", weight, p) for p in (made.experts.a, made.experts.b))
+    a, b = (torch.einsum("ge,e...->g...", weight, p) for p in (made.lora.a, made.lora.b))
     torch.testing.assert_close(found, made.base(x) + 5.0 / R * torch.einsum("gor,grd,gsd->gso", b, a, x))
 
 
@@ -326,7 +326,7 @@ def test_the_contrast_is_recorded_with_the_gates_losses(samples):
     assert set(losses) == {"switch", "contrastive"}
     taken = range(0, 24, math.ceil(24 / samples))
     expert, token = decision.expert_index, decision.token_index
-    a, b = made.experts.a, made.experts.b
+    a, b = made.lora.a, made.lora.b
     outputs = torch.stack([5.0 / R * b[expert[i]] @ a[expert[i]] @ x[token[i]] for i in taken])
     same(losses["contrastive"], 0.5 * pairs(outputs, [int(expert[i]) for i in taken], 0.3), [a, b])
     with record(made.eval()) as step:
@@ -337,12 +337,12 @@ def test_the_contrast_is_recorded_with_the_gates_losses(samples):
 def test_adapters_keep_their_own_precision():
     base = linear().bfloat16()
     made = AdaptedLinear(base, DenseRouter(D, E), LoRAExperts(E, D, R, out_dim=OUT))
-    nn.init.normal_(made.experts.b)
+    nn.init.normal_(made.lora.b)
     x = torch.randn(6, D, dtype=torch.bfloat16)
     y = made(x)
     y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert made.experts.a.grad.dtype == torch.float32
+    assert made.lora.a.grad.dtype == torch.float32
     twin = copy.deepcopy(made).float()
     torch.testing.assert_close(y.float(), twin(x.float()), rtol=0.02, atol=0.05)
     with torch.autocast("cpu", torch.bfloat16):
@@ -352,7 +352,7 @@ def test_adapters_keep_their_own_precision():
 
 def test_dropout_is_one_for_all_experts_of_a_token():
     made = adapted(GATES["dense"])
-    made.experts.dropout = 0.5
+    made.lora.dropout = 0.5
     x = torch.randn(20, D, dtype=torch.float64)
     torch.manual_seed(0)
     found = made(x)

@@ -20,7 +20,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
     not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
-    from ..moe import Experts, IsolatedMoE, LoRAExperts, MoE
+    from ..moe import Experts, IsolatedMoE, LoRAExperts, MixLoRAExperts, MoE
     from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
@@ -31,7 +31,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        if isinstance(layer, MoE) and not isinstance(layer.experts, (Experts, LoRAExperts)):
+        if isinstance(layer, MoE) and not isinstance(layer.experts, (Experts, LoRAExperts, MixLoRAExperts)):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
         stacked = _stacked(layer)
         if stacked:
@@ -44,8 +44,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _stacked(layer: Recorded) -> int:
     """How many parameters the experts of a layer have together."""
-    from ..moe import HeadExperts, MoA, MoE, MoH
+    from ..moe import AdaptedLinear, HeadExperts, MixLoRAExperts, MoA, MoE, MoH, ScaledLinear
 
+    if isinstance(layer, MoE) and isinstance(layer.experts, MixLoRAExperts):
+        return sum(p.numel() for p in layer.experts.lora.parameters())  # the MLP they share is met once
+    if isinstance(layer, ScaledLinear):
+        return layer.vectors.numel()
+    if isinstance(layer, AdaptedLinear):
+        return sum(p.numel() for p in layer.lora.parameters())
     if isinstance(layer, MoE):
         return sum(p.numel() for p in layer.experts.parameters())
     if isinstance(layer, MoA):

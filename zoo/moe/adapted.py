@@ -86,14 +86,14 @@ class AdaptedLinear(Recorded, _Beside):
         self,
         base: nn.Module,
         router: Router,
-        experts: LoRAExperts,
+        lora: LoRAExperts,
         columns: Columns | None = None,
         contrastive: float | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(type(self).__name__, base, experts.dim, experts.out_dim, columns)
-        _check_gate(type(self).__name__, router, experts.dim, experts.num_experts)
-        self.base, self.router, self.experts, self.columns = base, router, experts, columns
+        check_sizes(type(self).__name__, base, lora.dim, lora.out_dim, columns)
+        _check_gate(type(self).__name__, router, lora.dim, lora.num_experts)
+        self.base, self.router, self.lora, self.columns = base, router, lora, columns
         options = contrastive if isinstance(contrastive, Mapping) else {"weight": contrastive or 0.0}
         self.contrastive = dict(options)
 
@@ -104,9 +104,9 @@ class AdaptedLinear(Recorded, _Beside):
         tokens = x.reshape(-1, x.shape[-1])
         if self.training and self.contrastive.get("weight") and isinstance(decision, Routing):
             options = {name: value for name, value in self.contrastive.items() if name != "weight"}
-            loss = expert_losses.contrastive(self.experts, tokens, decision, **options)
+            loss = expert_losses.contrastive(self.lora, tokens, decision, **options)
             decision.losses["contrastive"] = self.contrastive["weight"] * loss
-        return add(y, decision.apply(tokens, self.experts), self.columns)
+        return add(y, decision.apply(tokens, self.lora), self.columns)
 
 
 class ScaledLinear(Recorded, _Beside):
