@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.moe import AdaMix, LoRALinear
+from zoo.moe.routers import DenseRouter
 from zoo.pretrained.adapter_kinds import KINDS
 from zoo.pretrained.adapting import adapter_state, base_of
 
@@ -138,7 +139,11 @@ def test_another_base_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="expected an object with adapted and base"):
         zoo.from_pretrained(folder, base=base)
     with pytest.raises(ValueError, match="cannot be stored"):
-        zoo.save_pretrained(zoo.adapt(base, "MoLA", router=lambda dim, num_experts: None), folder, overwrite=True)
+        zoo.save_pretrained(
+            zoo.adapt(base, "MoLA", router=lambda dim, num_experts: DenseRouter(dim, num_experts)),
+            folder,
+            overwrite=True,
+        )
 
 
 def test_a_state_dict_goes_round():
