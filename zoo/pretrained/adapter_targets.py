@@ -14,14 +14,15 @@ from .dense_mlps import _is_linear, _layout
 
 # The parts of a block, and how families call the linear layer of each; those of an MLP go by `dense_mlps.LAYOUTS`.
 ATTENTION = {
-    "query": ("q_proj", "query", "wq", "q", "to_q"),
+    "query": ("q_proj", "q_b_proj", "query", "wq", "q", "to_q"),
     "key": ("k_proj", "key", "wk", "k", "to_k"),
     "value": ("v_proj", "value", "wv", "v", "to_v"),
     "output": ("o_proj", "out_proj", "proj", "c_proj", "wo", "o", "dense", "to_out"),
 }
 MLP = ("gate", "up", "down")
 PARTS = (*ATTENTION, *MLP)
-FUSED = ("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv")
+_QKV = ("query", "key", "value")
+FUSED = {**dict.fromkeys(("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv"), _QKV), "kv_b_proj": _QKV[1:]}
 # Attention whose fused projection is [queries; keys; values], and not all three of one head after another.
 IN_THIRDS = {
     "qkv": ("Attention", "WindowAttention", "EvaAttention", "AttentionRope"),
@@ -115,7 +116,7 @@ def _parts(name: str, parent: nn.Module) -> tuple[str, ...]:
     if not any("att" in step.lower() for step in path):
         return ()
     if leaf in FUSED:
-        return ("query", "key", "value")
+        return FUSED[leaf]
     return tuple(part for part, names in ATTENTION.items() if leaf in names)
 
 
@@ -139,7 +140,7 @@ def _columns(leaf: str, linear: Any, parent: Any) -> dict[str, Columns]:
     if sum(sizes) != outputs:
         return {}
     ends = [sum(sizes[: i + 1]) for i in range(3)]
-    return {part: (end - size, end) for part, end, size in zip(("query", "key", "value"), ends, sizes)}
+    return {part: (end - size, end) for part, end, size in zip(_QKV, ends, sizes)}
 
 
 def _check(model: nn.Module, site: Site) -> None:

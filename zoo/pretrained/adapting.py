@@ -47,7 +47,7 @@ def adapt(
         MixLoRA                   experts that share an MLP; adapt attention with a second call
         LLaVA-MoLE                beside whole MLPs, one a token
         AdaMix                    an adapter after each MLP, a random one each step, their mean afterwards
-        MeteoRA                   trained LoRAs, which stay as they are, and gates: see `zoo.pretrained.compose`
+        MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.pretrained.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
     beside its attention. At first the model computes what it did. targets are parts of a block (query, key, value,
