@@ -97,6 +97,21 @@ def test_a_compiled_model_trains_as_the_plain_one(kind, targets):
         torch.testing.assert_close(found[1][1][name], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_loramoes_balance_hears_what_kind_a_sample_is():
+    losses = {"localized_balance": {"weight": 0.7, "delta": 0.2}}
+    made, (tokens, mask) = zoo.adapt(language(), "LoRAMoE", num_experts=4, losses=losses, layers=[1]).train(), batch()
+    kind = torch.tensor([1, 0])
+    with record(made) as step:
+        made(tokens, attention_mask=mask, moe_context={"sample_type": kind})
+    expected = 0.0
+    for (decision,) in step.routings.values():
+        z = decision.dense().view(2, 7, 4).sum(1)  # padding has no weight
+        own = torch.tensor([[1.2, 1.2, 0.8, 0.8], [0.8, 0.8, 1.2, 1.2]])
+        z = z * own
+        expected = expected + 0.7 * z.var() / (z.mean() ** 2 + 1e-10)
+    torch.testing.assert_close(step.losses()["localized_balance"], expected)
+
+
 def test_stacked_matrices_decay_and_vectors_and_biases_do_not():
     decays = {}
     for kind in ("MoLA", "MoV", "AdaMix", "MixLoRA"):

@@ -146,6 +146,17 @@ def test_another_base_and_damaged_files_are_named(tmp_path):
         )
 
 
+@pytest.mark.filterwarnings("error:.*trained beside other weights")
+def test_on_the_meta_device_nothing_is_read(tmp_path):
+    base = language()
+    made = zoo.adapt(base, "MixLoRA")
+    zoo.save_pretrained(made, tmp_path / "adapters")
+    thin = zoo.adapt(copy.deepcopy(base).to("meta"), source=tmp_path / "adapters")
+    assert {n: (t.shape, t.is_meta) for n, t in thin.state_dict().items()} == {
+        n: (t.shape, True) for n, t in made.state_dict().items()
+    }
+
+
 def test_a_state_dict_goes_round():
     base, (tokens, mask) = language(), batch()
     made, other = (zoo.adapt(base, "MixLoRA") for _ in range(2))

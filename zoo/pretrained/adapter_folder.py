@@ -47,12 +47,12 @@ def save(
     target = Path(folder).expanduser()
     if (target / "config.json").is_file() and not is_adapted(target):
         raise FileExistsError(f"{target} holds a model; adapters need a folder of their own")
-    whole = state_dict
+    state: Mapping[str, Tensor] = model.state_dict()
     if is_spread(model):
-        whole = whole_state(model)
+        state = whole_state(model)
         if torch.distributed.get_rank():
             return
-    base = base_state(model)
+    base = base_state(model, state)
     record = {
         "adapted": storable(model.adapted, "argument"),
         "base": {
@@ -64,7 +64,7 @@ def save(
     }
     with staged(folder, overwrite) as staging:
         (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        write_file(staging / WEIGHTS, sorted(adapter_state(model, whole).items()))
+        write_file(staging / WEIGHTS, sorted(adapter_state(model, state_dict or state).items()))
 
 
 def load(
@@ -118,7 +118,8 @@ def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{path / RECORD}: these adapters stand beside a {record['base']['class']} whose {name} has shape "
                 f"{stored.get(name, 'none')}, the model's has {found}"
             )
-    if record["base"]["weights"] not in (None, _fingerprint(base)):
+    then, now = record["base"]["weights"], _fingerprint(base)
+    if then and now and then != now:
         warnings.warn(f"{path}: these adapters were trained beside other weights than the model's", stacklevel=3)
     for how in record["adapted"]:
         model = adapt(model, **how)

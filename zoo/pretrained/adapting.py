@@ -142,11 +142,12 @@ def adapter_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -
     return found
 
 
-def base_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model that adapters stand beside, by the names they have without adapters."""
-    adapters, found = adapter_state(model), {}
+def base_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors that adapters stand beside, by the names they have without; those of `state` where it is given."""
+    state = model.state_dict() if state is None else state
+    adapters, found = adapter_state(model, state), {}
     renamed = [(f"{n}.{b}.", f"{n}.") for n, m in model.named_modules() if (b := base_of(m)) is not None]
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if name not in adapters:
             for long, short in reversed(renamed):  # innermost first
                 name = name.replace(long, short, 1) if name.startswith(long) else name
