@@ -114,6 +114,32 @@ def test_vision_and_sparse_models_have_folders_too(tmp_path):
     assert torch.equal(outputs(again, tokens, mask), outputs(made, tokens, mask))
 
 
+def test_a_head_that_is_trained_too_is_in_the_folder(tmp_path):
+    base, images = vision(), torch.randn(2, 3, 32, 32)
+    made = zoo.adapt(base, "MoELoRA")
+    made.head.requires_grad_(True)
+    made.blocks[1].attn.qkv.base.base.bias.requires_grad_(True)
+    zoo.save_pretrained(stir(made), tmp_path / "adapters")
+    assert len(load_file(tmp_path / "adapters" / "adapters.safetensors")) == len(adapter_state(made)) + 3
+    before = copy.deepcopy(base.state_dict())
+    again = zoo.from_pretrained(tmp_path / "adapters", base=base)
+    with torch.no_grad():
+        assert torch.equal(again(images), made(images))
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in made.parameters()]
+    assert all(torch.equal(before[n], t) for n, t in base.state_dict().items())
+
+
+def test_running_statistics_are_in_the_folder(tmp_path):
+    base, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), torch.randn(8, 4)
+    made = zoo.adapt(base.eval(), "LoRA", targets="0").train()
+    made(x)
+    zoo.save_pretrained(made.eval(), tmp_path / "adapters")
+    again = zoo.from_pretrained(tmp_path / "adapters", base=base)
+    with torch.no_grad():
+        assert torch.equal(again(x), made(x))
+        assert not torch.equal(again(x), base(x))
+
+
 def test_another_base_and_damaged_files_are_named(tmp_path):
     base, folder = language(), tmp_path / "adapters"
     zoo.save_pretrained(zoo.adapt(base, "LoRA"), folder)
@@ -136,7 +162,7 @@ def test_another_base_and_damaged_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"adapters.safetensors: no such file"):
         zoo.from_pretrained(folder, base=base)
     (folder / "adapters.json").write_text("{}")
-    with pytest.raises(ValueError, match="expected an object with adapted and base"):
+    with pytest.raises(ValueError, match="expected an object with adapted, more and base"):
         zoo.from_pretrained(folder, base=base)
     with pytest.raises(ValueError, match="cannot be stored"):
         zoo.save_pretrained(

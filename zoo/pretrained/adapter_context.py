@@ -57,7 +57,7 @@ def _owner(block: str) -> str:
     """The module whose blocks these are: the one above the outermost list of blocks."""
     path = block.split(".")
     first = next(i for i, step in enumerate(path) if step.isdigit())
-    return ".".join(path[: first - 1])
+    return ".".join(path[: max(first - 1, 0)])
 
 
 def _hands_on(owner: Any, entries: list[Any]) -> bool:

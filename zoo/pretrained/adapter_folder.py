@@ -1,5 +1,5 @@
 """Adapters as a folder of their own: adapters.json says how they are made and beside what, adapters.safetensors holds
-their tensors under the model's own names, experts stacked. The weights they stand beside are not in it."""
+their tensors under the model's own names, experts stacked, and what else is trained. Frozen weights are not in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,19 +52,24 @@ def save(
         state = whole_state(model)
         if torch.distributed.get_rank():
             return
-    base = base_state(model, state)
+    base, more = base_state(model, state), _learnt_beside(model)
     record = {
         "adapted": storable(model.adapted, "argument"),
+        "more": more,
         "base": {
             "class": type(model).__name__,
             "name": str(getattr(model, "name_or_path", "") or ""),
             "tensors": {name: list(tensor.shape) for name, tensor in sorted(base.items())},
-            "weights": _fingerprint(base),
+            "weights": _fingerprint(base_state(model, _without(state, more))),
         },
     }
+    written = state if state_dict is None else state_dict
     with staged(folder, overwrite) as staging:
         (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        write_file(staging / WEIGHTS, sorted(adapter_state(model, state_dict or state).items()))
+        write_file(
+            staging / WEIGHTS,
+            sorted({**adapter_state(model, written), **{name: written[name] for name in more}}.items()),
+        )
 
 
 def load(
@@ -118,15 +123,32 @@ def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{path / RECORD}: these adapters stand beside a {record['base']['class']} whose {name} has shape "
                 f"{stored.get(name, 'none')}, the model's has {found}"
             )
-    then, now = record["base"]["weights"], _fingerprint(base)
-    if then and now and then != now:
-        warnings.warn(f"{path}: these adapters were trained beside other weights than the model's", stacklevel=3)
     for how in record["adapted"]:
         model = adapt(model, **how)
-    state = adapter_state(model)
+    whole, more = model.state_dict(), record["more"]
+    then, now = record["base"]["weights"], _fingerprint(base_state(model, _without(whole, more)))
+    if then and now and then != now:
+        warnings.warn(f"{path}: these adapters were trained beside other weights than the model's", stacklevel=3)
+    state = {**adapter_state(model), **{name: whole[name] for name in more}}
     if not any(tensor.is_meta for tensor in state.values()):
         read_all(state, read_header(path / WEIGHTS), path / WEIGHTS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in more)
     return model
+
+
+def _learnt_beside(model: nn.Module) -> list[str]:
+    """What else training changes, in order: parameters that are not frozen, as a new head's, and running statistics."""
+    adapters = adapter_state(model)
+    names = {n for n, parameter in model.named_parameters() if parameter.requires_grad and n not in adapters}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
+    return sorted(names)
+
+
+def _without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in names}
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -136,8 +158,8 @@ def _record(path: Path) -> dict[str, Any]:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path / RECORD}: not valid JSON ({error})") from None
-    if not isinstance(record, dict) or not {"adapted", "base"} <= set(record):
-        raise ValueError(f"{path / RECORD}: expected an object with adapted and base")
+    if not isinstance(record, dict) or not {"adapted", "more", "base"} <= set(record):
+        raise ValueError(f"{path / RECORD}: expected an object with adapted, more and base")
     return record
 
 

@@ -81,8 +81,8 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "") -> list[Sit
 def block_of(model: nn.Module, name: str) -> str | None:
     """The repeated block that a module is in: the innermost entry of a list of modules all of one class."""
     found, path = None, name.split(".")
-    for end in range(1, len(path)):
-        if not path[end].isdigit() or path[end - 1] == "experts":
+    for end in range(len(path)):
+        if not path[end].isdigit() or path[:end][-1:] == ["experts"]:
             continue
         entries = model.get_submodule(".".join(path[:end]))
         # T5's block is a list of attention and MLP: that is one block, not two.
