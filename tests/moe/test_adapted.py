@@ -18,6 +18,7 @@ from zoo.moe import (
     LoRALinear,
     MixLoRAExperts,
     MoE,
+    PromptMixture,
     ScaledLinear,
     expert_losses,
     lora,
@@ -29,6 +30,7 @@ from zoo.moe.routers import (
     MoCLERouter,
     SiRARouter,
     SMEARRouter,
+    SMoPRouter,
     TaskMixtureRouter,
     TaskRouter,
     TopKRouter,
@@ -291,6 +293,20 @@ def test_a_tasks_weights_are_those_of_its_embedding():
     task = torch.tensor([1, 3])
     expected = (router.task_embedding @ router.weight.T).softmax(-1)[task].repeat_interleave(5, 0)
     torch.testing.assert_close(router(torch.randn(2, 5, D), task=task).dense(), expected)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 3), (2, 0), (1, 1), (3, 4)])
+def test_prompts_are_for_any_number_of_sequences_and_tokens(batch, length):
+    made, x = (
+        PromptMixture(SMoPRouter(D, E, losses={"switch": 0.1}), 2),
+        torch.randn(batch, length, D, requires_grad=True),
+    )
+    with record(made) as step:
+        found = made(x, torch.zeros(batch, length, dtype=torch.bool))
+    (found.square().sum() + sum(step.losses().values())).backward()
+    assert found.shape == (batch, 2, D)
+    assert all(p.grad.isfinite().all() for p in made.parameters())
+    assert not x.grad.any()  # all of it is masked
 
 
 def pairs(outputs, expert, temperature):

@@ -17,7 +17,7 @@ from zoo.moe.layer import Recorded
 from zoo.pretrained.adapter_kinds import KINDS
 from zoo.pretrained.adapting import adapter_state, base_of, base_state
 
-OWN = [kind for kind in KINDS if kind != "MeteoRA"]  # which needs trained LoRAs
+OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 
 
 def run(model, tokens, mask, **more):
@@ -222,6 +222,27 @@ def test_new_parameters_take_type_device_and_mode_of_the_weights():
     assert not any(m.training for m in made.modules())
     tokens, mask = batch()
     assert run(made, tokens, mask).dtype == torch.bfloat16
+
+
+class Int8(nn.Linear):
+    """A linear layer of whole numbers, as quantisers make them."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter((self.weight.data * 300).to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 300, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["MoELoRA", "MoV", "LoRA"])
+def test_quantised_layers_are_stood_beside(kind):
+    base, x = nn.Sequential(*(nn.Sequential(Int8(8, 6), nn.ReLU(), Int8(6, 8)) for _ in range(2))), torch.randn(5, 8)
+    made = zoo.adapt(base, kind, targets=("0", "2"))
+    assert torch.equal(made(x), base(x))
+    assert {p.dtype for n, p in made.named_parameters() if n in trained(made)} == {torch.float32}
+    made(x).sum().backward()
+    assert {n for n, p in made.named_parameters() if p.grad is not None} == trained(made)
 
 
 def test_what_does_not_fit_is_named():

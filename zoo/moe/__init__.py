@@ -18,6 +18,7 @@ from .layer import MoE, Step, record
 from .lora import LoRAExperts
 from .mix_lora import MixLoRAExperts
 from .peer import PEER, NeuronExperts
+from .prompts import PromptMixture
 from .routers import Router
 from .routing import Routing
 from .shortcut import Shortcut, ShortcutMoE
@@ -51,6 +52,7 @@ __all__ = [
     "MoH",
     "NeuronExperts",
     "PatchMoE",
+    "PromptMixture",
     "Router",
     "Routing",
     "ScaledLinear",

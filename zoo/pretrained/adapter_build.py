@@ -11,9 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import gate_factory
-from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, Router, ScaledLinear
+from ..moe import (
+    AdaMix,
+    AdaptedLinear,
+    LoRAExperts,
+    LoRALinear,
+    MixLoRAExperts,
+    MoE,
+    PromptMixture,
+    Router,
+    ScaledLinear,
+)
 from ..moe.adapted import features
 from .adapter_kinds import ATTENTION, Kind, experts_in, gate_of, is_own
+from .adapter_prompts import decoder_name
 from .adapter_targets import MLP, Site, block_of, find
 from .dense_mlps import DenseMLP, blocks_with_mlps, recognise
 from .language import resolve_dtype
@@ -121,6 +132,19 @@ def _around(mlp: DenseMLP, kind: Kind, how: dict[str, Any], maker: _Maker, count
         lambda: MixLoRAExperts(mlp.module, mlp.layout, mlp.activation, count, *options), ("lora",)
     )
     return "experts.base", MoE(maker.gate(dim, count), experts)
+
+
+def before_tokens(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place]:
+    """Soft prompts for a language model's decoder."""
+    number = _number(kind, how)
+    if not isinstance(number, int):
+        raise ValueError(f"adapt: {how['kind']} has one number of prompts, got num_experts={number}")
+    name = decoder_name(model)
+    weight: Any = model.get_input_embeddings().weight  # type: ignore[operator]
+    maker = _Maker(kind, how, weight)
+    with torch.device(maker.device):
+        prompts = PromptMixture(maker.gate(weight.shape[1], number), maker.rank).to(maker.dtype)
+    return [Place(name, name, "", prompts)]
 
 
 class _Maker:

@@ -98,10 +98,11 @@ def _hold(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     mask = kwargs.get("attention_mask")
     if isinstance(ids, Tensor):
         context.setdefault("token_ids", ids)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and "mask" not in context:
-            real = mask[:, -ids.shape[1] :].bool()
-            if torch.compiler.is_compiling() or not bool(real.all()):
-                context["mask"] = real
+    tokens = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None and "mask" not in context:
+        real = mask[:, -tokens.shape[1] :].bool()
+        if torch.compiler.is_compiling() or not bool(real.all()):
+            context["mask"] = real
     for told in owner._adapters_told:
         told.value = context
     return args, kwargs

@@ -14,7 +14,7 @@ from ..nearest import unknown
 from .adapter_targets import PARTS
 
 ATTENTION, MLP = PARTS[:4], PARTS[4:]
-Level = Literal["linear", "vectors", "mlp", "beside", "adapter", "one"]
+Level = Literal["linear", "vectors", "mlp", "beside", "adapter", "one", "prompts"]
 # Which arguments of `adapt` a level has no use for.
 UNUSED: dict[str, Sequence[str]] = {
     "linear": ("shared",),
@@ -22,6 +22,7 @@ UNUSED: dict[str, Sequence[str]] = {
     "mlp": ("contrastive", "shared"),
     "beside": ("targets", "contrastive", "shared"),
     "adapter": ("targets", "alpha", "router", "losses", "contrastive", "dropout"),
+    "prompts": ("targets", "alpha", "contrastive", "dropout", "shared"),
     "one": ("num_experts", "router", "losses", "contrastive", "shared"),
 }
 
@@ -31,9 +32,9 @@ class Kind:
     """What a paper takes by default.
 
     level: experts stand beside linear layers ("linear"), scale them ("vectors"), share an MLP ("mlp"), stand beside it
-    ("beside"), follow it ("adapter"), or there is one beside a linear layer and no gate ("one"). router names the gate
-    and its options; init_std and router_std are deviations of what is normally distributed at first; `needs` are
-    options of the gate that only a caller knows; frozen experts are not trained.
+    ("beside"), follow it ("adapter"), come before the tokens ("prompts"), or there is one beside a linear layer and no
+    gate ("one"). router names the gate and its options; init_std and router_std are deviations of what is normally
+    distributed at first; `needs` are options of the gate that only a caller knows; frozen experts are not trained.
     """
 
     level: Level
@@ -92,6 +93,8 @@ KINDS: dict[str, Kind] = {
     "MixLoRA": Kind("mlp", MLP, 8, 8, 16.0, _TOP_2, {"switch": 0.01}, router_std=0.02),
     "LLaVA-MoLE": Kind("beside", (), 3, 32, 64.0, {"name": "TopKRouter", "k": 1, "normalize": True}, {"switch": 0.01}),
     "AdaMix": Kind("adapter", (), 4, 16),
+    # README: four prompts of five tokens; rank is how many.
+    "SMoP": Kind("prompts", (), 4, 5, router={"name": "SMoPRouter", "k": 1}),
     # Trained LoRAs, which stay as they are, and a gate from N(0, 1) for each linear layer.
     "MeteoRA": Kind("linear", (), 1, router=_TOP_2, router_std=1.0, frozen=True),
 }

@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, Router, ScaledLinear
+from ..moe import (
+    AdaMix,
+    AdaptedLinear,
+    LoRAExperts,
+    LoRALinear,
+    MixLoRAExperts,
+    MoE,
+    PromptMixture,
+    Router,
+    ScaledLinear,
+)
 from ..moe.adapted import Columns
 from ..moe.routers import DenseRouter, LabelRouter, MoCLERouter, TaskMixtureRouter, TaskRouter, TopKRouter
 from .adapting import base_of
@@ -47,6 +57,8 @@ def _merged(name: str, adapter: Any, context: dict[str, Any]) -> nn.Module:
         return adapter.merged()
     if isinstance(adapter, LoRALinear):
         return _added(name, adapter.base, adapter.lora, torch.ones(1), adapter.columns)
+    if isinstance(adapter, PromptMixture):
+        raise ValueError(f"merge_adapters: {name} are prompts, which are no weights")
     if isinstance(adapter, MoE) and not isinstance(adapter.experts, MixLoRAExperts):
         raise ValueError(f"merge_adapters: {name} stands beside a whole MLP, which is no linear map")
     weight = _weights(name, adapter.router, context)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, ScaledLinear
-from .adapter_build import Place, beside_linears, beside_mlps
+from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, PromptMixture, ScaledLinear
+from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
 from .adapter_kinds import UNUSED, kind_of
+from .adapter_prompts import attach
 from .stand_in import stand_in
 from .upcycling import _language_model
 
@@ -47,18 +48,19 @@ def adapt(
         MixLoRA                   experts that share an MLP; adapt attention with a second call
         LLaVA-MoLE                beside whole MLPs, one a token
         AdaMix                    an adapter after each MLP, a random one each step, their mean afterwards
+        SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
         MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.pretrained.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
-    beside its attention. At first the model computes what it did. targets are parts of a block (query, key, value,
-    output, gate, up, down) or names as "q_proj"; a fused projection has experts for each part, or, named by itself, for
-    the whole. num_experts may be several numbers, for equal stretches of the blocks from the first to the last (MoLA).
-    alpha / rank scales what experts of `rank` add. router is as in `create_model`; a mapping without "name" changes the
-    options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates, contrastive to `AdaptedLinear`,
-    shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts read. layers are those of
-    `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of the language model in a
-    vision-language model. New parameters take the weights' device and, without dtype, their type: give dtype="float32"
-    for adapters that learn beside bfloat16.
+    beside its attention. At first the model computes what it did, but with soft prompts. targets are parts of a block
+    (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each part, or,
+    named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from the first
+    to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a mapping
+    without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
+    contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts
+    read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of
+    the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
+    type: give dtype="float32" for adapters that learn beside bfloat16.
 
     With `source`, a folder that `zoo.save_pretrained` wrote of an adapted model, its adapters are read and nothing else
     is given; as `zoo.from_pretrained(source, base=model)`, but in the model's training mode.
@@ -91,8 +93,8 @@ def adapt(
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
     how = {"kind": kind, **given, "layers": layers, "within": within or _language_model(model)}
-    make = beside_linears if row.level in ("linear", "vectors", "one") else beside_mlps
-    places = make(model, row, how)
+    make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
+    places = make.get(row.level, beside_linears)(model, row, how)
     return _place(model, places, how)
 
 
@@ -106,6 +108,9 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Mod
     for place in places:
         parent, _, leaf = place.name.rpartition(".")
         base = made.get_submodule(place.name)
+        if isinstance(place.adapter, PromptMixture):
+            attach(base, place.adapter.train(base.training))
+            continue
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
         setattr(made.get_submodule(parent), leaf, place.adapter)
@@ -122,8 +127,8 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Mod
 
 def base_of(module: nn.Module) -> str | None:
     """Where an adapter has what it stands beside, None for a module that is no adapter."""
-    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, AdaMix)):
-        return "base"
+    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, AdaMix, PromptMixture)):
+        return "base"  # prompts have none
     if isinstance(module, MoE) and isinstance(module.experts, MixLoRAExperts):
         return "experts.base"
     if isinstance(module, MoE) and isinstance(module.experts, LoRAExperts) and module.shared is not None:

@@ -43,6 +43,7 @@ from zoo.moe.routers import (
     SkyworkRouter,
     SMEARRouter,
     SMoEDropoutRouter,
+    SMoPRouter,
     SoftRouter,
     SparseMixerRouter,
     StableMoERouter,
@@ -200,6 +201,8 @@ GATES: dict[str, Gate] = {
     "Skywork": Gate(lambda d, e: SkyworkRouter(d, e, 2), active=2),
     "SMEAR": Gate(lambda d, e: SMEARRouter(d, e, dropout=0.1), whole_sequences=True),
     "SMoE-Dropout": Gate(lambda d, e: SMoEDropoutRouter(d, e, steps=150, k_max=4), active=2),
+    # No gradient goes through the width of the noise, though it has an effect.
+    "SMoP": Gate(lambda d, e: SMoPRouter(d, e, losses=BALANCE), smooth=False),
     # Slots mix tokens: those of one cluster, or nothing is left of what a token needs.
     "soft": Gate(lambda d, e: SoftRouter(d, e, slots=4), whole_sequences=True),
     "task": Gate(

@@ -30,6 +30,7 @@ from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
 from .sira import SiRARouter
 from .skywork import SkyworkRouter
+from .smop import SMoPRouter
 from .soft import SoftRouter
 from .sparse_mixer import SparseMixerRouter
 from .stable import StableMoERouter
@@ -71,6 +72,7 @@ __all__ = [
     "Router",
     "SMEARRouter",
     "SMoEDropoutRouter",
+    "SMoPRouter",
     "SentenceRouter",
     "SiRARouter",
     "SinkhornRouter",
