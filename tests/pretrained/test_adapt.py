@@ -220,6 +220,11 @@ def test_new_parameters_take_type_device_and_mode_of_the_weights():
     made = zoo.adapt(language().bfloat16(), "MoLoRA", dtype="float32")
     assert {p.dtype for n, p in made.named_parameters() if n in trained(made)} == {torch.float32}
     assert not any(m.training for m in made.modules())
+    mixed = language().train()
+    mixed.model.layers[0].mlp.act_fn.eval()
+    made = zoo.adapt(mixed, "AdaMix")
+    assert [n for n, m in made.named_modules() if not m.training] == ["model.layers.0.mlp.base.act_fn"]
+    made = zoo.adapt(language().bfloat16(), "MoLoRA")
     tokens, mask = batch()
     assert run(made, tokens, mask).dtype == torch.bfloat16
 
@@ -261,6 +266,8 @@ def test_what_does_not_fit_is_named():
         (lambda: zoo.adapt(model, "MoV", rank=3), "adapt: MoV has no use for rank, got 3"),
         (lambda: zoo.adapt(model, "AdaMix", router="TopKRouter"), "AdaMix has no use for router"),
         (lambda: zoo.adapt(model, "LoRA", num_experts=2), "LoRA has no use for num_experts"),
+        (lambda: zoo.adapt(model, "MoLA", num_experts=[]), "num_experts is an empty list"),
+        (lambda: zoo.adapt(model, "MoLA", num_experts=0), "num_experts must be at least 1, got 0"),
         (lambda: zoo.adapt(model, "MoLA", layers=[9]), "no block 9 among 4 blocks"),
         (lambda: zoo.adapt(nn.Linear(3, 3), "MoLA"), "no linear layer of Linear is called"),
         (lambda: zoo.adapt(model, "MeteoRA"), "MeteoRA has no targets of its own"),

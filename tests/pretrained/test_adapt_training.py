@@ -29,7 +29,7 @@ def objective(model, tokens, mask, kind=None):
 
 @pytest.mark.parametrize("kind", OWN)
 def test_experts_and_gates_learn_and_nothing_else_moves(kind):
-    made, (tokens, mask) = zoo.adapt(language(), kind, router=GATES.get(kind)).train(), batch()
+    made, (tokens, mask) = zoo.adapt(language(num_hidden_layers=2), kind, router=GATES.get(kind)).train(), batch()
     stir(made, 0.02)
     before = copy.deepcopy(made.state_dict())
     own = adapter_state(made)
@@ -39,7 +39,9 @@ def test_experts_and_gates_learn_and_nothing_else_moves(kind):
         loss = objective(made, tokens, mask, kind)
         loss.backward()
         optimizer.step()
-    first = objective(zoo.adapt(language(), kind, router=GATES.get(kind)).train(), tokens, mask, kind)
+    first = objective(
+        zoo.adapt(language(num_hidden_layers=2), kind, router=GATES.get(kind)).train(), tokens, mask, kind
+    )
     assert loss < first
     for name, parameter in made.named_parameters():
         assert (parameter.grad is not None) == (name in own)
@@ -51,7 +53,10 @@ def test_experts_and_gates_learn_and_nothing_else_moves(kind):
 
 @pytest.mark.parametrize("kind", OWN)
 def test_recomputation_changes_no_gradient(kind):
-    plain, (tokens, mask) = stir(zoo.adapt(language(), kind, router=GATES.get(kind))).train(), batch()
+    plain, (tokens, mask) = (
+        stir(zoo.adapt(language(num_hidden_layers=2), kind, router=GATES.get(kind))).train(),
+        batch(),
+    )
     twin = copy.deepcopy(plain)
     twin.gradient_checkpointing_enable({"use_reentrant": False})
     found = []

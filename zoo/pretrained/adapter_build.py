@@ -67,7 +67,8 @@ def beside_linears(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Pl
 def _beside(site: Site, kind: Kind, how: dict[str, Any], count: int) -> nn.Module:
     dim, out = features(site.linear)
     out = out if site.columns is None else site.columns[1] - site.columns[0]
-    maker = _Maker(kind, how, _like(site.linear))
+    weight: Any = site.linear.weight
+    maker = _Maker(kind, how, weight)
     if kind.level == "vectors":
         if len(site.parts) > 1:
             raise ValueError(
@@ -98,7 +99,7 @@ def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place
                 "layers, or a kind that stands beside attention"
             )
         mlp = _recognise(name, module, kind.level == "mlp")
-        maker = _Maker(kind, how, _like(mlp.down))
+        maker = _Maker(kind, how, mlp.down.weight)
         count = experts_in(_number(kind, how), at, len(blocks))
         base, adapter = _around(mlp, kind, how, maker, count)
         places.append(Place(name, block_of(model, name) or name, base, adapter))
@@ -191,10 +192,6 @@ class _Maker:
 
 def _number(kind: Kind, how: Mapping[str, Any]) -> Any:
     return kind.num_experts if how["num_experts"] is None else how["num_experts"]
-
-
-def _like(linear: Any) -> Tensor:
-    return linear.weight
 
 
 def _recognise(name: str, module: nn.Module, exactly: bool) -> DenseMLP:

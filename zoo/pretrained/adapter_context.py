@@ -2,8 +2,8 @@
 
 Linear layers are called with tokens alone. The module that has the blocks hears what the model is called with; where it
 hands unknown keywords on to its blocks, the context travels among them, as in `context`, so that a recomputation sees
-its own batch. Elsewhere (timm, T5) adapters are told what the newest forward pass was called with: there activation
-checkpointing needs the backward of one pass before the forward of the next, where labels or padding differ.
+its own batch. Elsewhere (timm, GPT-2, T5) adapters are told what the newest forward pass was called with: there
+activation checkpointing needs the backward of one pass before the forward of the next, where labels or padding differ.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def _look(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None
 
 def _hold(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     context = dict(kwargs.pop(KEY, None) or {})
-    ids = kwargs.get("input_ids", args[0] if args and not torch.is_floating_point(args[0]) else None)
+    ids = kwargs.get("input_ids", args[0] if args else None)
     mask = kwargs.get("attention_mask")
-    if isinstance(ids, Tensor):
+    if isinstance(ids, Tensor) and not ids.is_floating_point():  # not images
         context.setdefault("token_ids", ids)
     tokens = ids if isinstance(ids, Tensor) else kwargs.get("inputs_embeds")
     if isinstance(mask, Tensor) and mask.dim() == 2 and tokens is not None and "mask" not in context:
@@ -110,13 +110,13 @@ def _hold(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 def _use(adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     told = adapter._adapter_told.value or {}
-    context = {key: value for key, value in told.items() if key not in OWN and _fits(value, args[0])}
+    context = {key: value for key, value in told.items() if key not in OWN and _fits(value, args)}
     if "mask" in context and _mask_is_idle(adapter):
         del context["mask"]
     return args, {**context, **kwargs}
 
 
-def _fits(value: Any, x: Tensor) -> bool:
-    """Whether it is of these tokens: keys and values of cross attention are of others."""
-    per_token = isinstance(value, Tensor) and value.dim() > 1 and x.dim() == 3
-    return not per_token or value.shape[:2] == x.shape[:2]
+def _fits(value: Any, args: tuple[Any, ...]) -> bool:
+    """Whether it is of the tokens that are given: keys and values of cross attention are of others."""
+    per_token = isinstance(value, Tensor) and value.dim() > 1 and bool(args) and args[0].dim() == 3
+    return not per_token or value.shape[:2] == args[0].shape[:2]

@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
     # run_loramoe.sh; its balance loss has weight 0 there: losses={"localized_balance": {"weight": .., "delta": ..}}.
     "LoRAMoE": Kind("linear", MLP, 8, 4, 32.0, {"name": "DenseRouter"}),
     "MoELoRA": Kind("linear", ("query", "value"), 8, 4, 16.0, _TOP_2, {"switch": 0.01}, contrastive=0.01),
-    # MoLA-inverted-triangle's opposite, which did best: few experts in low layers, many in high ones.
+    # The form that did best in the paper, its inverted triangle: few experts in low layers, many in high ones.
     "MoLA": Kind("linear", PARTS, (2, 4, 6, 8), 8, 16.0, _TOP_2, {"switch": 0.01}),
     "SiRA": Kind(
         "linear",
@@ -74,7 +74,7 @@ KINDS: dict[str, Kind] = {
         {"name": "SiRARouter", "k": 4, "expert_dropout": 0.5, "capacity": {"factor": 1.0}},
         {"switch": 0.01},
     ),
-    # rank is an expert's: the authors' is that of all experts together.
+    # rank is an expert's; the authors' is that of all experts together, and so is the r of their alpha / r.
     "MOELoRA": Kind(
         "linear",
         ("query", "key", "value", "output"),
@@ -113,6 +113,8 @@ def experts_in(num_experts: int | Sequence[int], place: int, depth: int) -> int:
     """How many experts block `place` of `depth` has: one number for all, or several for equal stretches of blocks."""
     if isinstance(num_experts, int):
         return num_experts
+    if not num_experts:
+        raise ValueError("adapt: num_experts is an empty list, expected a number or several")
     return num_experts[place * len(num_experts) // depth]
 
 

@@ -114,7 +114,10 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Mod
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
         setattr(made.get_submodule(parent), leaf, place.adapter)
-        place.adapter.train(base.training)
+        inside = set(base.modules())
+        for module in place.adapter.modules():
+            if module not in inside:  # parts of the model may be in modes of their own
+                module.training = base.training
         if hasattr(place.adapter, "router"):
             told.setdefault(place.block, []).append(place.adapter)
     tell(made, told)
