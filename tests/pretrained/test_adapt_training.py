@@ -34,15 +34,14 @@ def test_experts_and_gates_learn_and_nothing_else_moves(kind):
     before = copy.deepcopy(made.state_dict())
     own = adapter_state(made)
     optimizer = torch.optim.AdamW(parameter_groups(made, 0.1), lr=0.02)
+    losses = []
     for _ in range(12):
         optimizer.zero_grad()
         loss = objective(made, tokens, mask, kind)
         loss.backward()
         optimizer.step()
-    first = objective(
-        zoo.adapt(language(num_hidden_layers=2), kind, router=GATES.get(kind)).train(), tokens, mask, kind
-    )
-    assert loss < first
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
     for name, parameter in made.named_parameters():
         assert (parameter.grad is not None) == (name in own)
     for name, tensor in made.state_dict().items():
