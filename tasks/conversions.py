@@ -16,7 +16,19 @@ import zoo
 from zoo.nearest import unknown
 
 # Functions of `zoo` from a model to a model.
-CONVERSIONS = ("average", "grow", "mix", "prune", "quantise", "share_depth", "split", "to_dense", "upcycle")
+CONVERSIONS = (
+    "adapt",
+    "average",
+    "grow",
+    "merge_adapters",
+    "mix",
+    "prune",
+    "quantise",
+    "share_depth",
+    "split",
+    "to_dense",
+    "upcycle",
+)
 CALIBRATE = "calibrate"
 BATCHES = 8
 

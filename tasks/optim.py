@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.moe import Router
+from zoo.moe import Router, ScaledLinear
 from zoo.nearest import unknown
 
 SCHEDULES = ("cosine", "wsd", "constant")
@@ -21,15 +21,17 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Two AdamW groups: matrices, which decay, and everything else: norms, biases, embeddings, and on request gates.
 
-    A bias of stacked experts is a matrix [E, F] by shape and a bias by nature; it does not decay. Nor does what a model
-    names in `no_weight_decay()`, as timm's do with their position embeddings and class tokens. The parameters named in
-    `without` are in neither group.
+    A bias of stacked experts is a matrix [E, F] by shape and a bias by nature; it does not decay. Nor do IA3's vectors
+    [E, O], which change nothing where they are one. Nor does what a model names in `no_weight_decay()`, as timm's do
+    with their position embeddings and class tokens. The parameters named in `without` are in neither group.
     """
     exempt: set[Tensor] = set()
     named: set[str] = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()  # type: ignore[operator]
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) or (isinstance(module, Router) and not decay_router):
             exempt.update(module.parameters())
+        if isinstance(module, ScaledLinear):
+            exempt.add(module.vectors)
     decayed: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():

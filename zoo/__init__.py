@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from . import moe
     from .models import create_model, list_models
     from .pretrained import (
+        adapt,
         average,
         from_pretrained,
         grow,
+        merge_adapters,
         mix,
         prune,
         quantise,
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "adapt",
     "average",
     "create_model",
     "from_pretrained",
     "grow",
     "list_models",
+    "merge_adapters",
     "mix",
     "moe",
     "prune",
@@ -46,11 +50,13 @@ __all__ = [
 ]
 
 _LAZY = {
+    "adapt": "zoo.pretrained",
     "average": "zoo.pretrained",
     "create_model": "zoo.models",
     "from_pretrained": "zoo.pretrained",
     "grow": "zoo.pretrained",
     "list_models": "zoo.models",
+    "merge_adapters": "zoo.pretrained",
     "mix": "zoo.pretrained",
     "prune": "zoo.pretrained",
     "quantise": "zoo.pretrained",

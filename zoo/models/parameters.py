@@ -21,7 +21,16 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     Works on the meta device. Raises ValueError where it is not fixed how many parameters that is: for a gate that does
     not say, as attribute k, how many experts a token meets, and for experts of unequal size.
     """
-    from ..moe import Experts, GrownExperts, IsolatedMoE, LoRAExperts, MoE, QuantisedExperts, ResidualExperts
+    from ..moe import (
+        Experts,
+        GrownExperts,
+        IsolatedMoE,
+        LoRAExperts,
+        MixLoRAExperts,
+        MoE,
+        QuantisedExperts,
+        ResidualExperts,
+    )
     from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
@@ -34,7 +43,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        alike = (Experts, GrownExperts, LoRAExperts, QuantisedExperts, ResidualExperts)
+        alike = (Experts, GrownExperts, LoRAExperts, MixLoRAExperts, QuantisedExperts, ResidualExperts)
         if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
         if isinstance(layer, MoE):
@@ -53,12 +62,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def _stacked(layer: Recorded) -> int:
     """How many parameters the experts of a layer have together."""
-    from ..moe import HeadExperts, MoA, MoE, MoH, QuantisedExperts, ResidualExperts
+    from ..moe import AdaptedLinear, HeadExperts, MoA, MoE, MoH, ScaledLinear
 
-    if isinstance(layer, MoE) and isinstance(layer.experts, QuantisedExperts):
-        return layer.experts.numbers
-    if isinstance(layer, MoE) and isinstance(layer.experts, ResidualExperts):
-        return sum(p.numel() for name, p in layer.experts.named_parameters() if name.startswith("residual_"))
+    if isinstance(layer, ScaledLinear):
+        return layer.vectors.numel()
+    if isinstance(layer, AdaptedLinear):
+        return sum(p.numel() for p in layer.lora.parameters())
+    if isinstance(layer, MoE) and hasattr(layer.experts, "numbers"):
+        return int(layer.experts.numbers)  # type: ignore[arg-type]
     if isinstance(layer, MoE):
         return sum(p.numel() for p in layer.experts.parameters())
     if isinstance(layer, MoA):

@@ -1,6 +1,8 @@
 """The shared mixture-of-experts core: tensors only, no task, no model family, no file format."""
 
-from . import balance, kernels, routers, schedule, telemetry
+from . import balance, expert_losses, kernels, routers, schedule, telemetry
+from .adamix import AdaMix
+from .adapted import AdaptedLinear, LoRALinear, ScaledLinear
 from .attention_experts import HeadExperts, KeyValues, MoA, MoH, SwitchHead, rotary
 from .blend import Blend
 from .capacity import Capacity
@@ -16,7 +18,9 @@ from .hyper import HyperExperts, HyperNetwork
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
+from .mix_lora import MixLoRAExperts
 from .peer import PEER, NeuronExperts
+from .prompts import PromptMixture
 from .quantised import QuantisedExperts
 from .residual import ResidualExperts
 from .routers import Router
@@ -28,6 +32,8 @@ from .zero_computation import ZeroComputationExperts
 __all__ = [
     "MLP",
     "PEER",
+    "AdaMix",
+    "AdaptedLinear",
     "Blend",
     "Capacity",
     "ChannelRouter",
@@ -45,16 +51,20 @@ __all__ = [
     "IsolatedMoE",
     "KeyValues",
     "LoRAExperts",
+    "LoRALinear",
+    "MixLoRAExperts",
     "MixtureOfDepths",
     "MoA",
     "MoE",
     "MoH",
     "NeuronExperts",
     "PatchMoE",
+    "PromptMixture",
     "QuantisedExperts",
     "ResidualExperts",
     "Router",
     "Routing",
+    "ScaledLinear",
     "Shortcut",
     "ShortcutMoE",
     "Slots",
@@ -63,6 +73,7 @@ __all__ = [
     "SwitchHead",
     "ZeroComputationExperts",
     "balance",
+    "expert_losses",
     "kernels",
     "record",
     "rotary",

@@ -27,6 +27,19 @@ class Recorded(nn.Module):
             for calls in self._recording:
                 calls.newest = decision, calls.newest
 
+    def _parallel(self) -> Any:
+        """What brings tokens to experts of other processes, None where all are here."""
+        return None
+
+    def _decide(self, x: Tensor, context: dict[str, Any]) -> Decision:
+        """The gate's decision on tokens x [..., D]."""
+        _check(type(self).__name__, x, self.router.dim, context.get("mask"))
+        if (parallel := self._parallel()) is not None:
+            context["parallel"] = parallel  # a loss may ask how far away experts are
+        routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
+        self._keep(routing)
+        return routing
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy made while `record` runs is no part of what is recorded.
         return {name: value for name, value in self.__dict__.items() if name != "_recording"}
@@ -93,26 +106,17 @@ class MoE(Recorded):
         """What brings tokens to experts of other processes, None where all are here."""
         return getattr(getattr(self.experts, "mlp", self.experts), "parallel", None)
 
-    def _decide(self, x: Tensor, context: dict[str, Any]) -> Decision:
-        """The gate's decision on tokens x [..., D]."""
-        _check(x, self.router.dim, context.get("mask"))
-        if (parallel := self._parallel()) is not None:
-            context["parallel"] = parallel  # a loss may ask how far away experts are
-        routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
-        self._keep(routing)
-        return routing
 
-
-def _check(x: Tensor, dim: int, mask: Tensor | None) -> None:
+def _check(layer: str, x: Tensor, dim: int, mask: Tensor | None) -> None:
     if x.shape[-1] != dim:
-        raise ValueError(f"MoE: expected tokens [..., {dim}], got {list(x.shape)}")
+        raise ValueError(f"{layer}: expected tokens [..., {dim}], got {list(x.shape)}")
     if mask is None:
         return
     tokens = x.shape[:-1]
     # Sequences transposed, or of another length, would be read as a mask of other tokens.
     apart = len(tokens) > 1 and mask.dim() > 1 and mask.shape[0] != tokens[0]
     if mask.numel() != tokens.numel() or apart:
-        raise ValueError(f"MoE: expected a mask {list(tokens)}, one a token, got {list(mask.shape)}")
+        raise ValueError(f"{layer}: expected a mask {list(tokens)}, one a token, got {list(mask.shape)}")
 
 
 class _Calls:

@@ -66,6 +66,11 @@ class ResidualExperts(nn.Module):
                 bound = 1 / math.sqrt(parameter.shape[-1])
                 parameter.uniform_(-bound, bound)
 
+    @property
+    def numbers(self) -> int:
+        """How many weights the experts have that are not all tokens'."""
+        return sum(p.numel() for name, p in self.named_parameters() if name.startswith(RESIDUAL))
+
     def residual(self, core: nn.Parameter) -> nn.Parameter:
         """What experts add to a parameter of the core, [E, ...]."""
         name = next(name for name, parameter in self.named_parameters() if parameter is core)

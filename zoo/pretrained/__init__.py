@@ -6,6 +6,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .adapter_compose import compose_adapters
+    from .adapter_merge import merge_adapters
+    from .adapting import adapt
     from .averaging import average
     from .densify import to_dense
     from .dispatch import from_pretrained, save_pretrained
@@ -20,11 +23,14 @@ if TYPE_CHECKING:
     from .upcycling import upcycle, upcycle_optimizer
 
 __all__ = [
+    "adapt",
     "average",
+    "compose_adapters",
     "fit_predictor",
     "from_pretrained",
     "grow",
     "layerwise_distillation",
+    "merge_adapters",
     "mix",
     "output_regularization",
     "prune",
@@ -39,11 +45,14 @@ __all__ = [
 ]
 
 _LAZY = {
+    "adapt": "adapting",
     "average": "averaging",
+    "compose_adapters": "adapter_compose",
     "fit_predictor": "split_predictor",
     "from_pretrained": "dispatch",
     "grow": "growing",
     "layerwise_distillation": "split_distillation",
+    "merge_adapters": "adapter_merge",
     "mix": "mixing",
     "output_regularization": "growing",
     "prune": "pruning",

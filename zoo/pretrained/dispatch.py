@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import causal, hub, image_text, moe_llava, recommendation, switch, vision_language
+from . import adapter_folder, causal, hub, image_text, moe_llava, recommendation, switch, vision_language
 from . import folder as language
 from .peek import peek
 from .vmoe import is_prefix
@@ -24,14 +24,17 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     transformers' layout (a language model, `zoo.pretrained.folder.from_pretrained` says which options it takes; one
     from images to text, `zoo.pretrained.image_text.from_pretrained`; or a Switch Transformer), MoE-LLaVA's
     (`zoo.pretrained.moe_llava.from_pretrained`), timm's (`zoo.pretrained.vision.from_timm`) or our own of a
-    recommendation model (`zoo.pretrained.recommendation.load`) or a LIMoE (`zoo.pretrained.vision_language.load`); or
-    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but those of recommendation
-    router, losses, capacity and backend. Raises what these do, naming file and tensor.
+    recommendation model (`zoo.pretrained.recommendation.load`), a LIMoE (`zoo.pretrained.vision_language.load`) or
+    adapters (`zoo.pretrained.adapter_folder.load`; `base` is the model they stand beside); or the prefix of an original
+    V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but recommendation and adapters router, losses,
+    capacity and backend. Raises what these do, naming file and tensor.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
         return _vision().from_vmoe(name, **options)
     path = hub.local_folder(source, **{key: options.pop(key) for key in HUB if key in options})
+    if adapter_folder.is_adapted(path):
+        return adapter_folder.load(path, **options)
     if _is_timm(path):
         return _vision().from_timm(path, **options)
     if recommendation.is_recommendation(path):
@@ -58,14 +61,17 @@ def save_pretrained(
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a model in its family's own published layout: transformers', timm's (one file always), or ours of
-    recommendation models and LIMoE.
+    recommendation models and LIMoE; of a model from `zoo.adapt` the adapters alone, in a folder of ours.
 
     See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.image_text.save`, `zoo.pretrained.vision.save_timm`,
-    `zoo.pretrained.recommendation.save` and `zoo.pretrained.vision_language.save`. Nothing half written is left behind,
-    and a folder that is not empty is only written to with `overwrite`. Of transformers' models, state_dict is written
-    instead of the model's own tensors where it is given, by the model's own names.
+    `zoo.pretrained.recommendation.save`, `zoo.pretrained.vision_language.save`, `zoo.pretrained.adapter_folder.save`.
+    Nothing half written is left behind, and a folder that is not empty is only written to with `overwrite`. Of
+    transformers' models, state_dict is written instead of the model's own tensors where it is given, by the model's own
+    names.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if getattr(model, "adapted", None):
+        return adapter_folder.save(model, folder, overwrite=overwrite, state_dict=state_dict)
     made: Any = getattr(model, "made_with", None)
     if made and getattr(model, "reshaped", False):
         raise ValueError(

@@ -28,6 +28,7 @@ from zoo.moe.routers import (
     LLaMAMoERouter,
     LoryRouter,
     MEORouter,
+    MoCLERouter,
     ModuleFormerRouter,
     MoEBERTRouter,
     MoEficationRouter,
@@ -42,12 +43,15 @@ from zoo.moe.routers import (
     ReMoERouter,
     SentenceRouter,
     SinkhornRouter,
+    SiRARouter,
     SkyworkRouter,
     SMEARRouter,
     SMoEDropoutRouter,
+    SMoPRouter,
     SoftRouter,
     SparseMixerRouter,
     StableMoERouter,
+    TaskMixtureRouter,
     TaskRouter,
     TokenRoundingRouter,
     TopKRouter,
@@ -193,20 +197,35 @@ GATES: dict[str, Gate] = {
         lambda d, e: ProductKeyRouter(d, 64, 8, heads=2, key_dim=8, query_norm="batch"),
         experts=lambda e, d, h: NeuronExperts(64, d, "silu"),
     ),
+    "MoCLE": Gate(
+        lambda d, e: MoCLERouter(d, e, num_clusters=8, temperature=0.5),
+        context=lambda x, cluster: {"cluster": cluster},
+        active=2,
+    ),
     "prototypes (M6-T)": Gate(lambda d, e: PrototypeRouter(d, e, 2, losses=BALANCE), active=2),
     "random (THOR)": Gate(
         lambda d, e: RandomRouter(d, e), cannot="experts are drawn at random, so that none becomes a specialist"
     ),
     "sinkhorn": Gate(lambda d, e: SinkhornRouter(d, e), chooses_otherwise_in_training=True),
+    "SiRA": Gate(
+        lambda d, e: SiRARouter(d, e, 2, expert_dropout=0.2, capacity=Capacity(2.0), losses=BALANCE), active=2
+    ),
     "Skywork": Gate(lambda d, e: SkyworkRouter(d, e, 2), active=2),
     "SMEAR": Gate(lambda d, e: SMEARRouter(d, e, dropout=0.1), whole_sequences=True),
     "SMoE-Dropout": Gate(lambda d, e: SMoEDropoutRouter(d, e, steps=150, k_max=4), active=2),
+    # No gradient goes through the width of the noise, though it has an effect.
+    "SMoP": Gate(lambda d, e: SMoPRouter(d, e, losses=BALANCE), smooth=False),
     # Slots mix tokens: those of one cluster, or nothing is left of what a token needs.
     "soft": Gate(lambda d, e: SoftRouter(d, e, slots=4), whole_sequences=True),
     "task": Gate(
         lambda d, e: TaskRouter(d, e, num_tasks=8, losses=BALANCE),
         context=lambda x, cluster: {"task": cluster},
         active=2,
+    ),
+    "task mixture (MOELoRA)": Gate(
+        lambda d, e: TaskMixtureRouter(d, e, num_tasks=8),
+        context=lambda x, cluster: {"task": cluster},
+        active=8,
     ),
     "token rounding (SonicMoE)": Gate(
         lambda d, e: TokenRoundingRouter(d, e, multiple=4, normalize=True, losses=BALANCE), active=2

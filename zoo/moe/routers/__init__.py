@@ -32,11 +32,14 @@ from .random_expert import RandomRouter
 from .remoe import ReMoERouter
 from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
+from .sira import SiRARouter
 from .skywork import SkyworkRouter
+from .smop import SMoPRouter
 from .soft import SoftRouter
 from .sparse_mixer import SparseMixerRouter
 from .stable import StableMoERouter
 from .switch_head import SwitchHeadRouter
+from .task_experts import MoCLERouter, TaskMixtureRouter
 from .token_rounding import TokenRoundingRouter
 from .topk import TopKRouter
 from .xmoe import XMoERouter
@@ -60,6 +63,7 @@ __all__ = [
     "LabelRouter",
     "LoryRouter",
     "MEORouter",
+    "MoCLERouter",
     "MoEBERTRouter",
     "MoEPlusPlusRouter",
     "MoEficationRouter",
@@ -76,13 +80,16 @@ __all__ = [
     "Router",
     "SMEARRouter",
     "SMoEDropoutRouter",
+    "SMoPRouter",
     "SentenceRouter",
+    "SiRARouter",
     "SinkhornRouter",
     "SkyworkRouter",
     "SoftRouter",
     "SparseMixerRouter",
     "StableMoERouter",
     "SwitchHeadRouter",
+    "TaskMixtureRouter",
     "TaskRouter",
     "TokenRoundingRouter",
     "TopKRouter",

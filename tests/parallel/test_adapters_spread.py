@@ -1,0 +1,60 @@
+"""Adapted models over two processes: what they compute and learn, and the folder they write together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import LlamaConfig, LlamaForCausalLM
+from two_processes import results, spread
+
+import zoo
+from zoo.parallel import Mesh, Sizes, parallelize
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZES))
+
+
+def made(kind: str) -> Any:
+    model = zoo.adapt(base(), kind)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def test_parts_of_a_model_learn_what_the_whole_learns(tmp_path: Path) -> None:
+    kinds = ("MoLA", "MixLoRA", "MoV")
+    told = spread(tmp_path, made, kinds, {"shard": Sizes(shard=2)})
+    for kind in kinds:
+        logits, gradients = results(made(kind))
+        for found, grads in (process[kind, "shard"] for process in told):
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+            assert grads.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(
+                    grads[name], gradient, rtol=1e-3, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
+                )
+
+
+def test_the_folder_is_that_of_the_whole(tmp_path: Path) -> None:
+    mp.start_processes(_save, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    again = zoo.from_pretrained(tmp_path / "adapters", base=base())
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in made("MixLoRA").state_dict().items())
+
+
+def _save(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = made("MixLoRA")
+    parallelize(model, Mesh(Sizes(shard=2)))
+    zoo.save_pretrained(model, f"{folder}/adapters")
+    dist.destroy_process_group()

@@ -1,0 +1,125 @@
+"""Trained LoRAs, which stay as they are, as the experts of learnt gates."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..moe import AdaptedLinear, LoRALinear
+from ..moe.adapted import Columns
+from .adapter_folder import is_adapted, read_onto
+from .adapter_kinds import KINDS
+from .adapting import adapt
+from .tensorfile import read_all, read_header
+
+PEFT, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
+
+# A linear layer and the outputs meant, to A [r, D] and alpha / r * B [O, r].
+LoRA = dict[tuple[str, Columns | None], tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def compose_adapters(
+    model: nn.Module,
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    router: Any = None,
+    losses: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A copy of a model with trained LoRAs as the experts of a gate for each linear layer (MeteoRA 2405.13053).
+
+    Only the gates learn.
+
+    sources are folders of LoRAs trained beside this model: ours of kind LoRA, or peft's (adapter_config.json and
+    adapter_model.safetensors; linear layers alone, alpha / r or alpha / sqrt(r)). Expert e is source e, with rank and
+    alpha of its own; where it has no LoRA for a layer that another has, it adds nothing. As in the authors' code the
+    gate is top-k (2) of a softmax, renormalised, and starts from N(0, 1). router and losses as in `adapt`.
+
+    Raises ValueError for a folder that is neither, a peft option that changes more than linear layers, and a layer that
+    the model does not have.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if not sources:
+        raise ValueError("compose_adapters: expected at least one folder of a LoRA")
+    read, targets = [], []
+    for source in sources:
+        lora, named = _read(model, Path(source).expanduser())
+        read.append(lora)
+        targets.append(named)
+    keys = list(dict.fromkeys(key for lora in read for key in lora))
+    if all(columns is None for _, columns in keys):
+        chosen: Any = [name for name, _ in keys]
+    elif any(named != targets[0] for named in targets):
+        raise ValueError(f"compose_adapters: parts of fused layers must be the same in all sources, got {targets}")
+    else:
+        chosen = targets[0]
+    rank = max(a.shape[0] for lora in read for a, _ in lora.values())
+    made: Any = adapt(
+        model, "MeteoRA", targets=chosen, num_experts=len(read), rank=rank, alpha=rank, router=router, losses=losses
+    )
+    for name, module in made.named_modules():
+        if not isinstance(module, AdaptedLinear):
+            continue
+        key = (_plain(name), module.columns)
+        module.lora.a.zero_()
+        for e, lora in enumerate(read):
+            if key in lora:
+                a, b = lora[key]  # of a lower rank: rows and columns of zeros change nothing
+                module.lora.a[e].copy_(F.pad(a, (0, 0, 0, rank - a.shape[0])))
+                module.lora.b[e].copy_(F.pad(b, (0, rank - b.shape[1])))
+    return made
+
+
+def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
+    """A folder's LoRA, and the targets it was made with where it is ours."""
+    if (folder / PEFT).is_file():
+        return _read_peft(model, folder), None
+    if not is_adapted(folder):
+        raise ValueError(f"compose_adapters: {folder} has neither {PEFT} nor adapters of ours")
+    made: Any = read_onto(model, folder)
+    if [how["kind"] for how in made.adapted] != ["LoRA"]:
+        raise ValueError(f"compose_adapters: {folder} holds {made.adapted[0]['kind']}, expected one LoRA")
+    found = {}
+    for name, module in made.named_modules():
+        if isinstance(module, LoRALinear):
+            scale = module.lora.alpha / module.lora.rank
+            found[_plain(name), module.columns] = module.lora.a[0].detach(), scale * module.lora.b[0].detach()
+    return found, list(made.adapted[0]["targets"] or KINDS["LoRA"].targets)
+
+
+def _read_peft(model: nn.Module, folder: Path) -> LoRA:
+    config = json.loads((folder / PEFT).read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ValueError(f"{folder / PEFT}: expected peft_type LORA without biases")
+    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
+        if config.get(name):
+            raise ValueError(f"{folder / PEFT}: {name}={config[name]!r} is not supported")
+    stored = read_header(folder / PEFT_WEIGHTS)
+    tensors = {name: torch.empty(entry.shape) for name, entry in stored.items()}
+    read_all(tensors, stored, folder / PEFT_WEIGHTS)
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    sides: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = PEFT_KEY.fullmatch(name)
+        if match is None:
+            raise ValueError(f"{folder / PEFT_WEIGHTS}: {name} is no LoRA of a linear layer")
+        sides.setdefault(match[1], {})[match[2]] = tensor
+    known = dict(model.named_modules())
+    for name, pair in sides.items():
+        if name not in known or set(pair) != {"A", "B"}:
+            raise ValueError(f"{folder / PEFT_WEIGHTS}: {name} is no layer of {type(model).__name__}, or lacks A or B")
+    return {(name, None): (pair["A"], scale * pair["B"]) for name, pair in sides.items()}
+
+
+def _plain(name: str) -> str:
+    """A layer's name without adapters around it."""
+    return re.sub(r"(\.base)+$", "", name)

@@ -1,0 +1,176 @@
+"""Adapters as a folder of their own: adapters.json says how they are made and beside what, adapters.safetensors holds
+their tensors under the model's own names, experts stacked, and what else is trained. Frozen weights are not in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapting import adapt, adapter_state, base_state
+from .language import resolve_dtype
+from .staging import staged
+from .storable import storable
+from .tensorfile import read_all, read_header, write_file
+
+RECORD, WEIGHTS = "adapters.json", "adapters.safetensors"
+SAMPLE = 16  # numbers of every tensor that tell base weights apart
+
+
+def is_adapted(folder: Path) -> bool:
+    """Whether a folder is one that `save` wrote."""
+    return (folder / RECORD).is_file()
+
+
+def save(
+    model: Any,
+    folder: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapters of an adapted model, and what is needed to put them beside the same weights again.
+
+    state_dict as in `zoo.save_pretrained`. A model in parts is put together by all its processes, and written by the
+    first. Raises ValueError for an argument that JSON cannot hold, such as a router given as a function; and
+    FileExistsError as `staged`, and for a folder that holds a model.
+    """
+    from ..parallel.parts import is_spread, whole_state
+
+    target = Path(folder).expanduser()
+    if (target / "config.json").is_file() and not is_adapted(target):
+        raise FileExistsError(f"{target} holds a model; adapters need a folder of their own")
+    state: Mapping[str, Tensor] = model.state_dict()
+    if is_spread(model):
+        state = whole_state(model)
+        if torch.distributed.get_rank():
+            return
+    base, more = base_state(model, state), _learnt_beside(model)
+    record = {
+        "adapted": storable(model.adapted, "argument"),
+        "more": more,
+        "base": {
+            "class": type(model).__name__,
+            "name": str(getattr(model, "name_or_path", "") or ""),
+            "tensors": {name: list(tensor.shape) for name, tensor in sorted(base.items())},
+            "weights": _fingerprint(base_state(model, _without(state, more))),
+        },
+    }
+    written = state if state_dict is None else state_dict
+    with staged(folder, overwrite) as staging:
+        (staging / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_file(
+            staging / WEIGHTS,
+            sorted({**adapter_state(model, written), **{name: written[name] for name in more}}.items()),
+        )
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    base: Any = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> Any:
+    """The adapted model of a folder that `save` wrote, in eval mode.
+
+    base: the model that the adapters stand beside, which stays as it is, or where `zoo.from_pretrained` finds it, the
+    folder or repository that it was read from by default; options go there. Raises ValueError where none is known, and
+    as `read_onto`.
+    """
+    from .dispatch import from_pretrained
+
+    path = Path(folder).expanduser()
+    if base is None:
+        base = _record(path)["base"]["name"]
+        if not base:
+            raise ValueError(f"{path / RECORD}: the model that adapters stand beside was read from nowhere; give base")
+    if not isinstance(base, nn.Module):
+        base = from_pretrained(base, **options)
+    elif options:
+        raise ValueError(f"from_pretrained: base is a model; {', '.join(options)} would have no effect")
+    model = read_onto(base, path)
+    place: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device": device}
+    return model.to(**{name: value for name, value in place.items() if value is not None}).eval()
+
+
+def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
+    """A copy of a model with the adapters of a folder beside its weights.
+
+    Warns where the weights are not those that the adapters were trained beside. Raises ValueError naming file and
+    tensor for a model of another shape, one that has adapters, missing and surplus tensors and a damaged file, and
+    FileNotFoundError for a file that is not there.
+    """
+    path = Path(folder).expanduser()
+    record = _record(path)
+    if getattr(model, "adapted", None):
+        raise ValueError(f"{path}: expected the model that these adapters stand beside, got one that has adapters")
+    if not (path / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{path / WEIGHTS}: no such file")
+    stored, base = record["base"]["tensors"], base_state(model)
+    for name in dict.fromkeys([*stored, *base]):
+        found = list(base[name].shape) if name in base else "none"
+        if found != stored.get(name, "none"):
+            raise ValueError(
+                f"{path / RECORD}: these adapters stand beside a {record['base']['class']} whose {name} has shape "
+                f"{stored.get(name, 'none')}, the model's has {found}"
+            )
+    for how in record["adapted"]:
+        model = adapt(model, **how)
+    whole, more = model.state_dict(), record["more"]
+    then, now = record["base"]["weights"], _fingerprint(base_state(model, _without(whole, more)))
+    if then and now and then != now:
+        warnings.warn(f"{path}: these adapters were trained beside other weights than the model's", stacklevel=3)
+    state = {**adapter_state(model), **{name: whole[name] for name in more}}
+    if not any(tensor.is_meta for tensor in state.values()):
+        read_all(state, read_header(path / WEIGHTS), path / WEIGHTS)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name in more)
+    return model
+
+
+def _learnt_beside(model: nn.Module) -> list[str]:
+    """What else training changes, in order: parameters that are not frozen, as a new head's, and running statistics."""
+    adapters = adapter_state(model)
+    names = {n for n, parameter in model.named_parameters() if parameter.requires_grad and n not in adapters}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
+    return sorted(names)
+
+
+def _without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name not in names}
+
+
+def _record(path: Path) -> dict[str, Any]:
+    if not (path / RECORD).is_file():
+        raise FileNotFoundError(f"{path / RECORD}: no such file; expected a folder of adapters")
+    try:
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path / RECORD}: not valid JSON ({error})") from None
+    if not isinstance(record, dict) or not {"adapted", "more", "base"} <= set(record):
+        raise ValueError(f"{path / RECORD}: expected an object with adapted, more and base")
+    return record
+
+
+def _fingerprint(state: Mapping[str, Tensor]) -> str | None:
+    """Tells weights apart by a few numbers of each, as bfloat16 so that a narrower copy is the same; None on meta."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        if tensor.is_meta:
+            return None
+        some = tensor.detach().flatten()[:SAMPLE]
+        some = some.to(torch.bfloat16) if some.is_floating_point() else some
+        digest.update(name.encode() + some.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

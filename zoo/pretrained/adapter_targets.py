@@ -1,0 +1,153 @@
+"""Which linear layers of a model get experts beside them: by their part in a block, or by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..moe import MoE
+from ..moe.adapted import Columns, features
+from .dense_mlps import _is_linear, _layout
+
+# The parts of a block, and how families call the linear layer of each; those of an MLP go by `dense_mlps.LAYOUTS`.
+ATTENTION = {
+    "query": ("q_proj", "q_b_proj", "query", "wq", "q", "to_q"),
+    "key": ("k_proj", "key", "wk", "k", "to_k"),
+    "value": ("v_proj", "value", "wv", "v", "to_v"),
+    "output": ("o_proj", "out_proj", "proj", "c_proj", "wo", "o", "dense", "to_out"),
+}
+MLP = ("gate", "up", "down")
+PARTS = (*ATTENTION, *MLP)
+_QKV = ("query", "key", "value")
+FUSED = {**dict.fromkeys(("qkv", "c_attn", "qkv_proj", "query_key_value", "Wqkv"), _QKV), "kv_b_proj": _QKV[1:]}
+# Attention whose fused projection is [queries; keys; values], and not all three of one head after another.
+IN_THIRDS = {
+    "qkv": ("Attention", "WindowAttention", "EvaAttention", "AttentionRope"),
+    "c_attn": ("GPT2Attention",),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that gets experts, or some of its outputs; `block` is the name of the repeated block it is in.
+
+    parts are those that these outputs are: several where a fused projection is taken as a whole.
+    """
+
+    name: str
+    linear: nn.Module
+    block: str
+    parts: tuple[str, ...]
+    columns: Columns | None = None
+
+
+def find(model: nn.Module, targets: Sequence[str], within: str = "") -> list[Site]:
+    """The linear layers of the model's repeated blocks that targets name, in order, under the submodule `within`.
+
+    A target is a part, one of PARTS, or a name: the whole of it, or its end after a dot. A fused projection that holds
+    a part as consecutive outputs is found as these, any other fused one as a whole. Linear layers inside a `MoE`, and
+    those whose block computes with the weight itself, are none of them. Raises ValueError listing what there is where
+    nothing is found.
+    """
+    sites, seen = [], []
+    for name, linear, parent in _linears(model, within):
+        block = block_of(model, name)
+        if block is None:
+            continue
+        leaf = name.rpartition(".")[2]
+        seen.append(name.removeprefix(f"{block}."))
+        parts = _parts(name, parent)
+        wanted = [part for part in parts if part in targets]
+        columns = _columns(leaf, linear, parent) if len(parts) > 1 else {}
+        if any(f".{name}".endswith(f".{t}") for t in targets if t not in PARTS) or (wanted and not columns):
+            sites.append(Site(name, linear, block, parts))
+        else:
+            sites += [Site(name, linear, block, (part,), columns[part]) for part in wanted]
+    if not sites:
+        where = f" under {within!r}" if within else ""
+        there = ", ".join(dict.fromkeys(seen)) or "none"
+        raise ValueError(
+            f"adapt: no linear layer of {type(model).__name__}{where} is called {' or '.join(targets)}; its blocks "
+            f"have: {there}"
+        )
+    for site in sites:
+        _check(model, site)
+    return sites
+
+
+def block_of(model: nn.Module, name: str) -> str | None:
+    """The repeated block that a module is in: the innermost entry of a list of modules all of one class."""
+    found, path = None, name.split(".")
+    for end in range(len(path)):
+        if not path[end].isdigit() or path[:end][-1:] == ["experts"]:
+            continue
+        entries = model.get_submodule(".".join(path[:end]))
+        # T5's block is a list of attention and MLP: that is one block, not two.
+        if len({type(entry) for entry in entries.children()}) == 1:
+            found = ".".join(path[: end + 1])
+    return found
+
+
+def _linears(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Linear layers by name, with the modules they are in."""
+    skipped: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) or hasattr(module, "experts"):
+            skipped += (f"{name}.",)
+        inside = not within or name.startswith(f"{within}.")
+        if not inside or (skipped and name.startswith(skipped)) or not _is_linear(module):
+            continue
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not isinstance(parent, nn.MultiheadAttention):  # which never calls its linear layer
+            yield name, module, parent
+
+
+def _parts(name: str, parent: nn.Module) -> tuple[str, ...]:
+    """The parts of a block that a linear layer computes."""
+    *path, leaf = name.split(".")
+    layout = _layout(parent)
+    if layout is not None and leaf in layout:
+        part = MLP[layout.index(leaf)]
+        fused = layout[0] is None and part == "up" and _is_gated(parent, layout)
+        return ("gate", "up") if fused else (part,)
+    if not any("att" in step.lower() for step in path):
+        return ()
+    if leaf in FUSED:
+        return FUSED[leaf]
+    return tuple(part for part, names in ATTENTION.items() if leaf in names)
+
+
+def _is_gated(parent: nn.Module, layout: tuple[str | None, str, str]) -> bool:
+    """Whether up holds gate and up together: twice as many rows as down reads."""
+    up, down = (getattr(parent, name) for name in layout[1:])
+    return features(up)[1] == 2 * features(down)[0]
+
+
+def _columns(leaf: str, linear: Any, parent: Any) -> dict[str, Columns]:
+    """The outputs of a fused projection that are queries, keys and values; none where they are not consecutive."""
+    outputs = features(linear)[1]
+    if type(parent).__name__ in IN_THIRDS.get(leaf, ()):
+        sizes = [outputs // 3] * 3
+    elif leaf == "qkv_proj" and hasattr(parent, "config") and hasattr(parent, "head_dim"):
+        heads = parent.config.num_attention_heads
+        few = getattr(parent.config, "num_key_value_heads", heads) or heads
+        sizes = [n * parent.head_dim for n in (heads, few, few)]
+    else:
+        return {}
+    if sum(sizes) != outputs:
+        return {}
+    ends = [sum(sizes[: i + 1]) for i in range(3)]
+    return {part: (end - size, end) for part, end, size in zip(_QKV, ends, sizes)}
+
+
+def _check(model: nn.Module, site: Site) -> None:
+    parent, _, leaf = site.name.rpartition(".")
+    owner: Any = model.get_submodule(parent)
+    if leaf == "qkv" and getattr(owner, "q_bias", None) is not None:
+        raise ValueError(
+            f"adapt: {type(owner).__name__} computes with the weight of {site.name} itself, so that experts beside it "
+            "would never run; choose other targets"
+        )

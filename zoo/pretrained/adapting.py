@@ -1,0 +1,163 @@
+"""Mixtures of parameter-efficient experts beside the frozen weights of a trained model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, PromptMixture, ScaledLinear
+from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
+from .adapter_context import tell
+from .adapter_kinds import UNUSED, kind_of
+from .adapter_prompts import attach
+from .stand_in import stand_in
+from .upcycling import _language_model
+
+
+def adapt(
+    model: nn.Module,
+    kind: str | None = None,
+    *,
+    targets: str | Sequence[str] | None = None,
+    num_experts: int | Sequence[int] | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    router: Any = None,
+    losses: Mapping[str, Any] | None = None,
+    contrastive: float | Mapping[str, Any] | None = None,
+    dropout: float | None = None,
+    shared: str | None = None,
+    layers: str | int | Iterable[int] = "all",
+    within: str = "",
+    dtype: torch.dtype | str | None = None,
+    source: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """A copy of a model whose weights are frozen, with parameter-efficient experts beside them: all that is trained.
+
+    kind is a row of `zoo.pretrained.adapter_kinds.KINDS`, which says what each paper takes by default:
+        LoRA                      one, without a gate
+        MoLoRA, LoRAMoE           beside linear layers, all experts by a dense gate
+        MoELoRA, MoLA, SiRA       the same, a few experts a token
+        MOELoRA, MoCLE            by a label: model(..., moe_context={"task": ..}), or "cluster"
+        MoV                       IA3's vectors, mixed by a dense gate
+        MixLoRA                   experts that share an MLP; adapt attention with a second call
+        LLaVA-MoLE                beside whole MLPs, one a token
+        AdaMix                    an adapter after each MLP, a random one each step, their mean afterwards
+        SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
+        MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.pretrained.compose_adapters`
+
+    Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
+    beside its attention. At first the model computes what it did, but with soft prompts. targets are parts of a block
+    (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each part, or,
+    named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from the first
+    to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a mapping
+    without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
+    contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts
+    read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of
+    the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
+    type: give dtype="float32" for adapters that learn beside bfloat16.
+
+    With `source`, a folder that `zoo.save_pretrained` wrote of an adapted model, its adapters are read and nothing else
+    is given; as `zoo.from_pretrained(source, base=model)`, but in the model's training mode.
+
+    Raises ValueError naming what does not fit: an unknown kind, no such target, an option that the kind does not use.
+    """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    given = {
+        "targets": targets,
+        "num_experts": num_experts,
+        "rank": rank,
+        "alpha": alpha,
+        "router": router,
+        "losses": losses,
+        "contrastive": contrastive,
+        "dropout": dropout,
+        "shared": shared,
+        "dtype": dtype,
+    }
+    if source is not None:
+        from .adapter_folder import read_onto
+
+        if kind is not None or any(value is not None for value in given.values()):
+            raise ValueError("adapt: a source says all itself; give nothing beside it")
+        return read_onto(model, source)
+    if kind is None:
+        raise ValueError("adapt: give a kind, such as 'MixLoRA', or a source")
+    row = kind_of(kind)
+    for name in UNUSED[row.level]:
+        if given[name] is not None:
+            raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
+    how = {"kind": kind, **given, "layers": layers, "within": within or _language_model(model)}
+    make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
+    places = make.get(row.level, beside_linears)(model, row, how)
+    return _place(model, places, how)
+
+
+def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Module:
+    """A frozen copy of the model with adapters in their places."""
+    made: Any = copy.deepcopy(model)
+    adapters = set(adapter_state(made))
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name in adapters)
+    told: dict[str, list[nn.Module]] = {}
+    for place in places:
+        parent, _, leaf = place.name.rpartition(".")
+        base = made.get_submodule(place.name)
+        if isinstance(place.adapter, PromptMixture):
+            attach(base, place.adapter.train(base.training))
+            continue
+        owner, _, attribute = place.base.rpartition(".")
+        setattr(place.adapter.get_submodule(owner), attribute, base)
+        setattr(made.get_submodule(parent), leaf, place.adapter)
+        inside = set(base.modules())
+        for module in place.adapter.modules():
+            if module not in inside:  # parts of the model may be in modes of their own
+                module.training = base.training
+        if hasattr(place.adapter, "router"):
+            told.setdefault(place.block, []).append(place.adapter)
+    tell(made, told)
+    made.adapted = [*getattr(model, "adapted", []), how]
+    if hasattr(made, "config") and hasattr(made, "save_pretrained") and "save_pretrained" not in vars(made):
+        stand_in(made)
+        made._saves_adapters = True
+    return made
+
+
+def base_of(module: nn.Module) -> str | None:
+    """Where an adapter has what it stands beside, None for a module that is no adapter."""
+    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, AdaMix, PromptMixture)):
+        return "base"  # prompts have none
+    if isinstance(module, MoE) and isinstance(module.experts, MixLoRAExperts):
+        return "experts.base"
+    if isinstance(module, MoE) and isinstance(module.experts, LoRAExperts) and module.shared is not None:
+        return "shared"
+    return None
+
+
+def adapter_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a model's adapters by their names in the model; those of `state` where it is given."""
+    state = model.state_dict() if state is None else state
+    found = {}
+    for name, module in model.named_modules():
+        if (base := base_of(module)) is not None:
+            own, beside = f"{name}." if name else "", f"{name}.{base}." if name else f"{base}."
+            found.update({k: v for k, v in state.items() if k.startswith(own) and not k.startswith(beside)})
+    return found
+
+
+def base_state(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors that adapters stand beside, by the names they have without; those of `state` where it is given."""
+    state = model.state_dict() if state is None else state
+    adapters, found = adapter_state(model, state), {}
+    renamed = [(f"{n}.{b}.", f"{n}.") for n, m in model.named_modules() if (b := base_of(m)) is not None]
+    for name, tensor in state.items():
+        if name not in adapters:
+            for long, short in reversed(renamed):  # innermost first
+                name = name.replace(long, short, 1) if name.startswith(long) else name
+            found[name] = tensor
+    return found
