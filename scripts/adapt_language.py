@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from zoo.convert.adapter_kinds import KINDS, PARTS
 from zoo.data.corpus import open_corpus
 from zoo.moe import balance, record
-from zoo.pretrained.adapter_kinds import KINDS, PARTS
 
 LABELLED = {"MOELoRA": {"num_tasks": 2}, "MoCLE": {"num_clusters": 2}}
 Draw = Callable[[int, str], Tensor]

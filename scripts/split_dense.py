@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.pretrained import set_k
-from zoo.pretrained.split_predictor import oracle
+from zoo.convert import set_k
+from zoo.convert.split_predictor import oracle
 
 METHODS = ("random", "cluster", "coactivation")
 GATES = ("EMoERouter", "MoEficationRouter", "ground truth")

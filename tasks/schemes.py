@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 
 import zoo
+from zoo.convert.numbers_said import say_numbers
+from zoo.convert.usage import usage_of
 from zoo.moe import MoE
 from zoo.moe.kept import keep_experts, rows_of
 from zoo.parallel.parts import is_spread
-from zoo.pretrained.numbers_said import say_numbers
-from zoo.pretrained.usage import usage_of
 
 
 class ExpertPruning(Callback):

@@ -12,22 +12,21 @@ from ._when_imported import when_imported
 
 if TYPE_CHECKING:
     from . import moe
-    from .models import create_model, list_models
-    from .pretrained import (
+    from .convert import (
         adapt,
         average,
-        from_pretrained,
         grow,
         merge_adapters,
         mix,
         prune,
         quantise,
-        save_pretrained,
         share_depth,
         split,
         to_dense,
         upcycle,
     )
+    from .models import create_model, list_models
+    from .pretrained import from_pretrained, save_pretrained
 
 __version__ = "0.1.0"
 __all__ = [
@@ -50,21 +49,21 @@ __all__ = [
 ]
 
 _LAZY = {
-    "adapt": "zoo.pretrained",
-    "average": "zoo.pretrained",
+    "adapt": "zoo.convert",
+    "average": "zoo.convert",
     "create_model": "zoo.models",
     "from_pretrained": "zoo.pretrained",
-    "grow": "zoo.pretrained",
+    "grow": "zoo.convert",
     "list_models": "zoo.models",
-    "merge_adapters": "zoo.pretrained",
-    "mix": "zoo.pretrained",
-    "prune": "zoo.pretrained",
-    "quantise": "zoo.pretrained",
+    "merge_adapters": "zoo.convert",
+    "mix": "zoo.convert",
+    "prune": "zoo.convert",
+    "quantise": "zoo.convert",
     "save_pretrained": "zoo.pretrained",
-    "share_depth": "zoo.pretrained",
-    "split": "zoo.pretrained",
-    "to_dense": "zoo.pretrained",
-    "upcycle": "zoo.pretrained",
+    "share_depth": "zoo.convert",
+    "split": "zoo.convert",
+    "to_dense": "zoo.convert",
+    "upcycle": "zoo.convert",
 }
 
 when_imported("transformers.integrations.moe", "zoo.models.transformers_experts", "register_experts")
@@ -74,6 +73,6 @@ when_imported("timm", "zoo.models.vision", "register_models")
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in ("moe", "models", "pretrained"):
+    if name in ("convert", "models", "moe", "pretrained"):
         return importlib.import_module(f"zoo.{name}")
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")

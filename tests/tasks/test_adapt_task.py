@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import zoo
 from tasks.language import LanguageData, LanguageTask
-from zoo.pretrained.adapting import adapter_state, base_state
+from zoo.convert.adapting import adapter_state, base_state
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "adapt_language.py"
 

@@ -58,7 +58,7 @@ def sparse(
     for tokens that capacity drops. router, losses and capacity, as in `zoo.upcycle`, take the place of DeepSpeed's
     gate. Raises ValueError for an unknown option, and as `zoo.upcycle`.
     """
-    from ..pretrained import upcycle
+    from ..convert import upcycle
     from ..pretrained.context import decoder_of
     from ..pretrained.moe_llava import deepspeed_gate
 
@@ -92,10 +92,10 @@ def with_lora_experts(
 
     import torch
 
+    from ..convert.dense_mlps import blocks_with_mlps
     from ..moe import LoRAExperts, MoE
     from ..moe.routers import TopKRouter
     from ..pretrained.context import decoder_of, pass_context
-    from ..pretrained.dense_mlps import blocks_with_mlps
     from ..pretrained.placement import moe_layers
 
     made = copy.deepcopy(model).requires_grad_(False)
@@ -126,9 +126,9 @@ def stage(model: nn.Module, number: int) -> nn.Module:
     Raises ValueError for another stage, for the third of a model without experts, and for a model without a projector
     or a vision tower.
     """
+    from ..convert.dense_mlps import blocks_with_mlps
     from ..moe import MoE
     from ..pretrained.context import decoder_of
-    from ..pretrained.dense_mlps import blocks_with_mlps
 
     if number not in (1, 2, 3):
         raise ValueError(f"MoE-LLaVA has the training stages 1, 2 and 3, got {number!r}")

@@ -9,10 +9,10 @@ import torch
 from timm.layers import Mlp, trunc_normal_tf_
 from torch import Tensor, nn
 
+from ..convert.dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
 from ..layers import experts_factory
 from ..moe import Experts, MoE, Router, ZeroComputationExperts
 from ..moe.routers import ExpertChoiceRouter
-from ..pretrained.dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
 from ..pretrained.placement import moe_layers as placed
 from .vision_gates import vision_gate
 

@@ -104,7 +104,7 @@ def build_from_timm(
     Experts are copies of the MLP they replace. normalize (the weights of a token's experts sum to one) is on for
     pretrained models, so that they start from what they know, and else off as in V-MoE.
     """
-    from ..pretrained.upcycling import upcycle
+    from ..convert.upcycling import upcycle
     from .vision_gates import vision_spec
 
     if "experts" in overrides:

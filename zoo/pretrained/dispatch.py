@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import adapter_folder, causal, hub, image_text, moe_llava, recommendation, switch, vision_language
+from ..convert import adapter_folder
+from . import causal, hub, image_text, moe_llava, recommendation, switch, vision_language
 from . import folder as language
 from .peek import peek
 from .vmoe import is_prefix
@@ -25,7 +26,7 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     from images to text, `zoo.pretrained.image_text.from_pretrained`; or a Switch Transformer), MoE-LLaVA's
     (`zoo.pretrained.moe_llava.from_pretrained`), timm's (`zoo.pretrained.vision.from_timm`) or our own of a
     recommendation model (`zoo.pretrained.recommendation.load`), a LIMoE (`zoo.pretrained.vision_language.load`) or
-    adapters (`zoo.pretrained.adapter_folder.load`; `base` is the model they stand beside); or the prefix of an original
+    adapters (`zoo.convert.adapter_folder.load`; `base` is the model they stand beside); or the prefix of an original
     V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but recommendation and adapters router, losses,
     capacity and backend. Raises what these do, naming file and tensor.
     """
@@ -64,7 +65,7 @@ def save_pretrained(
     recommendation models and LIMoE; of a model from `zoo.adapt` the adapters alone, in a folder of ours.
 
     See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.image_text.save`, `zoo.pretrained.vision.save_timm`,
-    `zoo.pretrained.recommendation.save`, `zoo.pretrained.vision_language.save`, `zoo.pretrained.adapter_folder.save`.
+    `zoo.pretrained.recommendation.save`, `zoo.pretrained.vision_language.save`, `zoo.convert.adapter_folder.save`.
     Nothing half written is left behind, and a folder that is not empty is only written to with `overwrite`. Of
     transformers' models, state_dict is written instead of the model's own tensors where it is given, by the model's own
     names.

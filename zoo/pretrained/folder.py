@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..convert import quantising
 from ..gates import gate_factory
 from ..moe import MoE
 from ..moe.residual import folded_state
 from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, hub, quantising, sharded
+from . import adopt, hub, sharded
 from .language import TABLES, Family, resolve_dtype, tensors_on_disk
 from .peek import peek
 from .quantised import dequantised, method_of, plain

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..convert import quantising
 from ..gates import gate_factory, layer_gates
 from ..moe import MoE
 from ..nearest import unknown
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, moe_llava, quantised, quantising, sharded
+from . import adopt, moe_llava, quantised, sharded
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..convert.upcycling import upcycle
 from ..moe import MoE
 from ..moe.routers import GShardRouter, TopKRouter
 from ..nearest import unknown
@@ -28,7 +29,6 @@ from .moe_llava_names import KINDS, PUBLISHED, RENAMED, TOWER, TOWERS, tensors_o
 from .peek import peek
 from .quantised import plain
 from .staging import staged
-from .upcycling import upcycle
 
 UNREAD = re.compile(r".*(\.rotary_emb\..*|\.position_ids)")
 

@@ -15,14 +15,14 @@ from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args
 
+from ..convert.splitting import split_again
+from ..convert.upcycling import upcycle
 from ..moe import MoE
 from ..moe.grown import joined_state
 from .language import resolve_dtype
-from .splitting import split_again
 from .staging import staged
 from .storable import storable
 from .tensorfile import DTYPES, read_header, write_file
-from .upcycling import upcycle
 from .vision_fill import Unset, fill, some
 from .vision_layers import put_layers
 from .vmoe import DTYPES as VMOE_DTYPES

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..convert.sharing import tie_depth
 from ..gates import gate_factory, parse_spec
 from ..layers import attention_factory, depth_factory
 from ..moe import DeepMoE, DepthRouter, MixtureOfDepths, PatchMoE
 from ..nearest import unknown
-from .sharing import tie_depth
 
 CONVOLUTIONS: dict[str, Any] = {c.__name__: c for c in (DeepMoE, PatchMoE)}
 

@@ -16,7 +16,7 @@ class MoEficationRouter(UnweightedRouter):
     """MoEfication (2110.01786): the k experts with the largest W_2 tanh(W_1 x / |x|), each with weight one.
 
     W_1 [E, D] (`weight`) and W_2 [E, E] (`out`) are trained beforehand to foretell each expert's sum of positive
-    activations (`zoo.pretrained.fit_predictor`; `zoo.split` does), and by nothing else: they need no gradient. k is by
+    activations (`zoo.convert.fit_predictor`; `zoo.split` does), and by nothing else: they need no gradient. k is by
     default a fifth of the experts, as in the paper. Other options as in `UnweightedRouter`, but bias.
 
     W_1 starts uniformly within 1/sqrt(dim), W_2 as the identity. Context: mask.

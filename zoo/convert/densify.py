@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import MLP, Experts, IsolatedMoE, MoE, ShortcutMoE
-from .adopt import materialize
+from ..pretrained.adopt import materialize
+from ..pretrained.placement import moe_layers
+from ..pretrained.sparse_blocks import _in_pair
 from .dense_mlps import DenseMLP, activation_attribute, is_mlp, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
-from .placement import moe_layers
-from .sparse_blocks import _in_pair
 from .timm_layers import dense_blocks
 from .usage import Calibrate, Usage, is_meta, layers_of, measure
 

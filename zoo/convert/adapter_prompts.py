@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import PromptMixture
-from .context import KEY, decoder_of
+from ..pretrained.context import KEY, decoder_of
 
 NAME = "soft_prompts"
 

@@ -12,11 +12,11 @@ import transformers
 from torch import nn
 
 import zoo
+from zoo.convert import output_regularization
 from zoo.models import count_parameters
 from zoo.moe import Experts, GrownExperts, MoE, Routing
 from zoo.moe.grown import joined_state
 from zoo.moe.routers import TopKRouter
-from zoo.pretrained import output_regularization
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 256, "initializer_range": 0.2}
 

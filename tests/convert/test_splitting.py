@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
+from zoo.convert import set_k
 from zoo.moe import MoE
 from zoo.moe.schedule import advance
-from zoo.pretrained import set_k
 
 
 @pytest.mark.filterwarnings("ignore:split. dropout of only some units")

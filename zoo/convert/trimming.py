@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .context import decoder_of
+from ..pretrained.context import decoder_of
+from ..pretrained.sparse_blocks import _in_pair
 from .dense_mlps import blocks_with_mlps
 from .dense_relatives import dense_layers, say_dense
-from .sparse_blocks import _in_pair
 from .usage import Calibrate, evaluating
 
 LISTS = ("layers", "h", "blocks")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..gates import gate_factory
 from ..moe import Experts, MoE, Router
 from ..moe.routers import EMoERouter, LLaMAMoERouter, MoEficationRouter, TopKRouter
+from ..pretrained.placement import moe_layers
 from .dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
-from .placement import moe_layers
 from .split_calibration import Calibrate
 from .split_groups import Cut, Method, any_groups, cut
 from .split_predictor import fit_predictor

@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 import zoo
+from zoo.convert import upcycle_optimizer
 from zoo.moe import MoE, ResidualExperts
-from zoo.pretrained import upcycle_optimizer
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

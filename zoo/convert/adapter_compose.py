@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from ..moe import AdaptedLinear, LoRALinear
 from ..moe.adapted import Columns
+from ..pretrained.tensorfile import read_all, read_header
 from .adapter_folder import is_adapted, read_onto
 from .adapter_kinds import KINDS
 from .adapting import adapt
-from .tensorfile import read_all, read_header
 
 PEFT, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")

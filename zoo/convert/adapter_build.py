@@ -23,12 +23,12 @@ from ..moe import (
     ScaledLinear,
 )
 from ..moe.adapted import features
+from ..pretrained.language import resolve_dtype
+from ..pretrained.placement import moe_layers
 from .adapter_kinds import ATTENTION, Kind, experts_in, gate_of, is_own
 from .adapter_prompts import decoder_name
 from .adapter_targets import MLP, Site, block_of, find
 from .dense_mlps import DenseMLP, blocks_with_mlps, recognise
-from .language import resolve_dtype
-from .placement import moe_layers
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Fine-tuned copies of one model: opened one after the other, held against each other, and averaged.
 
 Branch-Train-Merge (2208.03306) averages copies that were trained on one domain each; Branch-Train-Mix averages all of
-them but the MLPs (`zoo.pretrained.mixing`).
+them but the MLPs (`zoo.convert.mixing`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hub
+from ..pretrained import hub
 
 Source = nn.Module | str | os.PathLike[str]
 
@@ -89,7 +89,7 @@ def branches(what: str, sources: Sequence[Source]) -> Iterator[Any]:
 
     Only the model that was yielded last is held here.
     """
-    from .dispatch import from_pretrained
+    from ..pretrained.dispatch import from_pretrained
 
     expected: _Kind | None = None
     device: torch.device | None = None

@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 
 import zoo
+from zoo.convert import averaging
 from zoo.moe import MoE
-from zoo.pretrained import averaging
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..pretrained.language import resolve_dtype
+from ..pretrained.staging import staged
+from ..pretrained.storable import storable
+from ..pretrained.tensorfile import read_all, read_header, write_file
 from .adapting import adapt, adapter_state, base_state
-from .language import resolve_dtype
-from .staging import staged
-from .storable import storable
-from .tensorfile import read_all, read_header, write_file
 
 RECORD, WEIGHTS = "adapters.json", "adapters.safetensors"
 SAMPLE = 16  # numbers of every tensor that tell base weights apart
@@ -86,7 +86,7 @@ def load(
     folder or repository that it was read from by default; options go there. Raises ValueError where none is known, and
     as `read_onto`.
     """
-    from .dispatch import from_pretrained
+    from ..pretrained.dispatch import from_pretrained
 
     path = Path(folder).expanduser()
     if base is None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Experts, QuantisedExperts
-from .adopt import materialize
-from .sharded import View, fill, part_of, views
-from .tensorfile import Entry
+from ..pretrained.adopt import materialize
+from ..pretrained.sharded import View, fill, part_of, views
+from ..pretrained.tensorfile import Entry
 
 
 def quantise(model: nn.Module, format: str = "float8") -> nn.Module:

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
+from zoo.convert.adapter_kinds import KINDS
+from zoo.convert.adapting import adapter_state, base_of
 from zoo.moe import AdaMix, LoRALinear
 from zoo.moe.routers import DenseRouter
-from zoo.pretrained.adapter_kinds import KINDS
-from zoo.pretrained.adapting import adapter_state, base_of
 
 OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 

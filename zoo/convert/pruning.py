@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..moe import MoE
 from ..moe.kept import check_kept, rows_of, set_number
+from ..pretrained.placement import moe_layers
 from .numbers_said import say_numbers
-from .placement import moe_layers
 from .trimming import block_similarity, blocks_of, drop_blocks, drop_moe, layer_similarity
 from .usage import Calibrate, is_meta, layers_of, measure
 

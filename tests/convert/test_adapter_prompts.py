@@ -10,9 +10,9 @@ from adapted_models import batch, language, stir, vision
 from torch.nn import functional as F
 
 import zoo
+from zoo.convert.adapting import adapter_state
 from zoo.moe import PromptMixture, record
 from zoo.moe.routers import SMoPRouter
-from zoo.pretrained.adapting import adapter_state
 
 NAMES = ("llama", "gpt2 (transposed, fused)")
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 import zoo
+from zoo.convert import compose_adapters
 from zoo.moe import AdaptedLinear
-from zoo.pretrained import compose_adapters
 
 
 def peft_folder(folder, model, names, r, alpha, **config):

@@ -10,8 +10,8 @@ import transformers
 from split_cases import error, experts_of, language, losses_of, output, shaken, vit
 
 import zoo
+from zoo.convert import set_k
 from zoo.models.image_text import configuration
-from zoo.pretrained import set_k
 
 LINEAR = {"name": "LLaMAMoERouter", "network": "linear", "noise": None}
 

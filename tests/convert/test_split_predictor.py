@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
+from zoo.convert import fit_predictor, layerwise_distillation
+from zoo.convert.split_groups import spread_within
+from zoo.convert.split_predictor import activation_sums, captured, oracle
 from zoo.moe import Experts
 from zoo.moe.routers import MoEficationRouter
-from zoo.pretrained import fit_predictor, layerwise_distillation
-from zoo.pretrained.split_groups import spread_within
-from zoo.pretrained.split_predictor import activation_sums, captured, oracle
 
 
 @pytest.mark.parametrize(("activation", "gated"), [("relu", False), ("gelu", False), ("swiglu", True)])

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, PromptMixture, ScaledLinear
+from ..pretrained.stand_in import stand_in
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
 from .adapter_kinds import UNUSED, kind_of
 from .adapter_prompts import attach
-from .stand_in import stand_in
 from .upcycling import _language_model
 
 
@@ -39,7 +39,7 @@ def adapt(
 ) -> nn.Module:
     """A copy of a model whose weights are frozen, with parameter-efficient experts beside them: all that is trained.
 
-    kind is a row of `zoo.pretrained.adapter_kinds.KINDS`, which says what each paper takes by default:
+    kind is a row of `zoo.convert.adapter_kinds.KINDS`, which says what each paper takes by default:
         LoRA                      one, without a gate
         MoLoRA, LoRAMoE           beside linear layers, all experts by a dense gate
         MoELoRA, MoLA, SiRA       the same, a few experts a token
@@ -49,7 +49,7 @@ def adapt(
         LLaVA-MoLE                beside whole MLPs, one a token
         AdaMix                    an adapter after each MLP, a random one each step, their mean afterwards
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
-        MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.pretrained.compose_adapters`
+        MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
     beside its attention. At first the model computes what it did, but with soft prompts. targets are parts of a block

@@ -10,7 +10,7 @@ from split_cases import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.pretrained.split_groups import alike_groups, balanced_kmeans, dealt_groups, random_groups, spread_within
+from zoo.convert.split_groups import alike_groups, balanced_kmeans, dealt_groups, random_groups, spread_within
 
 
 def spread(vectors: Tensor, labels: list[int]) -> float:

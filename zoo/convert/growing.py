@@ -13,8 +13,8 @@ from ..moe import Experts, MoE, Router
 from ..moe.grown import FROZEN, NEW, GrownExperts, empty_like, freeze_rows, rows, thaw_rows
 from ..moe.routers import PrototypeRouter, TopKRouter
 from ..moe.routers.linear import LinearRouter
-from .context import decoder_of
-from .sparse_blocks import row_of
+from ..pretrained.context import decoder_of
+from ..pretrained.sparse_blocks import row_of
 
 # What a gate may hold a row an expert of.
 PER_EXPERT = ("weight", "bias", "noise_weight", "selection_bias")

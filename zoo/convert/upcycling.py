@@ -14,10 +14,10 @@ from torch.optim import Optimizer
 
 from ..gates import gate_factory
 from ..moe import Capacity, Experts, MoE, ResidualExperts, Router
-from .context import decoder_of, pass_context
+from ..pretrained.context import decoder_of, pass_context
+from ..pretrained.placement import moe_layers
+from ..pretrained.stand_in import stand_in
 from .dense_mlps import DenseMLP, activation_attribute, blocks_with_mlps, expert_parameter, is_mlp, recognise
-from .placement import moe_layers
-from .stand_in import stand_in
 
 
 def upcycle(
@@ -39,7 +39,7 @@ def upcycle(
 ) -> nn.Module:
     """A copy of a dense model with the MLPs of some layers replaced by `MoE`s of copies of them (2212.05055).
 
-    Works on any backbone whose MLPs `zoo.pretrained.dense_mlps` knows: timm's ViT, Swin, ConvNeXt and their like,
+    Works on any backbone whose MLPs `zoo.convert.dense_mlps` knows: timm's ViT, Swin, ConvNeXt and their like,
     transformers' Llama, Mistral, Qwen, Phi, GPT-2, OPT, T5, SigLIP and their like. The given model stays as it is.
 
     layers are those of `moe_layers`, counted over the blocks that have an MLP: those of a submodule where `within`

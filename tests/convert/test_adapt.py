@@ -12,10 +12,10 @@ from adapted_models import GATES, LABELS, LANGUAGE, batch, language, stir, visio
 from torch import nn
 
 import zoo
+from zoo.convert.adapter_kinds import KINDS
+from zoo.convert.adapting import adapter_state, base_of, base_state
 from zoo.moe import AdaMix, AdaptedLinear, MoE, Router, ScaledLinear, record, telemetry
 from zoo.moe.layer import Recorded
-from zoo.pretrained.adapter_kinds import KINDS
-from zoo.pretrained.adapting import adapter_state, base_of, base_state
 
 OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 

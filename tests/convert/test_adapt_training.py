@@ -10,10 +10,10 @@ from adapted_models import GATES, LABELS, batch, language, stir, vision
 
 import zoo
 from tasks.optim import parameter_groups
+from zoo.convert.adapter_kinds import KINDS
+from zoo.convert.adapting import adapter_state
 from zoo.models.parameters import count_parameters
 from zoo.moe import record
-from zoo.pretrained.adapter_kinds import KINDS
-from zoo.pretrained.adapting import adapter_state
 
 OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 

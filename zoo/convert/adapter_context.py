@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import KEY, MIXERS, _drop, _mask_is_idle, _put, _take
+from ..pretrained.context import KEY, MIXERS, _drop, _mask_is_idle, _put, _take
 
 OWN = ("record_logits", "gating")  # what only the gates of the model itself use
 

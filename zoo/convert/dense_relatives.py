@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .context import decoder_of
+from ..pretrained.context import decoder_of
+from ..pretrained.sparse_relatives import OWN
 from .dense_mlps import DenseMLP, is_mlp, recognise
-from .sparse_relatives import OWN
 
 DENSE = {"mixtral": "Mistral", "qwen2_moe": "Qwen2", "qwen3_moe": "Qwen3"}
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
