@@ -273,8 +273,8 @@ def test_what_does_not_fit_is_refused_by_name(options, message):
         zoo.split(language("llama"), **{"num_experts": 4, **options})
 
 
-def test_errors_of_what_all_conversions_share_name_this_one():
-    with pytest.raises(ValueError, match=r"^split: blocks.0.mlp has the activation Mish"):
+def test_what_cannot_be_cut_is_named():
+    with pytest.raises(ValueError, match=r"^blocks.0.mlp has the activation Mish"):
         zoo.split(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, act_layer="mish"))
     with pytest.raises(ValueError, match=r"^split: ResNet has no blocks with an MLP"):
         zoo.split(timm.create_model("resnet10t"))

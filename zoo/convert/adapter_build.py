@@ -195,12 +195,9 @@ def _number(kind: Kind, how: Mapping[str, Any]) -> Any:
 
 
 def _recognise(name: str, module: nn.Module, exactly: bool) -> DenseMLP:
-    try:
-        mlp = recognise(name, module)
-        if exactly:
-            mlp.check()
-    except ValueError as error:
-        raise ValueError(str(error).replace("upcycle:", "adapt:", 1)) from None
+    mlp = recognise(name, module)
+    if exactly:
+        mlp.check()
     if mlp.inline:
         raise ValueError(
             f"adapt: the MLP of {name} is part of the layer itself; stand beside its linear layers with another kind"

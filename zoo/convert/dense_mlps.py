@@ -134,11 +134,11 @@ class DenseMLP:
         try:
             expected = self(x)
         except TypeError as wrong:  # MPT's MLP, say, adds the residual itself
-            raise ValueError(f"upcycle: {self.name} takes more than tokens: {wrong}") from wrong
+            raise ValueError(f"{self.name} takes more than tokens: {wrong}") from wrong
         error = (found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
         if found.shape != expected.shape or not error < TOLERANCE.get(weight.dtype, 0.1):
             raise ValueError(
-                f"upcycle: {self.name} ({type(self.module).__name__}) computes something else than its layers "
+                f"{self.name} ({type(self.module).__name__}) computes something else than its layers "
                 f"{', '.join(n for n in self.layout if n)} with {self.activation} (relative difference {error:.1e})"
             )
 
@@ -175,16 +175,16 @@ def recognise(name: str, module: nn.Module) -> DenseMLP:
         weight: Any = children[linear].weight
         if not weight.is_floating_point():
             raise ValueError(
-                f"upcycle: {name}.{linear} is a {type(children[linear]).__name__} of {weight.dtype}; "
+                f"{name}.{linear} is a {type(children[linear]).__name__} of {weight.dtype}; "
                 "expected unquantised weights"
             )
     extra = [n for n, child in children.items() if n not in layout and any(True for _ in child.parameters())]
     if extra and not inline:
-        raise ValueError(f"upcycle: {name} has a {type(children[extra[0]]).__name__} ({extra[0]}); experts have none")
+        raise ValueError(f"{name} has a {type(children[extra[0]]).__name__} ({extra[0]}); experts have none")
     rows, (dim, hidden) = _rows(children[layout[1]]), _rows(children[layout[2]]).shape
     fused = layout[0] is None and rows.shape[0] == 2 * hidden
     if rows.shape[0] != (2 * hidden if fused else hidden) or rows.shape[1] != dim:
-        raise ValueError(f"upcycle: {name} leads from width {rows.shape[1]} to {dim}; experts keep the width")
+        raise ValueError(f"{name} leads from width {rows.shape[1]} to {dim}; experts keep the width")
     activation = _activation_name(name, module, gated=fused or layout[0] is not None)
     return DenseMLP(name, module, layout, activation, fused and bool(getattr(module, "gate_last", False)), inline)
 
@@ -222,7 +222,7 @@ def activation_attribute(module: nn.Module) -> str:
     for name in ACTIVATION_NAMES:
         if callable(getattr(module, name, None)):
             return name
-    raise ValueError(f"upcycle: {type(module).__name__} has no activation under {', '.join(ACTIVATION_NAMES)}")
+    raise ValueError(f"{type(module).__name__} has no activation under {', '.join(ACTIVATION_NAMES)}")
 
 
 def _activation_name(name: str, module: nn.Module, gated: bool) -> str:
@@ -239,6 +239,6 @@ def _activation_name(name: str, module: nn.Module, gated: bool) -> str:
     known_names = ", ".join(a.name for a in ACTIVATIONS.values() if a.gated == gated)
     label = getattr(function, "__name__", type(function).__name__)
     raise ValueError(
-        f"upcycle: {name} has the {'gated ' if gated else ''}activation {label}, which the experts do not have; "
+        f"{name} has the {'gated ' if gated else ''}activation {label}, which the experts do not have; "
         f"they have {known_names}"
     )

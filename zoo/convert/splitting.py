@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -174,20 +173,10 @@ def _chosen(model: nn.Module, layers: Any, within: str) -> tuple[list[DenseMLP],
     for name, module in (blocks[i] for i in indices):
         if isinstance(module, MoE) or hasattr(module, "experts"):
             raise ValueError(f"split: {name} is a mixture of experts already")
-    with _called("split"):
-        mlps = [recognise(*blocks[i]) for i in indices]
-        for mlp in mlps:
-            mlp.check()
+    mlps = [recognise(*blocks[i]) for i in indices]
+    for mlp in mlps:
+        mlp.check()
     return mlps, indices
-
-
-@contextmanager
-def _called(name: str) -> Iterator[None]:
-    """Errors of what is common to the conversions under the name of this one."""
-    try:
-        yield
-    except ValueError as wrong:
-        raise ValueError(str(wrong).replace("upcycle:", f"{name}:", 1)) from wrong
 
 
 def _sizes(mlp: DenseMLP, num_experts: int, shared: int, expert_dim: int | None) -> int:

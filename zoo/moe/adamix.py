@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import autocast
+from .experts import check_sizes
 
 
 class AdaMix(nn.Module):
@@ -34,9 +35,7 @@ class AdaMix(nn.Module):
         shared: Literal["up", "down"] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("rank", rank)):
-            if value < 1:
-                raise ValueError(f"AdaMix: {name} must be at least 1, got {value}")
+        check_sizes("AdaMix", num_experts=num_experts, dim=dim, rank=rank)
         if shared not in (None, "up", "down"):
             raise ValueError(f"AdaMix: shared must be None, 'up' or 'down', got {shared!r}")
         self.base, self.num_experts, self.dim, self.rank, self.shared = base, num_experts, dim, rank, shared

@@ -19,6 +19,13 @@ from .kernels import get_activation, moe_mlp
 from .routing import Routing
 
 
+def check_sizes(kind: str, **sizes: int) -> None:
+    """Raise ValueError naming the first size below one."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{kind}: {name} must be at least 1, got {value}")
+
+
 class _ScaleGradient(torch.autograd.Function):
     """What is given, its gradient times a factor."""
 
@@ -71,9 +78,7 @@ class Experts(nn.Module):
         weigh_input: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ValueError(f"Experts: {name} must be at least 1, got {value}")
+        check_sizes("Experts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         if not 0 <= dropout < 1:
             raise ValueError(f"Experts: dropout must be at least 0 and below 1, got {dropout}")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import autocast
+from .experts import check_sizes
 from .kernels.linear import grouped_linear
 from .routing import Routing
 
@@ -43,9 +44,7 @@ class LoRAExperts(nn.Module):
     ) -> None:
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("rank", rank), ("out_dim", out_dim)):
-            if value < 1:
-                raise ValueError(f"LoRAExperts: {name} must be at least 1, got {value}")
+        check_sizes("LoRAExperts", num_experts=num_experts, dim=dim, rank=rank, out_dim=out_dim)
         if not 0 <= dropout < 1:
             raise ValueError(f"LoRAExperts: dropout must be at least 0 and below 1, got {dropout}")
         self.num_experts, self.dim, self.out_dim, self.rank, self.alpha = num_experts, dim, out_dim, rank, alpha

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .experts import Experts, Weights
+from .experts import Experts, Weights, check_sizes
 from .kernels import get_activation
 from .kernels.codes import FORMATS
 from .routing import Routing
@@ -56,9 +56,7 @@ class QuantisedExperts(nn.Module):
         weigh_input: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ValueError(f"QuantisedExperts: {name} must be at least 1, got {value}")
+        check_sizes("QuantisedExperts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         if format not in FORMATS:
             raise ValueError(f"QuantisedExperts: unknown format {format!r}; known: {', '.join(FORMATS)}")
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .experts import Experts, Weights
+from .experts import Experts, Weights, check_sizes
 from .kernels import get_activation, moe_mlp
 from .routing import Routing
 
@@ -40,9 +40,7 @@ class ResidualExperts(nn.Module):
         train_core: bool = True,
     ) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ValueError(f"ResidualExperts: {name} must be at least 1, got {value}")
+        check_sizes("ResidualExperts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         self.activation, self.backend = activation, backend
         gated = get_activation(activation).gated
