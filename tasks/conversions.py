@@ -57,7 +57,7 @@ def parse(said: Any) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, Any]]], task: Any) -> nn.Module:
+def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, Any]]], task: Any = None) -> nn.Module:
     """The model after all conversions, each applied to what the one before gave.
 
     A conversion that looks at data gets the task's loss (`batch_loss`) on as many of its training batches as the
@@ -71,7 +71,7 @@ def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, An
             batches = arguments.pop(CALIBRATE, BATCHES)
             arguments[CALIBRATE] = functools.partial(_losses, task, batches)
             looked = True
-            if task._trainer is not None and not any(p.is_meta for p in model.parameters()):
+            if task is not None and task._trainer is not None and not any(p.is_meta for p in model.parameters()):
                 model = model.to(task._trainer.strategy.root_device)
         model = function(model, **arguments)
     if looked:

@@ -65,6 +65,7 @@ def read(config: Path) -> tuple[Any, Any]:
     import torch
 
     import zoo
+    from tasks import conversions
     from zoo.models import count_parameters
     from zoo.parallel.plan import Facts, Work
 
@@ -77,6 +78,9 @@ def read(config: Path) -> tuple[Any, Any]:
     options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
     with torch.device("meta"):
         network: Any = zoo.create_model(model["network"], **{**options, **(model.get("overrides") or {})})
+        network = conversions.converted(network, conversions.parse(model.get("convert") or []))
+    if not all(p.requires_grad for p in network.parameters()) or _has_few_bits(network):
+        raise ValueError(f"{config}: a plan is of models that learn as a whole; convert leaves weights frozen")
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
     sequence = patches or data.get("sequence_length") or 256
     low = str(trainer.get("precision", "32")).startswith(("bf16", "16"))
@@ -88,6 +92,12 @@ def read(config: Path) -> tuple[Any, Any]:
         compute=2 if low else 4,
     )
     return Facts(network, count_parameters(network)[1]), work
+
+
+def _has_few_bits(model: Any) -> bool:
+    from zoo.moe import QuantisedExperts
+
+    return any(isinstance(module, QuantisedExperts) for module in model.modules())
 
 
 def lines(args: argparse.Namespace, facts: Any, work: Any) -> list[str]:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from tasks.__main__ import main
+from tasks.plan import read
 from zoo.models import count_parameters
 from zoo.parallel import Mesh, Sizes, parallelize
 from zoo.parallel.overlap import Pair, exposed
@@ -243,6 +244,8 @@ def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.Captur
         ("model: {network: language/mixtral_tiny", "is not YAML"),
         ("model: [3]", "a plan needs model.network"),
         ("model: {network: recommendation/mmoe}", "expected a model of language or vision, got recommendation/mmoe"),
+        ("model: {network: language/mixtral_tiny, convert: [{quantise: {}}]}", "convert leaves weights frozen"),
+        ("model: {network: language/mixtral_tiny, convert: [{prun: {}}]}", "unknown conversion 'prun'"),
     ],
 )
 def test_a_configuration_that_cannot_be_planned_is_one_line(
@@ -254,6 +257,16 @@ def test_a_configuration_that_cannot_be_planned_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert told in line
+
+
+def test_a_plan_is_of_the_converted_model(tmp_path: Path) -> None:
+    path, models = tmp_path / "model.yaml", []
+    for convert in ("[]", "[{prune: {keep: 4}}]"):
+        path.write_text(f"model: {{network: language/mixtral_tiny, convert: {convert}}}")
+        models.append(read(path)[0])
+    whole, half = models
+    assert [stack.experts for stack in half.stacks] == [4] * len(whole.stacks)
+    assert half.active == whole.active - len(half.stacks) * 4 * half.width  # a row of each gate an expert
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--expert", "--gpus-per-node", "--top", "--gpu-memory", "--gpu-tflops"])
