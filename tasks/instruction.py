@@ -39,8 +39,6 @@ class InstructionTask(Task):
         capacity: places an expert, a factor or the arguments of `zoo.moe.Capacity`.
         sparse: give a dense model experts, copies of its MLPs: options of `zoo.models.moe_llava.sparse`, {} for
             MoE-LLaVA's own.
-        lora_experts: give it LLaVA-MoLE's experts and train them alone: options of
-            `zoo.models.moe_llava.with_lora_experts`.
         stage: which parameters to train, as in MoE-LLaVA's stage 1 (the projector), 2 (all but the vision tower) or 3
             (MLPs and gates); all by default.
         max_new_tokens: length of what `predict` answers.
@@ -59,7 +57,6 @@ class InstructionTask(Task):
         losses: dict[str, Any] | None = None,
         capacity: float | dict[str, Any] | None = None,
         sparse: dict[str, Any] | None = None,
-        lora_experts: dict[str, Any] | None = None,
         stage: Literal[1, 2, 3] | None = None,
         max_new_tokens: int = 32,
         predictions: str = "answers.csv",
@@ -73,12 +70,6 @@ class InstructionTask(Task):
             raise ValueError(
                 f"pretrained: expected a folder, or language_model and vision_tower, got {', '.join(pretrained)}"
             )
-        if lora_experts is not None and (stage is not None or sparse is not None):
-            raise ValueError(
-                "lora_experts are trained alone, on a dense model: give neither stage nor sparse with them"
-            )
-        if lora_experts is not None and self.hparams["export"]:
-            raise ValueError("export: LoRA experts have no published layout; a checkpoint keeps them")
         if sparse is None and pretrained is None and stage == 3 and self.overrides.get("moe") is False:
             raise ValueError("stage 3 trains experts: give sparse, or a pretrained model that has them")
 
@@ -101,8 +92,6 @@ class InstructionTask(Task):
             raise ValueError(f"{type(model).__name__} is no model from images to text")
         if h["sparse"] is not None:
             model = moe_llava.sparse(model, **{**upcycled, **h["sparse"]})
-        if h["lora_experts"] is not None:
-            return moe_llava.with_lora_experts(model, **h["lora_experts"])
         return model if h["stage"] is None else moe_llava.stage(model, h["stage"])
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration
 
 import zoo
 from zoo.models.image_text import configuration
-from zoo.models.moe_llava import sparse, stage, with_lora_experts
+from zoo.models.moe_llava import sparse, stage
 from zoo.moe import MoE
 from zoo.moe.routers import GShardRouter, TopKRouter
 from zoo.pretrained.context import decoder_of
@@ -331,7 +331,7 @@ def test_what_has_no_layout_is_not_saved(tmp_path):
 def test_lora_experts_stand_beside_frozen_mlps():
     torch.manual_seed(0)
     model, inputs = dense("llama"), batch("llava", padding=2)
-    made = with_lora_experts(model, "every-2", num_experts=3, rank=4)
+    made = zoo.adapt(model, "LLaVA-MoLE", layers="every-2", num_experts=3, rank=4)
     torch.testing.assert_close(made(**inputs).logits, model(**inputs).logits)
     stem = "model.language_model.layers"
     parts = ("router.weight", "experts.a", "experts.b")
@@ -354,5 +354,3 @@ def test_lora_experts_stand_beside_frozen_mlps():
     }
     total, active = zoo.models.count_parameters(made)
     assert total - active == 2 * 2 * (2 * 4 * 64)
-    with pytest.raises(ValueError, match=r"layers.1.mlp is a mixture of experts already"):
-        with_lora_experts(made, [1])

@@ -217,7 +217,8 @@ def test_llavas_files_and_lora_experts(stages: dict[int, Path], tmp_path: Path, 
     (tmp_path / "talk.json").write_text(json.dumps(records))
     given = ["--data.source", tmp_path / "talk.json", "--data.processor", stages[2], "--model.stage=null"]
     given += ["--model.pretrained", stages[2], "--model.export=null", "--data.batch_size=4", "--data.held_out=0.2"]
-    logs = fit(tmp_path / "runs", "moe_llava_digits_2.yaml", *given, "--model.lora_experts", "{rank: 4, alpha: 8}")
+    lora = ["--model.convert", "[{adapt: {kind: LLaVA-MoLE, rank: 4, alpha: 8}}]"]
+    logs = fit(tmp_path / "runs", "moe_llava_digits_2.yaml", *given, *lora)
     state = torch.load(logs / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
     dense = dict(zoo.from_pretrained(stages[2]).named_parameters())
     kept = [name for name in state if name.removeprefix("model.") in dense]
@@ -240,7 +241,7 @@ def test_llavas_files_and_lora_experts(stages: dict[int, Path], tmp_path: Path, 
         (["--model.network=vision_language/limoe_tiny", "--model.overrides=null"], "no model from images to text"),
         (["--model.overrides", "{moe: false}", "--model.stage=3"], "stage 3 trains experts: give sparse"),
         (["--model.stage=4"], "stage"),
-        (["--model.stage=null", "--model.lora_experts={}"], "LoRA experts have no published layout"),
+        (["--model.stage=null", "--model.convert=[{adapt: {kind: LLaVA-MOLE}}]"], "did you mean LLaVA-MoLE"),
         (["--model.pretrained={language_model: a}"], "expected a folder, or language_model and vision_tower"),
         (["--data.length=9"], "tokens are more than the 9 that fit"),
         (["--data.length=9999"], "data.length is 9999, but the model's context 512"),

@@ -9,7 +9,7 @@ Stages I and II train the dense model, the projector alone and then all but the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..nearest import unknown
@@ -72,50 +72,6 @@ def sparse(
     spec = router if router is not None else {**deepspeed_gate(k, given), **own}
     extra: dict[str, Any] = own if router is not None else {}
     return upcycle(model, layers, given["num_experts"], spec, k=k, backend=backend, **extra)
-
-
-def with_lora_experts(
-    model: nn.Module,
-    layers: str | int | Iterable[int] = "all",
-    num_experts: int = 3,
-    rank: int = 32,
-    alpha: float = 64.0,
-    losses: Mapping[str, Any] | None = None,
-) -> nn.Module:
-    """A copy with LLaVA-MoLE's experts (2401.16160) beside MLPs of the language model: LoRAs, of which a token has one.
-
-    Only experts and gates of these layers are trained, everything else is frozen; at first the model computes what it
-    did. `layers` are those of `zoo.pretrained.placement.moe_layers`; the default loss is the paper's, Switch's with
-    weight 0.01. Raises ValueError for a model without MLPs, and for layers that are sparse already.
-    """
-    import copy
-
-    import torch
-
-    from ..convert.dense_mlps import blocks_with_mlps
-    from ..moe import LoRAExperts, MoE
-    from ..moe.routers import TopKRouter
-    from ..pretrained.context import decoder_of, pass_context
-    from ..pretrained.placement import moe_layers
-
-    made = copy.deepcopy(model).requires_grad_(False)
-    decoder = decoder_of(made)
-    blocks = list(blocks_with_mlps(decoder))
-    if not blocks:
-        raise ValueError(f"with_lora_experts: {type(decoder).__name__} has no MLPs that are known")
-    for name, mlp in (blocks[i] for i in moe_layers(layers, len(blocks))):
-        if isinstance(mlp, MoE) or hasattr(mlp, "experts"):
-            raise ValueError(f"with_lora_experts: {name} is a mixture of experts already")
-        like = next(mlp.parameters())
-        dim = decoder.config.hidden_size
-        with torch.device(like.device):
-            router = TopKRouter(dim, num_experts, 1, normalize=True, losses=losses or {"switch": 0.01})
-            experts: Any = LoRAExperts(num_experts, dim, rank, alpha).to(like.dtype)
-            moe = MoE(router, experts, shared=mlp)
-        parent, _, place = name.rpartition(".")
-        setattr(decoder.get_submodule(parent), place, moe.train(mlp.training))
-    pass_context(made)
-    return made
 
 
 def stage(model: nn.Module, number: int) -> nn.Module:
