@@ -73,6 +73,8 @@ def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, An
             looked = True
             if task._trainer is not None and not any(p.is_meta for p in model.parameters()):
                 model = model.to(task._trainer.strategy.root_device)
+        if "share" in inspect.signature(function).parameters:
+            arguments.setdefault("share", True)  # the model before is nobody else's
         model = function(model, **arguments)
     if looked:
         _agree(model)

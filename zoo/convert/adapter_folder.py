@@ -78,12 +78,13 @@ def load(
     base: Any = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    share: bool = False,
     **options: Any,
 ) -> Any:
     """The adapted model of a folder that `save` wrote, in eval mode.
 
     base: the model that the adapters stand beside, which stays as it is, or where `zoo.from_pretrained` finds it, the
-    folder or repository that it was read from by default; options go there. Raises ValueError where none is known, and
+    folder or repository that it was read from by default; options go there. share as in `zoo.adapt`. Raises ValueError where none is known, and
     as `read_onto`.
     """
     from ..pretrained.dispatch import from_pretrained
@@ -94,16 +95,16 @@ def load(
         if not base:
             raise ValueError(f"{path / RECORD}: the model that adapters stand beside was read from nowhere; give base")
     if not isinstance(base, nn.Module):
-        base = from_pretrained(base, **options)
+        base, share = from_pretrained(base, **options), True  # nobody else has it
     elif options:
         raise ValueError(f"from_pretrained: base is a model; {', '.join(options)} would have no effect")
-    model = read_onto(base, path)
+    model = read_onto(base, path, share=share)
     place: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device": device}
     return model.to(**{name: value for name, value in place.items() if value is not None}).eval()
 
 
-def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """A copy of a model with the adapters of a folder beside its weights.
+def read_onto(model: nn.Module, folder: str | os.PathLike[str], share: bool = False) -> nn.Module:
+    """A copy of a model with the adapters of a folder beside its weights, which are copied unless it is to share them.
 
     Warns where the weights are not those that the adapters were trained beside. Raises ValueError naming file and
     tensor for a model of another shape, one that has adapters, missing and surplus tensors and a damaged file, and
@@ -124,7 +125,10 @@ def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
                 f"{stored.get(name, 'none')}, the model's has {found}"
             )
     for how in record["adapted"]:
-        model = adapt(model, **how)
+        model, share = adapt(model, **how, share=share), True  # the second stands beside our own copy
+    for name, parameter in model.named_parameters():
+        if name in record["more"]:
+            parameter.data = parameter.data.clone()  # what was trained is no longer the given model's
     whole, more = model.state_dict(), record["more"]
     then, now = record["base"]["weights"], _fingerprint(base_state(model, _without(whole, more)))
     if then and now and then != now:

@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, PromptMixture, ScaledLinear
+from ..moe import (
+    AdaMix,
+    AdaptedLinear,
+    LoRAExperts,
+    LoRALinear,
+    MixLoRAExperts,
+    MoE,
+    PromptMixture,
+    QuantisedExperts,
+    ScaledLinear,
+)
 from ..pretrained.stand_in import stand_in
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
@@ -36,8 +46,13 @@ def adapt(
     within: str = "",
     dtype: torch.dtype | str | None = None,
     source: str | os.PathLike[str] | None = None,
+    share: bool = False,
 ) -> nn.Module:
     """A copy of a model whose weights are frozen, with parameter-efficient experts beside them: all that is trained.
+
+    With `share` frozen weights are not copied: both models hold the same tensors, quantised experts too, so that a
+    second one, or a tenth, costs what its adapters do. Who then trains these weights, in either, changes both; what
+    `adapt` itself does, such as freezing, changes the new one alone.
 
     kind is a row of `zoo.convert.adapter_kinds.KINDS`, which says what each paper takes by default:
         LoRA                      one, without a gate
@@ -85,7 +100,7 @@ def adapt(
 
         if kind is not None or any(value is not None for value in given.values()):
             raise ValueError("adapt: a source says all itself; give nothing beside it")
-        return read_onto(model, source)
+        return read_onto(model, source, share=share)
     if kind is None:
         raise ValueError("adapt: give a kind, such as 'MixLoRA', or a source")
     row = kind_of(kind)
@@ -95,12 +110,12 @@ def adapt(
     how = {"kind": kind, **given, "layers": layers, "within": within or _language_model(model)}
     make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
     places = make.get(row.level, beside_linears)(model, row, how)
-    return _place(model, places, how)
+    return _place(model, places, how, share)
 
 
-def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Module:
+def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bool) -> nn.Module:
     """A frozen copy of the model with adapters in their places."""
-    made: Any = copy.deepcopy(model)
+    made: Any = copy.deepcopy(model, _shared(model) if share else None)
     adapters = set(adapter_state(made))
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in adapters)
@@ -126,6 +141,21 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Mod
         stand_in(made)
         made._saves_adapters = True
     return made
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    """What a deep copy takes for frozen weights: parameters of its own, on the same memory.
+
+    Buffers that training may change, such as running statistics, are not among them.
+    """
+    adapters = adapter_state(model)
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for n, p in model.named_parameters() if n not in adapters
+    }
+    for module in model.modules():
+        if isinstance(module, QuantisedExperts):
+            memo.update({id(buffer): buffer.detach() for buffer in module.buffers()})
+    return memo
 
 
 def base_of(module: nn.Module) -> str | None:
