@@ -61,17 +61,19 @@ def adapt(
         MOELoRA, MoCLE            by a label: model(..., moe_context={"task": ..}), or "cluster"
         MoV                       IA3's vectors, mixed by a dense gate
         MixLoRA                   experts that share an MLP; adapt attention with a second call
-        LLaVA-MoLE                beside whole MLPs, one a token
-        AdaMix                    an adapter after each MLP, a random one each step, their mean afterwards
+        LLaVA-MoLE                beside whole MLPs or mixtures of experts, one a token
+        AdaMix                    an adapter after each of these, a random one each step, their mean afterwards
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
         MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
-    beside its attention. At first the model computes what it did, but with soft prompts. targets are parts of a block
-    (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each part, or,
-    named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from the first
-    to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a mapping
-    without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
+    beside its attention, and LLaVA-MoLE and AdaMix beside its `MoE`s, whatever numbers their experts are in: as QLoRA
+    does, `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they
+    are, their selection biases too. At first the model computes what it did, but with soft prompts. targets are parts
+    of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each
+    part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from
+    the first to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a
+    mapping without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
     contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts
     read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of
     the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
@@ -119,6 +121,9 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bo
     adapters = set(adapter_state(made))
     for name, parameter in made.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name in adapters)
+    for module in made.modules():  # its own gates are frozen too
+        if base_of(module) is None and hasattr(getattr(module, "router", None), "bias_update_rate"):
+            module.router.bias_update_rate = 0.0
     told: dict[str, list[nn.Module]] = {}
     for place in places:
         parent, _, leaf = place.name.rpartition(".")
