@@ -229,6 +229,30 @@ def test_new_parameters_take_type_device_and_mode_of_the_weights():
     assert run(made, tokens, mask).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_wide_adapters_stand_beside_narrow_weights(kind):
+    base, (tokens, mask) = language().bfloat16().train(), batch()
+    made = zoo.adapt(base, kind, router=GATES.get(kind), dtype="float32")
+    context = {"moe_context": LABELS} if kind in GATES else {}
+    out = made(tokens, attention_mask=mask, labels=tokens, **context)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert {p.grad.dtype for p in made.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2 (transposed, fused)"])
+@pytest.mark.parametrize("kind", OWN)
+def test_what_a_sequence_gets_does_not_depend_on_padding_or_others(kind, name):
+    made, (tokens, mask) = stir(zoo.adapt(language(name), kind, router=GATES.get(kind)), 0.1), batch()
+    together, alone = ({"moe_context": LABELS}, {"moe_context": {n: t[:1] for n, t in LABELS.items()}})
+    together, alone = (together, alone) if kind in GATES else ({}, {})
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = made(tokens, attention_mask=mask, position_ids=positions, **together).logits[0, 3:]
+        expected = made(tokens[:1, 3:], **alone).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 class Int8(nn.Linear):
     """A linear layer of whole numbers, as quantisers make them."""
 
