@@ -166,3 +166,12 @@ def test_what_frozen_gates_count_is_in_the_folder(tmp_path):
     again = zoo.from_pretrained(tmp_path / "adapters", base=model)
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in made.state_dict().items())
     assert torch.equal(logits(again, tokens, mask), logits(made, tokens, mask))
+
+
+@pytest.mark.parametrize("kind", ["LLaVA-MoLE", "AdaMix"])
+def test_adapters_stand_beside_mixtures_that_answer_in_pairs(kind):
+    base, (tokens, mask) = zoo.create_model("language/gpt_oss_tiny", vocab_size=64).eval(), batch()
+    made = zoo.adapt(base, kind)
+    torch.testing.assert_close(logits(made, tokens, mask), logits(base, tokens, mask), rtol=1e-4, atol=1e-4)
+    again = zoo.adapt(made, kind)
+    torch.testing.assert_close(logits(again, tokens, mask), logits(base, tokens, mask), rtol=1e-4, atol=1e-4)

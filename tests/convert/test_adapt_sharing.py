@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapted_models import GATES, batch, language, stir
+from adapted_models import GATES, batch, language, stir, vision
 from safetensors.torch import load_file
 from torch import nn
 
@@ -105,3 +105,25 @@ def test_composed_adapters_share(tmp_path):
         zoo.save_pretrained(stir(zoo.adapt(base, "LoRA")), tmp_path / name)
     made = zoo.convert.compose_adapters(base, [tmp_path / "a", tmp_path / "b"], share=True)
     assert all(t.data_ptr() == base.state_dict()[n].data_ptr() for n, t in base_state(made).items())
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_head_may_be_trained_too(share, tmp_path):
+    base, images = vision(), torch.randn(2, 3, 32, 32)
+    before = {n: t.clone() for n, t in base.state_dict().items()}
+    made = zoo.adapt(base, "MoELoRA", unfreeze=("head", "blocks.1.norm1.bias"), share=share)
+    made = zoo.adapt(made, "MixLoRA", share=share)  # and still is
+    learns = {n for n, p in made.named_parameters() if p.requires_grad} - adapter_state(made).keys()
+    assert learns == {"head.weight", "head.bias", "blocks.1.norm1.bias"}
+    stir(made)
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+    zoo.save_pretrained(made, tmp_path / "adapters")
+    again = zoo.from_pretrained(tmp_path / "adapters", base=base, share=share)
+    with torch.no_grad():
+        assert torch.equal(again(images), made(images))
+    assert all(torch.equal(t, before[n]) for n, t in base.state_dict().items())
+    assert {n for n, p in again.named_parameters() if p.requires_grad} - adapter_state(again).keys() == learns
+    with pytest.raises(ValueError, match="has no parameters in 'heads'; it has patch_embed"):
+        zoo.adapt(base, "LoRA", unfreeze="heads")
+    tied = zoo.adapt(language(tie_word_embeddings=True), "LoRA", unfreeze="lm_head", share=share)
+    assert tied.lm_head.weight.requires_grad

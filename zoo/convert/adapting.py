@@ -21,6 +21,7 @@ from ..moe import (
     QuantisedExperts,
     ScaledLinear,
 )
+from ..pretrained.sparse_blocks import _in_pair
 from ..pretrained.stand_in import stand_in
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
@@ -47,6 +48,7 @@ def adapt(
     dtype: torch.dtype | str | None = None,
     source: str | os.PathLike[str] | None = None,
     share: bool = False,
+    unfreeze: str | Sequence[str] = (),
 ) -> nn.Module:
     """A copy of a model whose weights are frozen, with parameter-efficient experts beside them: all that is trained.
 
@@ -79,6 +81,9 @@ def adapt(
     the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
     type: give dtype="float32" for adapters that learn beside bfloat16.
 
+    `unfreeze` names modules or parameters of the model that are trained too, as "head" for classes of another kind;
+    they are never shared. What an adapted model trains already stays trained when it is adapted again.
+
     With `source`, a folder that `zoo.save_pretrained` wrote of an adapted model, its adapters are read and nothing else
     is given; as `zoo.from_pretrained(source, base=model)`, but in the model's training mode.
 
@@ -100,7 +105,7 @@ def adapt(
     if source is not None:
         from .adapter_folder import read_onto
 
-        if kind is not None or any(value is not None for value in given.values()):
+        if kind is not None or unfreeze or any(value is not None for value in given.values()):
             raise ValueError("adapt: a source says all itself; give nothing beside it")
         return read_onto(model, source, share=share)
     if kind is None:
@@ -110,6 +115,8 @@ def adapt(
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
     how = {"kind": kind, **given, "layers": layers, "within": within or _language_model(model)}
+    if unfreeze:
+        how["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
     places = make.get(row.level, beside_linears)(model, row, how)
     return _place(model, places, how, share)
@@ -117,10 +124,10 @@ def adapt(
 
 def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bool) -> nn.Module:
     """A frozen copy of the model with adapters in their places."""
-    made: Any = copy.deepcopy(model, _shared(model) if share else None)
-    adapters = set(adapter_state(made))
+    learns = _learns(model, how.get("unfreeze", ()))
+    made: Any = copy.deepcopy(model, _shared(model, learns) if share else None)
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in adapters)
+        parameter.requires_grad_(name in learns)
     for module in made.modules():  # its own gates are frozen too
         if base_of(module) is None and hasattr(getattr(module, "router", None), "bias_update_rate"):
             module.router.bias_update_rate = 0.0
@@ -134,6 +141,10 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bo
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
         setattr(made.get_submodule(parent), leaf, place.adapter)
+        for key, hook in list(base._forward_hooks.items()):
+            if hook is _in_pair:  # what the block wants of what is in this place
+                del base._forward_hooks[key]
+                place.adapter.register_forward_hook(hook)
         inside = set(base.modules())
         for module in place.adapter.modules():
             if module not in inside:  # parts of the model may be in modes of their own
@@ -148,14 +159,29 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bo
     return made
 
 
-def _shared(model: nn.Module) -> dict[int, Any]:
-    """What a deep copy takes for frozen weights: parameters of its own, on the same memory.
+def _learns(model: nn.Module, unfreeze: Sequence[str]) -> set[str]:
+    """Names of the parameters that are trained beside new adapters; raises ValueError for one that is not there."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    learns = {n for n, p in model.named_parameters() if p.requires_grad and getattr(model, "adapted", None)}
+    for wanted in unfreeze:
+        # Tied parameters have several names.
+        every = model.named_parameters(remove_duplicate=False)
+        found = {names[id(p)] for n, p in every if f"{n}.".startswith(f"{wanted}.") and p.is_floating_point()}
+        if not found:
+            there = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"adapt: unfreeze: {type(model).__name__} has no parameters in {wanted!r}; it has {there}")
+        learns |= found
+    return learns
+
+
+def _shared(model: nn.Module, learns: set[str]) -> dict[int, Any]:
+    """What a deep copy takes for weights that do not learn: parameters of its own, on the same memory.
 
     Buffers that training may change, such as running statistics, are not among them.
     """
-    adapters = adapter_state(model)
+    own = learns | adapter_state(model).keys()
     memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=False) for n, p in model.named_parameters() if n not in adapters
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for n, p in model.named_parameters() if n not in own
     }
     for module in model.modules():
         if isinstance(module, QuantisedExperts):
