@@ -292,6 +292,8 @@ def test_what_does_not_fit_is_named():
         (lambda: zoo.adapt(model, "LoRA", num_experts=2), "LoRA has no use for num_experts"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=[]), "num_experts is an empty list"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=0), "num_experts must be at least 1, got 0"),
+        (lambda: zoo.adapt(model, "LoRA", rank=2.5), "rank must be a whole number, got 2.5"),
+        (lambda: zoo.adapt(model, "AdaMix", rank="8"), "rank must be a whole number, got '8'"),
         (lambda: zoo.adapt(model, "MoLA", layers=[9]), "no block 9 among 4 blocks"),
         (lambda: zoo.adapt(nn.Linear(3, 3), "MoLA"), "no linear layer of Linear is called"),
         (lambda: zoo.adapt(model, "MeteoRA"), "MeteoRA has no targets of its own"),

@@ -62,6 +62,15 @@ def test_a_mixture_is_held_against_a_lora_of_its_size(kind, tmp_path, monkeypatc
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
 
 
+def test_adapters_beside_whole_mlps_may_be_exported(make, tmp_path):
+    """The arguments are checked before training: no published layout has a place for them, but their folder has."""
+    convert = [{"adapt": {"kind": "LLaVA-MoLE", "num_experts": 2}}]
+    task, data = make.task(convert=convert, vocab_size=259, export=str(tmp_path / "out")), make.data()
+    task.check(data)
+    make.trainer(max_steps=1).fit(task, data)
+    assert (tmp_path / "out" / "adapters.safetensors").is_file()
+
+
 ADAPTED = {"kind": "MoELoRA", "num_experts": 3, "rank": 2}
 
 
