@@ -140,6 +140,19 @@ def test_a_sparse_model_is_adapted_in_its_attention():
         zoo.adapt(model, "MixLoRA")
 
 
+def test_layers_that_have_experts_themselves_are_adapted_in_their_attention():
+    base = zoo.create_model("vision_language/gemma4_tiny").eval()  # router and experts are the layer's own
+    made = zoo.adapt(base, "MoLoRA", num_experts=2)
+    adapted = {n.removeprefix("model.language_model.layers.0.") for n, m in made.named_modules() if base_of(m)}
+    assert {f"self_attn.{name}_proj" for name in "qkvo"} < adapted
+    assert not any("experts" in name or "router" in name for name in adapted)
+    tokens = torch.randint(10, 60, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(made(input_ids=tokens).logits, base(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match=r"expected an attention_mask \[B, S\], got a dict of masks"):
+            zoo.adapt(base, "SMoP")(input_ids=tokens)
+
+
 def test_attention_and_mlps_are_adapted_in_two_calls():
     model, (tokens, mask) = language(), batch()
     first = stir(zoo.adapt(model, "MoELoRA"))
