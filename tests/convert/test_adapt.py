@@ -305,6 +305,12 @@ def test_what_does_not_fit_is_named():
         (lambda: zoo.adapt(model, "LoRA", num_experts=2), "LoRA has no use for num_experts"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=[]), "num_experts is an empty list"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=0), "num_experts must be at least 1, got 0"),
+        (lambda: zoo.adapt(model, "LoRA", alpha="16"), "alpha must be a number, got '16'"),
+        (
+            lambda: zoo.adapt(model, "MoELoRA", contrastive={"weigth": 1}),
+            "contrastive takes weight, and of temperature",
+        ),
+        (lambda: zoo.adapt(model, "MoELoRA", contrastive={"weight": 1, "k": 2}), "samples; got {'weight': 1, 'k': 2}"),
         (lambda: zoo.adapt(model, "LoRA", rank=2.5), "rank must be a whole number, got 2.5"),
         (lambda: zoo.adapt(model, "AdaMix", rank="8"), "rank must be a whole number, got '8'"),
         (lambda: zoo.adapt(model, "MoLA", layers=[9]), "no block 9 among 4 blocks"),

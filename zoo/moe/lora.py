@@ -46,6 +46,8 @@ class LoRAExperts(nn.Module):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
         check_sizes("LoRAExperts", num_experts=num_experts, dim=dim, rank=rank, out_dim=out_dim)
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"LoRAExperts: alpha must be a number, got {alpha!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"LoRAExperts: dropout must be at least 0 and below 1, got {dropout}")
         self.num_experts, self.dim, self.out_dim, self.rank, self.alpha = num_experts, dim, out_dim, rank, alpha
