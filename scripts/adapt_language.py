@@ -121,9 +121,9 @@ def trained(model: nn.Module) -> int:
 
 def one_lora(base: nn.Module, size: int) -> nn.Module:
     """The base with a LoRA beside every linear layer, its rank such that it has about `size` parameters."""
-    each = trained(zoo.adapt(base, "LoRA", targets=PARTS, rank=1))
+    each = trained(zoo.adapt(base, "LoRA", targets=PARTS, rank=1, share=True))
     rank = max(1, round(size / each))
-    return zoo.adapt(base, "LoRA", targets=PARTS, rank=rank, alpha=2 * rank)
+    return zoo.adapt(base, "LoRA", targets=PARTS, rank=rank, alpha=2 * rank, share=True)
 
 
 def main() -> None:
@@ -151,7 +151,7 @@ def main() -> None:
     base = zoo.from_pretrained(args.model) if args.model else train(tiny(), draws, args.base_steps, 1e-3)
 
     options = {"router": LABELLED[args.kind]} if args.kind in LABELLED else {}
-    mixture = zoo.adapt(base, args.kind, **options)
+    mixture = zoo.adapt(base, args.kind, share=True, **options)
     single = one_lora(base, trained(mixture))
     found = {"frozen": (base, 0)}
     for name, model in (("one LoRA", single), (args.kind, mixture)):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import zoo
+from zoo.convert.adapter_kinds import KINDS
 from zoo.nearest import unknown
 
 # Functions of `zoo` from a model to a model.
@@ -37,7 +38,7 @@ def parse(said: Any) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments of conversions from [{name: {argument: value}}, ...].
 
     Raises TypeError for another form; ValueError, naming the nearest, for an unknown conversion or argument, for a
-    `calibrate` that is no number of batches, and for what a conversion needs and is not given.
+    `calibrate` that is no number of batches, for what a conversion needs and is not given, and for adapters by label.
     """
     if isinstance(said, (str, Mapping)) or not isinstance(said, Sequence):
         raise TypeError(f"convert: expected a list such as [{{upcycle: {{num_experts: 8}}}}], got {said!r}")
@@ -73,6 +74,8 @@ def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, An
             looked = True
             if task is not None and task._trainer is not None and not any(p.is_meta for p in model.parameters()):
                 model = model.to(task._trainer.strategy.root_device)
+        if "share" in inspect.signature(function).parameters:
+            arguments.setdefault("share", True)  # the model before is nobody else's
         model = function(model, **arguments)
     if looked:
         _agree(model)
@@ -109,6 +112,12 @@ def _check(name: str, arguments: Mapping[str, Any]) -> None:
     for argument in arguments:
         if argument not in parameters:
             raise unknown(f"argument of {name}", str(argument), parameters)
+    kind = KINDS.get(str(arguments.get("kind"))) if name == "adapt" else None
+    if kind is not None and kind.needs:
+        raise ValueError(
+            f"convert: adapt: the gates of {arguments['kind']} go by a label, and tasks tell them none; adapt and "
+            "train such a model in Python, calling it with moe_context"
+        )
     batches = arguments.get(CALIBRATE, BATCHES)
     if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
         raise ValueError(f"convert: {name}.calibrate: expected a number of batches of at least 1, got {batches!r}")

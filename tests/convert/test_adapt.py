@@ -140,6 +140,19 @@ def test_a_sparse_model_is_adapted_in_its_attention():
         zoo.adapt(model, "MixLoRA")
 
 
+def test_layers_that_have_experts_themselves_are_adapted_in_their_attention():
+    base = zoo.create_model("vision_language/gemma4_tiny").eval()  # router and experts are the layer's own
+    made = zoo.adapt(base, "MoLoRA", num_experts=2)
+    adapted = {n.removeprefix("model.language_model.layers.0.") for n, m in made.named_modules() if base_of(m)}
+    assert {f"self_attn.{name}_proj" for name in "qkvo"} < adapted
+    assert not any("experts" in name or "router" in name for name in adapted)
+    tokens = torch.randint(10, 60, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(made(input_ids=tokens).logits, base(input_ids=tokens).logits, rtol=1e-4, atol=1e-4)
+        with pytest.raises(ValueError, match=r"expected an attention_mask \[B, S\], got a dict of masks"):
+            zoo.adapt(base, "SMoP")(input_ids=tokens)
+
+
 def test_attention_and_mlps_are_adapted_in_two_calls():
     model, (tokens, mask) = language(), batch()
     first = stir(zoo.adapt(model, "MoELoRA"))
@@ -229,6 +242,30 @@ def test_new_parameters_take_type_device_and_mode_of_the_weights():
     assert run(made, tokens, mask).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_wide_adapters_stand_beside_narrow_weights(kind):
+    base, (tokens, mask) = language().bfloat16().train(), batch()
+    made = zoo.adapt(base, kind, router=GATES.get(kind), dtype="float32")
+    context = {"moe_context": LABELS} if kind in GATES else {}
+    out = made(tokens, attention_mask=mask, labels=tokens, **context)
+    assert out.logits.dtype == torch.bfloat16
+    out.loss.backward()
+    assert {p.grad.dtype for p in made.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2 (transposed, fused)"])
+@pytest.mark.parametrize("kind", OWN)
+def test_what_a_sequence_gets_does_not_depend_on_padding_or_others(kind, name):
+    made, (tokens, mask) = stir(zoo.adapt(language(name), kind, router=GATES.get(kind)), 0.1), batch()
+    together, alone = ({"moe_context": LABELS}, {"moe_context": {n: t[:1] for n, t in LABELS.items()}})
+    together, alone = (together, alone) if kind in GATES else ({}, {})
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        found = made(tokens, attention_mask=mask, position_ids=positions, **together).logits[0, 3:]
+        expected = made(tokens[:1, 3:], **alone).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 class Int8(nn.Linear):
     """A linear layer of whole numbers, as quantisers make them."""
 
@@ -268,6 +305,14 @@ def test_what_does_not_fit_is_named():
         (lambda: zoo.adapt(model, "LoRA", num_experts=2), "LoRA has no use for num_experts"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=[]), "num_experts is an empty list"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=0), "num_experts must be at least 1, got 0"),
+        (lambda: zoo.adapt(model, "LoRA", alpha="16"), "alpha must be a number, got '16'"),
+        (
+            lambda: zoo.adapt(model, "MoELoRA", contrastive={"weigth": 1}),
+            "contrastive takes weight, and of temperature",
+        ),
+        (lambda: zoo.adapt(model, "MoELoRA", contrastive={"weight": 1, "k": 2}), "samples; got {'weight': 1, 'k': 2}"),
+        (lambda: zoo.adapt(model, "LoRA", rank=2.5), "rank must be a whole number, got 2.5"),
+        (lambda: zoo.adapt(model, "AdaMix", rank="8"), "rank must be a whole number, got '8'"),
         (lambda: zoo.adapt(model, "MoLA", layers=[9]), "no block 9 among 4 blocks"),
         (lambda: zoo.adapt(nn.Linear(3, 3), "MoLA"), "no linear layer of Linear is called"),
         (lambda: zoo.adapt(model, "MeteoRA"), "MeteoRA has no targets of its own"),

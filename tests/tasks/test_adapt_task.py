@@ -60,3 +60,54 @@ def test_a_mixture_is_held_against_a_lora_of_its_size(kind, tmp_path, monkeypatc
     one, many = (int(row[1].replace(",", "")) for row in rows[1:])
     assert abs(one - many) < 0.5 * many
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
+
+
+def test_adapters_beside_whole_mlps_may_be_exported(make, tmp_path):
+    """The arguments are checked before training: no published layout has a place for them, but their folder has."""
+    convert = [{"adapt": {"kind": "LLaVA-MoLE", "num_experts": 2}}]
+    task, data = make.task(convert=convert, vocab_size=259, export=str(tmp_path / "out")), make.data()
+    task.check(data)
+    make.trainer(max_steps=1).fit(task, data)
+    assert (tmp_path / "out" / "adapters.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", ["MOELoRA", "MoCLE"])
+def test_gates_by_label_are_refused_before_training(kind, make):
+    with pytest.raises(ValueError, match=f"the gates of {kind} go by a label, and tasks tell them none"):
+        make.task(convert=[{"adapt": {"kind": kind, "router": {"num_tasks": 3}}}])
+
+
+ADAPTED = {"kind": "MoELoRA", "num_experts": 3, "rank": 2}
+
+
+@pytest.mark.parametrize("way", ["read", "made"])
+def test_adapters_beside_few_bits_from_a_config(way, make, tmp_path):
+    """Read in few bits, or made so; trained, stopped and resumed; exported, and read beside what they stand beside."""
+    sparse = zoo.create_model("language/mixtral_tiny", vocab_size=259, **make.tiny).eval()
+    zoo.save_pretrained(sparse, tmp_path / "base")
+    made = [{"quantise": {"format": "int8"}}] if way == "made" else []
+    said = {
+        "pretrained": str(tmp_path / "base"),
+        "overrides": {"quantise": "int8"} if way == "read" else {},
+        "convert": [*made, {"adapt": ADAPTED}],
+        "lr": 0.05,
+        "warmup_steps": 0,
+        "schedule": "constant",
+    }
+    found = []
+    for stops in (False, True):
+        checkpoint, out = None, str(tmp_path / f"out{stops}")
+        pl.seed_everything(0)
+        if stops:
+            trainer, checkpoint = make.trainer(max_steps=2), tmp_path / "stopped.ckpt"
+            trainer.fit(LanguageTask("language/mixtral_tiny", **said), make.data())
+            trainer.save_checkpoint(checkpoint)
+        task = LanguageTask("language/mixtral_tiny", **said, export=out)
+        make.trainer(max_steps=4).fit(task, make.data(), ckpt_path=checkpoint)
+        base = zoo.quantise(sparse, "int8")
+        assert all(torch.equal(t, base.state_dict()[n]) for n, t in base_state(task.model).items())
+        again = zoo.from_pretrained(out)
+        assert all(torch.equal(t, task.model.state_dict()[n]) for n, t in again.state_dict().items())
+        found.append(adapter_state(again))
+    assert any(n.endswith("lora.b") and t.any() for n, t in found[0].items())
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())

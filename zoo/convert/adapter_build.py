@@ -93,6 +93,13 @@ def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place
     places, rates = [], set()
     for at in how["layers"]:
         name, module = blocks[at]
+        block, count = block_of(model, name) or name, experts_in(_number(kind, how), at, len(blocks))
+        if isinstance(module, MoE) and kind.level in ("adapter", "beside"):
+            like: Any = next(model.get_submodule(block).parameters())  # experts in few bits have none
+            places.append(
+                Place(name, block, *_around(module, module.router.dim, kind, how, _Maker(kind, how, like), count))
+            )
+            continue
         if isinstance(module, MoE) or hasattr(module, "experts"):
             raise ValueError(
                 f"adapt: {name} is a mixture of experts already, and {how['kind']} needs a dense MLP; choose other "
@@ -100,26 +107,31 @@ def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place
             )
         mlp = _recognise(name, module, kind.level == "mlp")
         maker = _Maker(kind, how, mlp.down.weight)
-        count = experts_in(_number(kind, how), at, len(blocks))
-        base, adapter = _around(mlp, kind, how, maker, count)
-        places.append(Place(name, block_of(model, name) or name, base, adapter))
-        rates |= {rate for rate in mlp.dropout_rates if rate and kind.level == "mlp"}
+        if kind.level == "mlp":
+            places.append(Place(name, block, "experts.base", _inside(mlp, kind, how, maker, count)))
+            rates |= {rate for rate in mlp.dropout_rates if rate}
+        else:
+            places.append(Place(name, block, *_around(mlp.module, mlp.sizes[0], kind, how, maker, count)))
     if rates:
         shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
         warnings.warn(f"adapt: dropout inside the MLPs ({shown}) is left out", stacklevel=3)
     return places
 
 
-def _around(mlp: DenseMLP, kind: Kind, how: dict[str, Any], maker: _Maker, count: int) -> tuple[str, nn.Module]:
-    """Where the adapter will have the MLP, and the adapter."""
-    dim = mlp.sizes[0]
+def _around(
+    module: nn.Module, dim: int, kind: Kind, how: dict[str, Any], maker: _Maker, count: int
+) -> tuple[str, nn.Module]:
+    """Where an adapter will have an MLP or a `MoE` as a whole, and the adapter."""
     if kind.level == "adapter":
         rank, shared = maker.rank, how["shared"]
         names = ("down", "down_bias", "up", "up_bias")
-        return "base", maker.place(lambda: AdaMix(mlp.module, count, dim, rank, shared), names)
-    if kind.level == "beside":
-        lora: Any = maker.lora(count, dim, dim)
-        return "shared", MoE(maker.gate(dim, count), lora, shared=mlp.module)
+        return "base", maker.place(lambda: AdaMix(module, count, dim, rank, shared), names)
+    lora: Any = maker.lora(count, dim, dim)
+    return "shared", MoE(maker.gate(dim, count), lora, shared=module)
+
+
+def _inside(mlp: DenseMLP, kind: Kind, how: dict[str, Any], maker: _Maker, count: int) -> MoE:
+    """Experts that share an MLP."""
     targets = how["targets"]
     named = [targets] if isinstance(targets, str) else list(kind.targets if targets is None else targets)
     parts = dict(zip(MLP, mlp.layout))
@@ -132,7 +144,7 @@ def _around(mlp: DenseMLP, kind: Kind, how: dict[str, Any], maker: _Maker, count
     experts: Any = maker.place(
         lambda: MixLoRAExperts(mlp.module, mlp.layout, mlp.activation, count, *options), ("lora",)
     )
-    return "experts.base", MoE(maker.gate(dim, count), experts)
+    return MoE(maker.gate(mlp.sizes[0], count), experts)
 
 
 def before_tokens(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place]:

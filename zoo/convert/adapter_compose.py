@@ -34,6 +34,7 @@ def compose_adapters(
     *,
     router: Any = None,
     losses: Mapping[str, Any] | None = None,
+    share: bool = False,
 ) -> nn.Module:
     """A copy of a model with trained LoRAs as the experts of a gate for each linear layer (MeteoRA 2405.13053).
 
@@ -42,7 +43,7 @@ def compose_adapters(
     sources are folders of LoRAs trained beside this model: ours of kind LoRA, or peft's (adapter_config.json and
     adapter_model.safetensors; linear layers alone, alpha / r or alpha / sqrt(r)). Expert e is source e, with rank and
     alpha of its own; where it has no LoRA for a layer that another has, it adds nothing. As in the authors' code the
-    gate is top-k (2) of a softmax, renormalised, and starts from N(0, 1). router and losses as in `adapt`.
+    gate is top-k (2) of a softmax, renormalised, and starts from N(0, 1). router, losses and share as in `adapt`.
 
     Raises ValueError for a folder that is neither, a peft option that changes more than linear layers, and a layer that
     the model does not have.
@@ -63,9 +64,8 @@ def compose_adapters(
     else:
         chosen = targets[0]
     rank = max(a.shape[0] for lora in read for a, _ in lora.values())
-    made: Any = adapt(
-        model, "MeteoRA", targets=chosen, num_experts=len(read), rank=rank, alpha=rank, router=router, losses=losses
-    )
+    options: Any = {"rank": rank, "alpha": rank, "router": router, "losses": losses, "share": share}
+    made: Any = adapt(model, "MeteoRA", targets=chosen, num_experts=len(read), **options)
     for name, module in made.named_modules():
         if not isinstance(module, AdaptedLinear):
             continue
@@ -85,7 +85,7 @@ def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
         return _read_peft(model, folder), None
     if not is_adapted(folder):
         raise ValueError(f"compose_adapters: {folder} has neither {PEFT} nor adapters of ours")
-    made: Any = read_onto(model, folder)
+    made: Any = read_onto(model, folder, share=True)
     if [how["kind"] for how in made.adapted] != ["LoRA"]:
         raise ValueError(f"compose_adapters: {folder} holds {made.adapted[0]['kind']}, expected one LoRA")
     found = {}

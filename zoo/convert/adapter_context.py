@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..pretrained.context import KEY, MIXERS, _drop, _mask_is_idle, _put, _take
+from ..pretrained.generating import take_context
 
 OWN = ("record_logits", "gating")  # what only the gates of the model itself use
 
@@ -31,6 +32,7 @@ class _Told:
 
 def tell(model: nn.Module, adapters: dict[str, list[nn.Module]]) -> None:
     """Let adapters, by the name of the block they are in, hear what the model is called with."""
+    take_context(model)
     owners: dict[str, dict[str, list[nn.Module]]] = {}
     for block, found in adapters.items():
         owners.setdefault(_owner(block), {})[block] = found

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..moe import Experts, QuantisedExperts, Router
+from ..moe.quantised import KINDS
 from ..pretrained.language import resolve_dtype
 from ..pretrained.staging import staged
 from ..pretrained.storable import storable
@@ -52,15 +54,16 @@ def save(
         state = whole_state(model)
         if torch.distributed.get_rank():
             return
-    base, more = base_state(model, state), _learnt_beside(model)
+    more = _learnt_beside(model)
     record = {
         "adapted": storable(model.adapted, "argument"),
         "more": more,
         "base": {
             "class": type(model).__name__,
             "name": str(getattr(model, "name_or_path", "") or ""),
-            "tensors": {name: list(tensor.shape) for name, tensor in sorted(base.items())},
-            "weights": _fingerprint(base_state(model, _without(state, more))),
+            "quantise": next((m.format for m in model.modules() if isinstance(m, QuantisedExperts)), None),
+            "tensors": dict(sorted(_shapes(model, state).items())),
+            "weights": _fingerprint(model, state, more),
         },
     }
     written = state if state_dict is None else state_dict
@@ -78,36 +81,42 @@ def load(
     base: Any = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    share: bool = False,
     **options: Any,
 ) -> Any:
     """The adapted model of a folder that `save` wrote, in eval mode.
 
     base: the model that the adapters stand beside, which stays as it is, or where `zoo.from_pretrained` finds it, the
-    folder or repository that it was read from by default; options go there. Raises ValueError where none is known, and
-    as `read_onto`.
+    folder or repository that it was read from by default; options go there. Without the option `quantise` its experts
+    have the format that they had; `quantise=None` reads them whole. share as in `zoo.adapt`. Raises ValueError where
+    no base is known, and as `read_onto`.
     """
     from ..pretrained.dispatch import from_pretrained
 
     path = Path(folder).expanduser()
+    known = _record(path)["base"]
     if base is None:
-        base = _record(path)["base"]["name"]
+        base = known["name"]
         if not base:
             raise ValueError(f"{path / RECORD}: the model that adapters stand beside was read from nowhere; give base")
     if not isinstance(base, nn.Module):
-        base = from_pretrained(base, **options)
+        if format := known.get("quantise"):
+            options = {"quantise": format, **options}
+        base, share = from_pretrained(base, **options), True  # nobody else has it
     elif options:
         raise ValueError(f"from_pretrained: base is a model; {', '.join(options)} would have no effect")
-    model = read_onto(base, path)
+    model = read_onto(base, path, share=share)
     place: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device": device}
     return model.to(**{name: value for name, value in place.items() if value is not None}).eval()
 
 
-def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """A copy of a model with the adapters of a folder beside its weights.
+def read_onto(model: nn.Module, folder: str | os.PathLike[str], share: bool = False) -> nn.Module:
+    """A copy of a model with the adapters of a folder beside its weights, which are copied unless it is to share them.
 
-    Warns where the weights are not those that the adapters were trained beside. Raises ValueError naming file and
-    tensor for a model of another shape, one that has adapters, missing and surplus tensors and a damaged file, and
-    FileNotFoundError for a file that is not there.
+    Its experts may be in other numbers than those that the adapters were trained beside: of few bits, or of many.
+    Warns where other weights are not those. Raises ValueError naming file and tensor for a model of another shape, one
+    that has adapters, missing and surplus tensors and a damaged file, and FileNotFoundError for a file that is not
+    there.
     """
     path = Path(folder).expanduser()
     record = _record(path)
@@ -115,18 +124,21 @@ def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(f"{path}: expected the model that these adapters stand beside, got one that has adapters")
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"{path / WEIGHTS}: no such file")
-    stored, base = record["base"]["tensors"], base_state(model)
+    stored, base = record["base"]["tensors"], _shapes(model, model.state_dict())
     for name in dict.fromkeys([*stored, *base]):
-        found = list(base[name].shape) if name in base else "none"
+        found = base.get(name, "none")
         if found != stored.get(name, "none"):
             raise ValueError(
                 f"{path / RECORD}: these adapters stand beside a {record['base']['class']} whose {name} has shape "
                 f"{stored.get(name, 'none')}, the model's has {found}"
             )
     for how in record["adapted"]:
-        model = adapt(model, **how)
+        model, share = adapt(model, **how, share=share), True  # the second stands beside our own copy
+    for name, parameter in model.named_parameters():
+        if name in record["more"]:
+            parameter.data = parameter.data.clone()  # what was trained is no longer the given model's
     whole, more = model.state_dict(), record["more"]
-    then, now = record["base"]["weights"], _fingerprint(base_state(model, _without(whole, more)))
+    then, now = record["base"]["weights"], _fingerprint(model, whole, more)
     if then and now and then != now:
         warnings.warn(f"{path}: these adapters were trained beside other weights than the model's", stacklevel=3)
     state = {**adapter_state(model), **{name: whole[name] for name in more}}
@@ -138,17 +150,38 @@ def read_onto(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
 
 
 def _learnt_beside(model: nn.Module) -> list[str]:
-    """What else training changes, in order: parameters that are not frozen, as a new head's, and running statistics."""
+    """What else training changes, in order: parameters that are not frozen, as a new head's, running statistics, and
+    what the model's own gates count, as a temperature's steps."""
     adapters = adapter_state(model)
-    names = {n for n, parameter in model.named_parameters() if parameter.requires_grad and n not in adapters}
+    names = {n for n, parameter in model.named_parameters() if parameter.requires_grad}
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False)}
-    return sorted(names)
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, Router)):
+            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
+    return sorted(names & model.state_dict().keys() - adapters.keys())
 
 
-def _without(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in state.items() if name not in names}
+def _matrices(model: nn.Module) -> dict[str, list[int]]:
+    """The experts' own matrices by name, as they are called and shaped when they are not in few bits."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (Experts, QuantisedExperts)):
+            part = "gate_up_proj" if module.gated else "up_proj"
+            wide = module.hidden_dim * (2 if module.gated else 1)
+            found[f"{name}.{part}"] = [module.num_experts, wide, module.dim]
+            found[f"{name}.down_proj"] = [module.num_experts, module.dim, module.hidden_dim]
+    return found
+
+
+def _coded(matrices: Collection[str]) -> set[str]:
+    return {f"{name}_{kind}" for name in matrices for kind in KINDS}
+
+
+def _shapes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Of what adapters stand beside, whatever numbers its experts are in."""
+    matrices = _matrices(model)
+    shapes: Any = {name: list(tensor.shape) for name, tensor in state.items() if name not in _coded(matrices)}
+    shapes.update(matrices)
+    return base_state(model, shapes)  # type: ignore[return-value]
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -163,11 +196,14 @@ def _record(path: Path) -> dict[str, Any]:
     return record
 
 
-def _fingerprint(state: Mapping[str, Tensor]) -> str | None:
-    """Tells weights apart by a few numbers of each, as bfloat16 so that a narrower copy is the same; None on meta."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
+def _fingerprint(model: nn.Module, state: Mapping[str, Tensor], more: Collection[str]) -> str | None:
+    """Tells weights apart by a few numbers of each, as bfloat16 so that a narrower copy is the same; None on meta.
+
+    Experts' matrices, which may be in few bits, and what is trained are left out.
+    """
+    digest, matrices = hashlib.sha256(), _matrices(model)
+    left = {*more, *matrices, *_coded(matrices)}
+    for name, tensor in sorted(base_state(model, {n: t for n, t in state.items() if n not in left}).items()):
         if tensor.is_meta:
             return None
         some = tensor.detach().flatten()[:SAMPLE]

@@ -6,6 +6,7 @@ MOELoRA (2310.18339) mixes all by the task. A third, MoE-LoRA, is a common noun.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,13 +66,14 @@ KINDS: dict[str, Kind] = {
     "MoELoRA": Kind("linear", ("query", "value"), 8, 4, 16.0, _TOP_2, {"switch": 0.01}, contrastive=0.01),
     # The form that did best in the paper, its inverted triangle: few experts in low layers, many in high ones.
     "MoLA": Kind("linear", PARTS, (2, 4, 6, 8), 8, 16.0, _TOP_2, {"switch": 0.01}),
+    # The limit is one of training: outside it what a token gets does not depend on the other tokens.
     "SiRA": Kind(
         "linear",
         ATTENTION,
         16,
         4,
         16.0,
-        {"name": "SiRARouter", "k": 4, "expert_dropout": 0.5, "capacity": {"factor": 1.0}},
+        {"name": "SiRARouter", "k": 4, "expert_dropout": 0.5, "capacity": {"factor": 1.0, "eval_factor": math.inf}},
         {"switch": 0.01},
     ),
     # rank is an expert's; the authors' is that of all experts together, and so is the r of their alpha / r.

@@ -43,8 +43,9 @@ def _before(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     x: Tensor = decoder.get_input_embeddings()(ids) if given is None else given
     prompts: PromptMixture = decoder.soft_prompts
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if mask is not None and mask.dim() != 2:
-        raise ValueError(f"soft prompts: expected an attention_mask [B, S], got {list(mask.shape)}")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        found = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__} of masks"
+        raise ValueError(f"soft prompts: {type(decoder).__name__} expected an attention_mask [B, S], got {found}")
     begun = cache is not None and cache.get_seq_length() > 0
     prompts.before = 0 if begun else prompts.length
     if not begun:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..moe import MoE
 from ..moe.adapted import Columns, features
+from ..pretrained.context import MIXERS
 from .dense_mlps import _is_linear, _layout
 
 # The parts of a block, and how families call the linear layer of each; those of an MLP go by `dense_mlps.LAYOUTS`.
@@ -96,7 +97,8 @@ def _linears(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, nn
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if isinstance(module, MoE) or hasattr(module, "experts"):
-            skipped += (f"{name}.",)
+            layer = any(hasattr(module, mixer) for mixer in MIXERS)  # Gemma 4's has its experts itself
+            skipped += (f"{name}.experts.", f"{name}.router.") if layer else (f"{name}.",)
         inside = not within or name.startswith(f"{within}.")
         if not inside or (skipped and name.startswith(skipped)) or not _is_linear(module):
             continue

@@ -10,7 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import AdaMix, AdaptedLinear, LoRAExperts, LoRALinear, MixLoRAExperts, MoE, PromptMixture, ScaledLinear
+from ..moe import (
+    AdaMix,
+    AdaptedLinear,
+    LoRAExperts,
+    LoRALinear,
+    MixLoRAExperts,
+    MoE,
+    PromptMixture,
+    QuantisedExperts,
+    ScaledLinear,
+)
+from ..pretrained.sparse_blocks import _in_pair
 from ..pretrained.stand_in import stand_in
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
@@ -36,8 +47,14 @@ def adapt(
     within: str = "",
     dtype: torch.dtype | str | None = None,
     source: str | os.PathLike[str] | None = None,
+    share: bool = False,
+    unfreeze: str | Sequence[str] = (),
 ) -> nn.Module:
     """A copy of a model whose weights are frozen, with parameter-efficient experts beside them: all that is trained.
+
+    With `share` frozen weights are not copied: both models hold the same tensors, quantised experts too, so that a
+    second one, or a tenth, costs what its adapters do. Who then trains these weights, in either, changes both; what
+    `adapt` itself does, such as freezing, changes the new one alone.
 
     kind is a row of `zoo.convert.adapter_kinds.KINDS`, which says what each paper takes by default:
         LoRA                      one, without a gate
@@ -46,21 +63,26 @@ def adapt(
         MOELoRA, MoCLE            by a label: model(..., moe_context={"task": ..}), or "cluster"
         MoV                       IA3's vectors, mixed by a dense gate
         MixLoRA                   experts that share an MLP; adapt attention with a second call
-        LLaVA-MoLE                beside whole MLPs, one a token
-        AdaMix                    an adapter after each MLP, a random one each step, their mean afterwards
+        LLaVA-MoLE                beside whole MLPs or mixtures of experts, one a token
+        AdaMix                    an adapter after each of these, a random one each step, their mean afterwards
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
         MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
-    beside its attention. At first the model computes what it did, but with soft prompts. targets are parts of a block
-    (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each part, or,
-    named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from the first
-    to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a mapping
-    without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
+    beside its attention, and LLaVA-MoLE and AdaMix beside its `MoE`s, whatever numbers their experts are in: as QLoRA
+    does, `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they
+    are, their selection biases too. At first the model computes what it did, but with soft prompts. targets are parts
+    of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each
+    part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from
+    the first to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a
+    mapping without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
     contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts
     read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of
     the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
     type: give dtype="float32" for adapters that learn beside bfloat16.
+
+    `unfreeze` names modules or parameters of the model that are trained too, as "head" for classes of another kind;
+    they are never shared. What an adapted model trains already stays trained when it is adapted again.
 
     With `source`, a folder that `zoo.save_pretrained` wrote of an adapted model, its adapters are read and nothing else
     is given; as `zoo.from_pretrained(source, base=model)`, but in the model's training mode.
@@ -83,9 +105,9 @@ def adapt(
     if source is not None:
         from .adapter_folder import read_onto
 
-        if kind is not None or any(value is not None for value in given.values()):
+        if kind is not None or unfreeze or any(value is not None for value in given.values()):
             raise ValueError("adapt: a source says all itself; give nothing beside it")
-        return read_onto(model, source)
+        return read_onto(model, source, share=share)
     if kind is None:
         raise ValueError("adapt: give a kind, such as 'MixLoRA', or a source")
     row = kind_of(kind)
@@ -93,17 +115,22 @@ def adapt(
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
     how = {"kind": kind, **given, "layers": layers, "within": within or _language_model(model)}
+    if unfreeze:
+        how["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
     places = make.get(row.level, beside_linears)(model, row, how)
-    return _place(model, places, how)
+    return _place(model, places, how, share)
 
 
-def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Module:
+def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bool) -> nn.Module:
     """A frozen copy of the model with adapters in their places."""
-    made: Any = copy.deepcopy(model)
-    adapters = set(adapter_state(made))
+    learns = _learns(model, how.get("unfreeze", ()))
+    made: Any = copy.deepcopy(model, _shared(model, learns) if share else None)
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(parameter.requires_grad and name in adapters)
+        parameter.requires_grad_(name in learns)
+    for module in made.modules():  # its own gates are frozen too
+        if base_of(module) is None and hasattr(getattr(module, "router", None), "bias_update_rate"):
+            module.router.bias_update_rate = 0.0
     told: dict[str, list[nn.Module]] = {}
     for place in places:
         parent, _, leaf = place.name.rpartition(".")
@@ -114,6 +141,10 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Mod
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
         setattr(made.get_submodule(parent), leaf, place.adapter)
+        for key, hook in list(base._forward_hooks.items()):
+            if hook is _in_pair:  # what the block wants of what is in this place
+                del base._forward_hooks[key]
+                place.adapter.register_forward_hook(hook)
         inside = set(base.modules())
         for module in place.adapter.modules():
             if module not in inside:  # parts of the model may be in modes of their own
@@ -126,6 +157,36 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any]) -> nn.Mod
         stand_in(made)
         made._saves_adapters = True
     return made
+
+
+def _learns(model: nn.Module, unfreeze: Sequence[str]) -> set[str]:
+    """Names of the parameters that are trained beside new adapters; raises ValueError for one that is not there."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    learns = {n for n, p in model.named_parameters() if p.requires_grad and getattr(model, "adapted", None)}
+    for wanted in unfreeze:
+        # Tied parameters have several names.
+        every = model.named_parameters(remove_duplicate=False)
+        found = {names[id(p)] for n, p in every if f"{n}.".startswith(f"{wanted}.") and p.is_floating_point()}
+        if not found:
+            there = ", ".join(name for name, _ in model.named_children())
+            raise ValueError(f"adapt: unfreeze: {type(model).__name__} has no parameters in {wanted!r}; it has {there}")
+        learns |= found
+    return learns
+
+
+def _shared(model: nn.Module, learns: set[str]) -> dict[int, Any]:
+    """What a deep copy takes for weights that do not learn: parameters of its own, on the same memory.
+
+    Buffers that training may change, such as running statistics, are not among them.
+    """
+    own = learns | adapter_state(model).keys()
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=False) for n, p in model.named_parameters() if n not in own
+    }
+    for module in model.modules():
+        if isinstance(module, QuantisedExperts):
+            memo.update({id(buffer): buffer.detach() for buffer in module.buffers()})
+    return memo
 
 
 def base_of(module: nn.Module) -> str | None:

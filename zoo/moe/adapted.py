@@ -5,6 +5,7 @@ D inputs, O outputs, E experts. The linear layer is any module [.., D] -> [.., O
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -95,6 +96,9 @@ class AdaptedLinear(Recorded, _Beside):
         _check_gate(type(self).__name__, router, lora.dim, lora.num_experts)
         self.base, self.router, self.lora, self.columns = base, router, lora, columns
         options = contrastive if isinstance(contrastive, Mapping) else {"weight": contrastive or 0.0}
+        known = ("weight", *list(inspect.signature(expert_losses.contrastive).parameters)[3:])
+        if "weight" not in options or not set(options) <= set(known):
+            raise ValueError(f"AdaptedLinear: contrastive takes weight, and of {', '.join(known[1:])}; got {options}")
         self.contrastive = dict(options)
 
     def forward(self, x: Tensor, **context: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ from .routing import Routing
 
 
 def check_sizes(kind: str, **sizes: int) -> None:
-    """Raise ValueError naming the first size below one."""
+    """Raise ValueError naming the first size that is no whole number, or below one."""
     for name, value in sizes.items():
+        if not isinstance(value, (Integral, torch.SymInt)):
+            raise ValueError(f"{kind}: {name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{kind}: {name} must be at least 1, got {value}")
 

@@ -25,7 +25,8 @@ class LoRAExperts(nn.Module):
     A starts as `nn.Linear` does, or from N(0, init_std^2), and B with zeros, so that nothing changes at first.
     `dropout` acts in training on what the experts read, alike for all experts of a token.
 
-    Tokens in another type than the parameters are computed in that of the parameters, under autocast in its own.
+    Tokens in another type than the parameters are computed in that of the parameters, and what comes out is in the
+    tokens' again; under autocast all is in its own.
     Where most experts meet most tokens, or E r is small, it is one product with A as [E r, D], the weights times what
     comes out, and one with B as [O, E r]; else tokens are sorted by expert. No [T, E, D] is ever made.
 
@@ -45,6 +46,8 @@ class LoRAExperts(nn.Module):
         super().__init__()
         out_dim = dim if out_dim is None else out_dim
         check_sizes("LoRAExperts", num_experts=num_experts, dim=dim, rank=rank, out_dim=out_dim)
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"LoRAExperts: alpha must be a number, got {alpha!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"LoRAExperts: dropout must be at least 0 and below 1, got {dropout}")
         self.num_experts, self.dim, self.out_dim, self.rank, self.alpha = num_experts, dim, out_dim, rank, alpha
@@ -64,6 +67,10 @@ class LoRAExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, O] of what each token's experts make of tokens x [T, D]."""
+        out = self._mixed(x, routing)
+        return out if autocast.is_on(x) else out.to(x.dtype)
+
+    def _mixed(self, x: Tensor, routing: Routing) -> Tensor:
         tokens, experts = x.shape[0], self.a.shape[0]  # merged experts are one a group, whatever num_experts says
         met = routing.token_index.numel()
         if experts * self.rank <= ONE_PRODUCT or 2 * met >= tokens * experts:

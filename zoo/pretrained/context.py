@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..moe import IsolatedMoE, MoE
 from ..moe.routers import MoEPlusPlusRouter, TopKRouter
 from ..moe.routers.moe_plus_plus import GatingResidual
+from .generating import KEY, take_context
 
-KEY = "moe_context"
 MIXERS = ("self_attn", "linear_attn", "mamba", "conv")  # what a decoder layer has before its MLP
 
 
@@ -34,8 +34,9 @@ def pass_context(model: Any) -> None:
     In a vision-language model that is its language model, which is called with embeddings: token ids come from the
     whole model's call, and with them each token's modality, 0 for text and 1 for what was seen. Gates that hear the
     layer below, MoE++'s, get a `GatingResidual` each forward pass. Anything else that a gate may want, such as a
-    domain, a caller gives as model(..., moe_context={"domain": ...}).
+    domain, a caller gives as model(..., moe_context={"domain": ...}), and to model.generate alike.
     """
+    take_context(model)
     base = decoder_of(model)
     if any(isinstance(getattr(moe_of(layer), "router", None), MoEPlusPlusRouter) for layer in base.layers):
         base.register_forward_pre_hook(_hear_below, with_kwargs=True)

@@ -1,0 +1,56 @@
+"""`generate` tells gates what the model is told: held against a loop that calls the model itself."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import zoo
+
+SIZES = {"vocab_size": 64, "num_hidden_layers": 2}
+
+
+def sparse():
+    return zoo.create_model("language/mixtral_tiny", **SIZES, router="LabelRouter").eval(), "label"
+
+
+def adapted():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "pad_token_id": 0}
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, **sizes)).eval()
+    made = zoo.adapt(base, "MOELoRA", router={"num_tasks": 4})
+    return made, "task"
+
+
+def greedy(model, tokens, **context):
+    with torch.no_grad():
+        for _ in range(5):
+            tokens = torch.cat([tokens, model(tokens, moe_context=context).logits[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+@pytest.mark.parametrize("make", [sparse, adapted])
+def test_labels_are_told_with_every_token(make):
+    model, label = make()
+    with torch.no_grad():  # large enough that experts matter
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    tokens, labels = torch.randint(3, 64, (3, 6)), torch.tensor([2, 0, 3])
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = greedy(model, tokens, **{label: labels})
+    assert not torch.equal(expected, greedy(model, tokens, **{label: 1}))
+    for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for cached in (True, False):
+            found = same.generate(tokens, moe_context={label: labels}, use_cache=cached, **how)
+            assert torch.equal(found, expected)
+    assert torch.equal(model.generate(tokens, moe_context={label: 1}, **how), greedy(model, tokens, **{label: 1}))
+    beams = model.generate(tokens, moe_context={label: labels}, num_beams=3, **how)
+    for row, own in zip(beams, labels):  # each as if it were alone
+        at = int((labels == own).nonzero())
+        alone = model.generate(tokens[at : at + 1], moe_context={label: int(own)}, num_beams=3, **how)
+        assert torch.equal(alone[0], row)
+    copied = copy.deepcopy(model)
+    assert copied._validate_model_kwargs.model is copied
+    with pytest.raises(ValueError, match="not used by the model: \\['moe_contxt'\\]"):
+        model.generate(tokens, moe_contxt={label: labels}, **how)
