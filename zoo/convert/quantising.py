@@ -21,8 +21,9 @@ def quantise(model: nn.Module, format: str = "float8") -> nn.Module:
 
     format: "float8", "int8" (both half of bfloat16) or "mxfp4" (a quarter). Experts are most of a sparse model, and
     stand rounding better than what all tokens pass (MoQE 2310.02410; 2406.02500 calls it expert slimming). They are
-    frozen from then on, and have no published layout to be saved in; `zoo.from_pretrained(..., quantise=format)` reads
-    a model in this way without holding it whole. The given model stays as it is.
+    frozen from then on. `zoo.from_pretrained(..., quantise=format)` reads a model in this way without holding it whole;
+    `zoo.save_pretrained` writes language models with a table of ours in float8 (DeepSeek-V3's FP8) and gpt-oss in
+    mxfp4, of others keep the state_dict. The given model stays as it is.
 
     Raises ValueError for an unknown format, a model without experts, experts spread over processes, and numbers that
     are not finite or that the format does not divide, naming the layer.
