@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..moe import MoE
-from . import image_text
+from . import few_bits, image_text
 from .context import decoder_of
 from .language import TABLES, resolve_dtype
 from .sparse_blocks import adopt_blocks, check_gates
@@ -72,6 +72,7 @@ def check_published(model: nn.Module) -> None:
     """
     if getattr(model, "adapted", None):
         return
+    few_bits.check(model)
     if is_ours(model):
         image_text.check_reshaped(model)
         check_gates(model)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..convert import adapter_folder
-from . import causal, hub, image_text, moe_llava, recommendation, switch, vision_language
+from . import causal, few_bits, hub, image_text, moe_llava, recommendation, switch, vision_language
 from . import folder as language
 from .peek import peek
 from .vmoe import is_prefix
@@ -73,6 +73,7 @@ def save_pretrained(
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if getattr(model, "adapted", None):
         return adapter_folder.save(model, folder, overwrite=overwrite, state_dict=state_dict)
+    few_bits.check(model)
     made: Any = getattr(model, "made_with", None)
     if made and getattr(model, "reshaped", False):
         raise ValueError(

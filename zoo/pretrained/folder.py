@@ -20,7 +20,7 @@ from ..moe.residual import folded_state
 from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, hub, sharded
+from . import adopt, few_bits, hub, sharded
 from .language import TABLES, Family, resolve_dtype, tensors_on_disk
 from .peek import peek
 from .quantised import dequantised, method_of, plain
@@ -74,7 +74,8 @@ def from_pretrained(
     of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.
 
     With `quantise`, a format of `zoo.quantise`, experts are kept in numbers of few bits: a checkpoint in MXFP4 read as
-    "mxfp4" has the numbers of its files, one in FP8 read as "float8" but for the last bits of scales.
+    "mxfp4" has the numbers of its files, one in FP8 with a matrix an expert and blocks of 128 x 128 read as "float8"
+    its codes and scales.
 
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys, a wrong shape, or a
     damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.
@@ -142,6 +143,7 @@ def save_pretrained(
     complete: a save that fails leaves nothing behind. With `overwrite` the checkpoint files of an existing folder are
     replaced and its other files stay. A model in parts is put together by all its processes, which call this
     together, and written by the first. state_dict: what to write instead of the model's own tensors, by its names.
+    Experts in float8 (`zoo.quantise`) are written in DeepSeek-V3's FP8, codes and scales as they are.
 
     Raises TypeError for a model that has no such layout, ValueError for one whose gates that layout cannot express, and
     FileExistsError for a folder that is not empty.
@@ -156,9 +158,9 @@ def save_pretrained(
         if torch.distributed.get_rank():
             return
     with staged(folder, overwrite) as staging:
-        _write_configs(model, config, family, staging)
-        parameters = sum(p.numel() for p in model.parameters())
-        write_weights(tensors_on_disk(model, family, state=folded_state(model, state)), parameters, staging, limit)
+        tensors = dict(tensors_on_disk(model, family, state=folded_state(model, state)))
+        write_configs(model, config, family.classes()[1].__name__, few_bits.settings_for(tensors), staging)
+        write_weights(tensors.items(), few_bits.numbers(model), staging, limit)
 
 
 def check_router(router: Any, mesh: Mesh | None, quantise: str | None = None) -> None:
@@ -281,10 +283,13 @@ def _bytes(size: int | str) -> int:
     return size
 
 
-def _write_configs(model: Any, config: Any, family: Family, folder: Path) -> None:
+def write_configs(model: Any, config: Any, architecture: str, settings: dict[str, Any], folder: Path) -> None:
+    """config.json, its quantization_config `settings` if there are any, and generation_config.json."""
     config = copy.deepcopy(config)
-    config.architectures = [family.classes()[1].__name__]
+    config.architectures = [architecture]
     config.dtype = next(model.parameters()).dtype
+    if settings:
+        config.quantization_config = settings
     config.save_pretrained(folder)
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)

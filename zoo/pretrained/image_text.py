@@ -22,7 +22,7 @@ from ..moe import MoE
 from ..nearest import unknown
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, moe_llava, quantised, sharded
+from . import adopt, few_bits, moe_llava, quantised, sharded
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
@@ -226,7 +226,8 @@ def save(
     """Write a vision-language model in its family's own published layout, so that plain transformers loads it.
 
     An upcycled LLaVA is written as `zoo.pretrained.moe_llava.save` does. A model in parts is put together by all its
-    processes, which call this together, and written by the first.
+    processes, which call this together, and written by the first. gpt-oss's experts in MXFP4 (`zoo.quantise`) are
+    written as they are published.
     Raises ValueError for gates that the layout cannot express, and FileExistsError for a folder that is not empty.
     """
     if row_of(model) is None and any(isinstance(module, MoE) for module in model.modules()):
@@ -246,8 +247,14 @@ def save(
         state = dict(state_dict)
     if row_of(model) is not None:
         state = dict(tensors_of_transformers(model, state))
+    settings = few_bits.settings_for(state)
     with staged(folder, overwrite) as staging:
-        type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
+        if settings:
+            files.write_configs(model, model.config, type(model).__name__, settings, staging)
+            plain = {name: tensor for name, tensor in state.items() if name not in tied}
+            files.write_weights(plain.items(), few_bits.numbers(model), staging, limit)
+        else:
+            type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
     return None
 
 

@@ -129,6 +129,8 @@ READABLE: dict[str, Family] = {
 
 TABLES = FAMILIES | READABLE
 
+CODED = {"codes": "weight", "scales": "weight_scale_inv"}  # what is what of quantised experts on disk
+
 # Dense families, and the layout in which they are written once upcycled; see `sparse_relatives`.
 RELATIVES = {"mistral": "mixtral", "llama": "mixtral", "qwen3": "qwen3_moe"}
 
@@ -203,13 +205,17 @@ def tensors_on_disk(
 
 def _block_tensors(stem: str, name: str, tensor: Tensor, family: Family) -> Iterator[tuple[str, Tensor]]:
     gate, up, down = family.projections
+    weight, (plain, _, kind) = "weight", name.rpartition("_")
+    if name.startswith("experts.") and kind in CODED:  # float8, as DeepSeek-V3 is published
+        name, weight = plain, CODED[kind]
+        tensor = tensor.view(torch.float8_e4m3fn) if kind == "codes" else tensor
     if name == "experts.gate_up_proj":
         for e, expert in enumerate(tensor):
             for projection, rows in zip((gate, up), expert.chunk(2)):
-                yield f"{stem}.experts.{e}.{projection}.weight", rows
+                yield f"{stem}.experts.{e}.{projection}.{weight}", rows
     elif name == "experts.down_proj":
         for e, expert in enumerate(tensor):
-            yield f"{stem}.experts.{e}.{down}.weight", expert
+            yield f"{stem}.experts.{e}.{down}.{weight}", expert
     elif name == "router.weight":
         yield f"{stem}.gate.weight", tensor
     elif name == "router.selection_bias":

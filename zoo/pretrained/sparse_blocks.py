@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..moe import MLP, Experts, IsolatedMoE, MoE, Router
 from ..moe.grown import joined_state
 from ..moe.routers import TopKRouter
+from . import few_bits
 from .context import decoder_of, moe_of
 from .language import check_router
 from .sparse_rows import BLOCKS, SparseBlock
@@ -194,6 +195,9 @@ def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[st
     if name.startswith("parts."):
         _, number, name = name.split(".", 2)
         inside = f"{block}.{row.parts[int(number)]}"
+    if name.startswith("experts.") and name.endswith(("_codes", "_scales")):
+        name, tensor = few_bits.of_oss(name, tensor)
+        return f"{inside}.{name}", tensor
     if name.startswith("experts."):
         return f"{inside}.{name}", _to_theirs(name.removeprefix("experts."), tensor, row)
     if name in ("router.weight", "router.bias"):

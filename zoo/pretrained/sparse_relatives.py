@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from ..moe import Experts, GrownExperts, MoE, NeuronExperts, ResidualExperts, ShortcutMoE
+from ..moe import Experts, GrownExperts, MoE, NeuronExperts, QuantisedExperts, ResidualExperts, ShortcutMoE
 from ..moe.grown import joined_state
 from ..moe.residual import folded_state
-from . import adopt
+from . import adopt, few_bits
 from .decoders import DecoderAttention, DecoderDepth
 from .language import RELATIVES, TABLES, check_router
 
@@ -27,10 +27,13 @@ def published_config(model: Any) -> Any:
     Raises TypeError for a model without such a layout, and ValueError for one that it cannot express, naming why.
     """
     config: Any = getattr(model, "config", None)
+    few_bits.check(model)
     for name, module in model.named_modules():
         other = isinstance(module, (DecoderAttention, DecoderDepth))
         part: Any = module.experts if isinstance(module, MoE) else None
-        if isinstance(part, (Experts, GrownExperts, ResidualExperts)) and not isinstance(part, NeuronExperts):
+        if isinstance(part, (Experts, GrownExperts, QuantisedExperts, ResidualExperts)) and not isinstance(
+            part, NeuronExperts
+        ):
             part = None
         if isinstance(module, ShortcutMoE):
             part = module
@@ -99,7 +102,8 @@ def check_tensors(model: Any, config: Any, label: str) -> None:
     with torch.device("meta"):
         twin = adopt.build(config)
     ours, theirs = (
-        {name: tuple(t.shape) for name, t in joined_state(m, folded_state(m)).items()} for m in (model, twin)
+        few_bits.plain_shapes({name: tuple(t.shape) for name, t in joined_state(m, folded_state(m)).items()})
+        for m in (model, twin)
     )
     if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         shown = ", ".join(f"{n} {ours.get(n, 'missing here')}/{theirs.get(n, 'missing there')}" for n in other[:3])

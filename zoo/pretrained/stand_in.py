@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..moe import QuantisedExperts
 from ..moe.grown import joined_state
 from .language import RELATIVES, TABLES, tensors_on_disk
 
@@ -70,10 +71,12 @@ def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: An
     foreign = [name for name in foreign if name not in own]
     config: Any = model.config
     family = TABLES.get(RELATIVES.get(config.model_type, config.model_type))
-    if family is not None:
+    few = [module for module in model.modules() if isinstance(module, QuantisedExperts)]
+    if family is not None and all(experts.format == "float8" for experts in few):
         for name, tensor in own.items():
             for key, part in tensors_on_disk(model, family, state={name: tensor}):
-                if key != name and key in state:
+                coded = part.dtype == torch.float8_e4m3fn  # numbers are none of its codes
+                if key != name and key in state and not (coded and state[key].dtype != part.dtype):
                     part.copy_(state.pop(key))
                     state[name] = tensor
     if left := [name for name in foreign if name in state]:

@@ -29,7 +29,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.float8_e4m3fn: "F8_E4M3"}
 FLOAT8 = ("F8_E4M3", "F8_E8M0")  # a byte each; `quantised` reads them
 MAX_HEADER = 100_000_000  # the library's own limit
 
