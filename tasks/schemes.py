@@ -81,8 +81,11 @@ class ExpertPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every layer can lose experts."""
         layers = sparse_layers("ExpertPruning", pl_module)
+        owners: dict[int, str] = {}
         for name, moe in layers.items():
-            rows_of(f"ExpertPruning: {name}", moe)
+            for tensor in rows_of(f"ExpertPruning: {name}", moe).values():
+                if (owner := owners.setdefault(id(tensor), name)) != name:
+                    raise ValueError(f"ExpertPruning: {name} and {owner} share their weights; expected each its own")
         self._step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
