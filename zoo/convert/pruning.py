@@ -89,6 +89,7 @@ def prune(
     if fewer:
         _drop_blocks(pruned, fewer)
     pruned.reshaped = True
+    pruned.decided = {"experts": kept, "drop_layers": gone, "drop_blocks": fewer}  # what does the same without data
     return pruned
 
 
