@@ -83,7 +83,7 @@ class Task(LightningModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         export: str | None = None,
-        convert: list[dict[str, Any]] | None = None,
+        convert: list[dict[str, Any] | str] | None = None,
         non_finite: Literal["stop", "skip", "ignore"] = "stop",
     ) -> None:
         super().__init__()

@@ -90,6 +90,15 @@ def test_a_sparse_model_is_converted_trained_and_taken_up_again(name, make):
     assert holds(again.model)
 
 
+def test_a_conversion_without_arguments_is_its_name_alone(dense, text, tmp_path):
+    data = [f"--data.source={text}", "--data.sequence_length=32", "--data.batch_size=4"]
+    data.append("--trainer.limit_val_batches=1")
+    said = {"pretrained": str(dense[0]), "convert": ["share_depth", {"upcycle": {"num_experts": 2, "layers": "all"}}]}
+    assert run("language", "fit", tmp_path, said, *data, "--model.export", tmp_path / "out") == 0
+    layers = zoo.from_pretrained(tmp_path / "out").model.layers
+    assert torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+
+
 def test_frozen_experts_are_not_sent_with_every_step(make):
     task = make.task(convert=[{"quantise": {"format": "int8"}}])
     task.model = task.converted(task.build())
