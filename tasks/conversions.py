@@ -32,6 +32,7 @@ CONVERSIONS = (
 )
 CALIBRATE = "calibrate"
 BATCHES = 8
+DECIDED = "decided_by_conversions"  # in checkpoints
 
 
 def parse(said: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -63,12 +64,15 @@ def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, An
 
     A conversion that looks at data gets the task's loss (`batch_loss`) on as many of its training batches as the
     argument `calibrate` says, 8 if it does not. Without memory (meta device) none looks at data; with several processes
-    the first one's data decide.
+    the first one's data decide. What data decided of a model's shape is kept in `task.decided`, by the number of the
+    conversion, and is not decided again where it is there, as it is after a checkpoint was read.
     """
-    looked = False
-    for name, given in conversions:
+    looked, decided = False, dict(getattr(task, "decided", {}))
+    for number, (name, given) in enumerate(conversions):
         function, arguments = getattr(zoo, name), dict(given)
-        if CALIBRATE in inspect.signature(function).parameters:
+        if name == "prune" and number in decided:
+            arguments = decided[number]
+        elif CALIBRATE in inspect.signature(function).parameters:
             batches = arguments.pop(CALIBRATE, BATCHES)
             arguments[CALIBRATE] = functools.partial(_losses, task, batches)
             looked = True
@@ -76,7 +80,14 @@ def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, An
                 model = model.to(task._trainer.strategy.root_device)
         if "share" in inspect.signature(function).parameters:
             arguments.setdefault("share", True)  # the model before is nobody else's
-        model = function(model, **arguments)
+        before, model = model, function(model, **arguments)
+        if name == "prune" and not any(p.is_meta for p in model.parameters()):
+            found: Any = model.decided
+            decided[number] = _first(found)
+            if decided[number] != found:
+                model = function(before, **decided[number])
+            task.decided = decided
+        del before
     if looked:
         _agree(model)
     return model
@@ -96,6 +107,15 @@ def _losses(task: Any, batches: int, model: nn.Module) -> Iterator[Tensor]:
     finally:
         model.train(training)
         task.model = before
+
+
+def _first(decided: dict[str, Any]) -> dict[str, Any]:
+    """What the first process decided."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return decided
+    told = [decided]
+    dist.broadcast_object_list(told, 0)
+    return told[0]
 
 
 @torch.no_grad()

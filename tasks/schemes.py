@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import zoo
 from zoo.convert.numbers_said import say_numbers
 from zoo.convert.usage import usage_of
-from zoo.moe import MoE
+from zoo.moe import Experts, MoE
 from zoo.moe.kept import keep_experts, rows_of
 from zoo.parallel.parts import is_spread
 
@@ -81,8 +81,11 @@ class ExpertPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that every layer can lose experts."""
         layers = sparse_layers("ExpertPruning", pl_module)
+        owners: dict[int, str] = {}
         for name, moe in layers.items():
-            rows_of(f"ExpertPruning: {name}", moe)
+            for tensor in rows_of(f"ExpertPruning: {name}", moe).values():
+                if (owner := owners.setdefault(id(tensor), name)) != name:
+                    raise ValueError(f"ExpertPruning: {name} and {owner} share their weights; expected each its own")
         self._step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -164,7 +167,8 @@ class ExpertAveraging(Callback):
     which is the same with r E / (E - 1). An optimizer's state stays each expert's own. Checkpoints made while training
     hold the experts before they are merged.
 
-    Raises ValueError for a rate outside [0, 1], and on starting for a model without experts, or spread over processes.
+    Raises ValueError for a rate outside [0, 1], and on starting for a model without experts, with others than stacked
+    MLPs, or spread over processes.
     """
 
     def __init__(self, rate: float, warmup_steps: int = 0, merge: bool = True) -> None:
@@ -177,7 +181,10 @@ class ExpertAveraging(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the model has experts, all of them here."""
-        sparse_layers("ExpertAveraging", pl_module)
+        for name, moe in sparse_layers("ExpertAveraging", pl_module).items():
+            if type(moe.experts) is not Experts:
+                kind = type(moe.experts).__name__
+                raise ValueError(f"ExpertAveraging: {name} has {kind}; expected Experts, stacked MLPs")
         self._step = trainer.global_step
 
     def on_train_batch_end(

@@ -83,11 +83,12 @@ class Task(LightningModule):
         activation_checkpointing: bool = False,
         compile: bool = False,
         export: str | None = None,
-        convert: list[dict[str, Any]] | None = None,
+        convert: list[dict[str, Any] | str] | None = None,
         non_finite: Literal["stop", "skip", "ignore"] = "stop",
     ) -> None:
         super().__init__()
         self._conversions = conversions.parse(convert or [])
+        self.decided: dict[int, dict[str, Any]] = {}
         if convert and isinstance(network, nn.Module):
             raise ValueError("convert is for a model that the task makes; convert a module before it is given")
         self.save_hyperparameters(ignore=["network"] if isinstance(network, nn.Module) else [])
@@ -157,10 +158,24 @@ class Task(LightningModule):
         """Raise ValueError when a model does not fit the data."""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the data object first: with other classes or another tokenizer the weights' shapes fail less clearly."""
+        """Let the data object first: with other classes or another tokenizer the weights' shapes fail less clearly.
+
+        A model whose shape data decided is made anew as they did in the run that the checkpoint is of.
+        """
         data = getattr(self._trainer, "datamodule", None)
         if (name := type(data).__qualname__) in checkpoint and data is not None:
             data.load_state_dict(checkpoint[name])
+        decided = checkpoint.get(conversions.DECIDED, {})
+        if decided and decided != self.decided and self._trainer is not None:
+            # Other data, or other weights to start from, decided otherwise here.
+            self.decided, self.model, self._compiled = decided, None, False
+            with self._trainer.init_module():
+                self.configure_model()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note what data decided of the model's shape."""
+        if self.decided:
+            checkpoint[conversions.DECIDED] = self.decided
 
     def prepare_model(self, recompute: Callable[[], Any]) -> None:
         """Make a built model ready for training: `recompute` turns on activation checkpointing, where asked for."""

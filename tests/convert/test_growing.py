@@ -280,3 +280,14 @@ def test_output_regularization_is_the_divergence_from_the_old_model():
     output_regularization(new, old.requires_grad_()).backward()
     assert torch.allclose(new.grad, (q - p) / 12, rtol=1e-8, atol=1e-12)
     assert old.grad is None
+
+
+def test_copies_in_pieces_grow_by_whole_copies_or_are_not_written(tmp_path):
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_heads=3, num_classes=7)
+    model, images = zoo.upcycle(vit.eval(), layers="all", num_experts=4, granularity=2), torch.randn(2, 3, 32, 32)
+    grown = stir(zoo.grow(model, num_new=2))
+    zoo.save_pretrained(grown, tmp_path / "saved")
+    assert error(output(zoo.from_pretrained(tmp_path / "saved"), images), output(grown, images)) < 1e-6
+    with pytest.raises(ValueError, match="has other tensors"):
+        zoo.save_pretrained(zoo.grow(model, num_new=1), tmp_path / "odd")
+    assert not (tmp_path / "odd").exists()

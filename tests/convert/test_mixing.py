@@ -272,3 +272,9 @@ def test_the_mean_of_equal_tensors_is_exactly_them():
     for _ in range(2):
         mean.add({"w": value}, 1 / 3)
     assert torch.equal(mean.target["w"], value)
+
+
+def test_what_is_no_model_is_refused_by_its_type():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="average: expected models, folders or hub ids, got a OrderedDict"):
+        zoo.average([model, model.state_dict()])

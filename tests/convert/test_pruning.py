@@ -310,3 +310,23 @@ def test_what_cannot_be_pruned_is_refused_by_name():
         other = zoo.create_model("language/mixtral_tiny", num_hidden_layers=1, router=router)
         with pytest.raises(ValueError, match=message):
             zoo.prune(other, experts=[[0, 1]])
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* keeps 1 of . experts")
+def test_transformers_own_balance_loss_knows_how_many_experts_are_left():
+    model = zoo.create_model("language/mixtral_tiny", vocab_size=64, num_hidden_layers=2).eval()
+    number, ids = model.config.num_local_experts, torch.randint(64, (2, 9))
+    for keep in (number - 1, 1):
+        pruned = zoo.prune(model, experts=[range(keep)] * 2)
+        with torch.no_grad():
+            out = pruned(ids, output_router_logits=True)
+        probs = torch.cat([logits.double() for logits in out.router_logits]).softmax(-1)
+        k = min(pruned.config.num_experts_per_tok, keep)
+        chosen = torch.zeros_like(probs).scatter(1, probs.topk(k).indices, 1.0)
+        expected = keep * (chosen.mean(0) * probs.mean(0)).sum()
+        assert float(out.aux_loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_scores_that_are_no_numbers_are_refused():
+    with pytest.raises(ValueError, match=r"scores of blocks\.0 must be numbers"):
+        zoo.prune(layer(), keep=2, scores=[[1, 2, float("nan"), 4, 5, 6]])

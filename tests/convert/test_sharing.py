@@ -146,3 +146,63 @@ def test_what_cannot_share_is_refused():
         zoo.share_depth(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"no two blocks with the same weights under 'blocks\.0'"):
         zoo.share_depth(vit(), within="blocks.0")
+
+
+CONVERSIONS = {
+    "upcycle": lambda model, run: stir(zoo.upcycle(model, layers="all", num_experts=3)),
+    "split": lambda model, run: zoo.split(model, num_experts=4, method="random"),
+    "mix": lambda model, run: zoo.mix([model, stir(copy.deepcopy(model))]),
+    "to_dense": lambda model, run: zoo.to_dense(
+        stir(zoo.share_depth(zoo.upcycle(model, layers="all", num_experts=3))), weights="usage", calibrate=run
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+@pytest.mark.filterwarnings("ignore:save_pretrained. blocks shared their weights until")
+def test_what_a_conversion_gave_each_block_is_not_lost_in_a_folder(name, tmp_path):
+    images = torch.randn(2, 3, 32, 32)
+    made = CONVERSIONS[name](zoo.share_depth(vit()), lambda m: [m(images).sum()])
+    zoo.save_pretrained(made, tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.allclose(zoo.from_pretrained(tmp_path / "saved")(images), made(images), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_that_share_experts_are_pruned_and_grown_together():
+    images = torch.randn(4, 3, 32, 32)
+    model = widenet()
+    moes = [module for module in model.modules() if isinstance(module, MoE)]
+    weight, total = moes[0].router.weight.detach().double(), torch.zeros(4, dtype=torch.float64)
+
+    def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        total.add_((args[0].flatten(0, -2).double() @ weight.T).softmax(-1).sum(0))
+
+    handles = [moe.register_forward_pre_hook(add) for moe in moes]
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    best = total.topk(2).indices.sort().values
+    pruned = zoo.prune(model, keep=2, calibrate=lambda m: [m(images).sum()])
+    found = [module for module in pruned.modules() if isinstance(module, MoE)]
+    assert all(torch.equal(moe.experts.down_proj, moes[0].experts.down_proj[best]) for moe in found)
+    assert len({id(moe.experts.down_proj) for moe in found}) == 1
+    with pytest.raises(ValueError, match=r"must keep the same experts, got \[1, 2\] and \[0, 1\]"):
+        zoo.prune(model, experts=[[0, 1], [1, 2], [0, 1]])
+    for freeze in (True, False):
+        grown = zoo.grow(model, num_new=2, init="random", freeze_old=freeze)
+        more = [module for module in grown.modules() if isinstance(module, MoE)]
+        assert all({*moe.parameters()} == {*more[0].parameters()} for moe in more)
+
+
+def test_any_family_is_saved_with_shared_weights(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 3, "vocab_size": 64}
+    config = transformers.MiniMaxM2Config(**sizes, num_attention_heads=4, num_key_value_heads=4, num_local_experts=4,
+                                          num_experts_per_tok=2, head_dim=8, rotary_dim=8)  # fmt: skip
+    transformers.MiniMaxM2ForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    model = zoo.share_depth(stir(zoo.from_pretrained(tmp_path / "theirs")))
+    zoo.save_pretrained(model, tmp_path / "shared")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shared").eval()
+    ids = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)

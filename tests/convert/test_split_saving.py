@@ -108,3 +108,27 @@ def test_a_split_llavas_narrow_experts_have_no_place_in_moe_llavas_layout(tmp_pa
     width = config.text_config.intermediate_size
     with pytest.raises(ValueError, match=f"experts as wide as the dense MLPs, {width}; found {width // 4}"):
         zoo.save_pretrained(sparse, tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"router": "TopKRouter"}, {"method": "importance", "shared": 8, "expert_dim": 40}, {"layers": [0, 2]}],
+)
+def test_a_split_timm_model_that_lost_or_gained_experts_is_read_again(options, tmp_path):
+    dense, x = shaken(vit(depth=3)), torch.randn(2, 3, 32, 32)
+    calibrate = lambda model: (model(x).square().mean() for _ in range(2))  # noqa: E731
+    sparse = zoo.split(dense, **{"num_experts": 4, "k": 2, "calibrate": calibrate, **options})
+    layers = len(experts_of(sparse))
+    made = {
+        "fewer": zoo.prune(sparse, keep=3, by="weight", calibrate=calibrate),
+        "uneven": zoo.prune(sparse, experts=[[0, 2], [1, 2, 3], [0, 1, 3]][:layers]),
+        "block": zoo.prune(sparse, drop_blocks=[0]),
+        "more": shaken(zoo.grow(sparse, num_new=2)),
+        "twice": shaken(zoo.grow(zoo.prune(sparse, experts=[[0, 3]] * layers), num_new=1)),
+    }
+    for name, model in made.items():
+        zoo.save_pretrained(model, tmp_path / name)
+        again = zoo.from_pretrained(tmp_path / name)
+        numbers = [[moe.router.num_experts for moe in experts_of(m)] for m in (again, model)]
+        assert numbers[0] == numbers[1], name
+        assert error(output(again, x), output(model, x)) < 1e-6, name

@@ -383,3 +383,22 @@ def test_an_upcycled_llava_is_a_llava_again(tmp_path):
     theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     state = theirs.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in dense.state_dict().items())
+
+
+def test_qwen3s_heads_are_as_wide_as_those_of_a_sparse_one_that_does_not_say(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
+    theirs = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(vocab_size=64, **sizes, **heads)).eval()
+    theirs.save_pretrained(tmp_path / "sparse")
+    dense, ids = zoo.to_dense(zoo.from_pretrained(tmp_path / "sparse")), torch.randint(64, (2, 9))
+    assert type(dense) is transformers.Qwen3ForCausalLM
+    zoo.save_pretrained(dense, tmp_path / "dense")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
+    assert error(output(again, ids), output(dense, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(odd):
+    model = zoo.create_model("vision/vmoe_tiny_test", num_experts=3, capacity=4.0)
+    with pytest.raises(ValueError, match="weights of experts must not be negative"):
+        zoo.to_dense(model, weights=[odd, 1.0, 1.0])

@@ -175,3 +175,38 @@ def test_what_cannot_be_dropped_is_refused():
     swin = zoo.create_model("vision/swin_moe_tiny_test")
     with pytest.raises(ValueError, match="is not one list of equal blocks"):
         zoo.prune(swin, drop_blocks=[0])
+
+
+def test_blocks_with_parallel_mlps_are_counted_by_their_mlps(tmp_path):
+    sizes = {"img_size": 32, "depth": 3, "embed_dim": 48, "num_heads": 4, "num_classes": 5}
+    dense, x = timm.create_model("vit_small_patch16_18x2_224", **sizes).eval(), torch.randn(2, 3, 32, 32)
+    pruned = zoo.prune(zoo.upcycle(dense, layers=[1, 2, 5], num_experts=3, noise=0.5), drop_blocks=[1])
+    zoo.save_pretrained(pruned, tmp_path / "saved")
+    assert error(output(zoo.from_pretrained(tmp_path / "saved"), x), output(pruned, x)) < 1e-6
+
+
+def test_a_model_without_some_layers_is_pruned_again():
+    dense = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=3, num_heads=3, num_classes=5)
+    model, x = zoo.upcycle(dense.eval(), layers="all", num_experts=[2, 3, 4]), torch.randn(2, 3, 32, 32)
+    pruned = zoo.prune(zoo.prune(model, drop_layers=[0]), experts=[[0, 1], [0, 1]])
+    assert [m.router.num_experts for m in pruned.modules() if isinstance(m, MoE)] == [2, 2]
+    assert torch.isfinite(output(pruned, x)).all()
+
+
+def test_blocks_of_other_widths_and_layers_in_fixed_turn_stay():
+    hiera = timm.create_model("hiera_tiny_224", img_size=(64, 64), embed_dim=16, stages=(1, 1, 1, 1))
+    with pytest.raises(ValueError, match="Hiera is not one list of equal blocks"):
+        zoo.prune(zoo.upcycle(hiera, layers="all", num_experts=2), drop_blocks=[1])
+
+
+def test_kinds_of_layers_that_a_configuration_derives_are_left_to_it(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 4, "vocab_size": 64, "mamba_d_state": 4}
+    config = transformers.JambaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, attn_layer_period=8,
+                                      num_experts=4, use_mamba_kernels=False)  # fmt: skip
+    transformers.JambaForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    pruned = zoo.prune(zoo.from_pretrained(tmp_path / "theirs"), drop_blocks=[0, 1])
+    zoo.save_pretrained(pruned, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.randint(3, 64, (2, 9))
+    with torch.no_grad():
+        assert error(theirs(ids, use_cache=False).logits, pruned(ids, use_cache=False).logits) < 2e-5

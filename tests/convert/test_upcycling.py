@@ -444,3 +444,15 @@ def test_what_no_layout_expresses_is_refused_and_not_written(name, sizes, layers
         with pytest.raises(error, match=message):
             save(sparse, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("name", ["vit_relpos_small_patch16_224", "swinv2_cr_tiny_224"])
+def test_networks_of_positions_inside_attention_are_no_mlps_of_blocks(name):
+    sizes = {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 32}
+    small = {"depths": (1, 1), "embed_dim": 24, "num_heads": (2, 4), "img_size": 64}
+    model = timm.create_model(name, num_classes=5, **(small if "swin" in name else sizes)).eval()
+    x = torch.randn(2, 3, *([64] * 2 if "swin" in name else [32] * 2))
+    sparse = zoo.upcycle(model, layers="all", num_experts=3)
+    assert sum(isinstance(module, MoE) for module in sparse.modules()) == 2
+    with torch.no_grad():
+        assert torch.allclose(sparse(x), model(x), rtol=1e-4, atol=1e-6)

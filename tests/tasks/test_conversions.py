@@ -90,6 +90,15 @@ def test_a_sparse_model_is_converted_trained_and_taken_up_again(name, make):
     assert holds(again.model)
 
 
+def test_a_conversion_without_arguments_is_its_name_alone(dense, text, tmp_path):
+    data = [f"--data.source={text}", "--data.sequence_length=32", "--data.batch_size=4"]
+    data.append("--trainer.limit_val_batches=1")
+    said = {"pretrained": str(dense[0]), "convert": ["share_depth", {"upcycle": {"num_experts": 2, "layers": "all"}}]}
+    assert run("language", "fit", tmp_path, said, *data, "--model.export", tmp_path / "out") == 0
+    layers = zoo.from_pretrained(tmp_path / "out").model.layers
+    assert torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+
+
 def test_frozen_experts_are_not_sent_with_every_step(make):
     task = make.task(convert=[{"quantise": {"format": "int8"}}])
     task.model = task.converted(task.build())
@@ -166,3 +175,30 @@ def test_models_that_cannot_be_converted_are_refused():
         RecommendationTask(convert=[{"upcycle": {}}])
     with pytest.raises(ValueError, match="convert a module before"):
         VisionTask(torch.nn.Linear(1, 1), convert=[{"upcycle": {}}])
+
+
+@pytest.mark.parametrize("prune", [{"drop_layers": 1}, {"keep": 2, "scope": "model"}, {"drop_blocks": 1}])
+def test_what_data_decided_is_not_decided_again_for_a_checkpoint(prune, make, monkeypatch):
+    convert, chosen = [{"prune": {**prune, "calibrate": 1}}], []
+    # Other data would decide otherwise: it says in turn that one or the other layer does least.
+    measured = {"layer_similarity": "model.layers.{}.mlp", "block_similarity": "model.layers.{}"}
+    for name, layer in measured.items():
+        similar = lambda *args, layer=layer: {layer.format(i): float(i == len(chosen) % 2) for i in range(2)}  # noqa: E731
+        monkeypatch.setattr(f"zoo.convert.pruning.{name}", similar)
+    task, data, trainer = make.task(convert=convert), make.data(batch_size=2), make.trainer(max_steps=1)
+    trainer.fit(task, data)
+    path = trainer.default_root_dir + "/kept.ckpt"
+    trainer.save_checkpoint(path)
+    chosen.append(1)
+    torch.manual_seed(1)  # and other weights, which other experts suit
+    again = make.task(convert=convert)
+    make.trainer(max_steps=2).fit(again, make.data(batch_size=2), ckpt_path=path)
+    assert again.global_step == 2
+    shapes = [{name: tensor.shape for name, tensor in one.model.state_dict().items()} for one in (again, task)]
+    assert shapes[0] == shapes[1]
+    for one in (make.task(convert=convert), make.task(convert=convert)):
+        make.trainer().validate(one, make.data(batch_size=2), ckpt_path=path)
+        state = torch.load(path, weights_only=False)["state_dict"]
+        assert all(torch.equal(value, state[f"model.{name}"]) for name, value in one.model.state_dict().items())
+    rebuilt = task.rebuilt(task.model.state_dict())
+    assert all(torch.equal(value, rebuilt.state_dict()[name]) for name, value in task.model.state_dict().items())

@@ -168,6 +168,22 @@ def test_mistakes_are_named(make):
         task = make.task(**({} if router is None else {"router": {"name": router}}))
         with pytest.raises(ValueError, match=message):
             make.trainer(max_steps=1, callbacks=callbacks).fit(task, make.data())
+    task = make.task(convert=[{"share_depth": {}}])
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp and .*layers\.0\.mlp share their weights"):
+        make.trainer(max_steps=1, callbacks=[ExpertPruning(1, 2)]).fit(task, make.data())
     task = make.task(overrides={"dense": True})
     with pytest.raises(ValueError, match="ExpertAveraging: the model has no mixture of experts"):
         make.trainer(max_steps=1, callbacks=[ExpertAveraging(0.1)]).fit(task, make.data())
+
+
+@pytest.mark.parametrize(
+    ("convert", "kind"),
+    [
+        ([{"to_dense": {}}, {"upcycle": {"num_experts": 3, "residual": True, "layers": "all"}}], "ResidualExperts"),
+        ([{"grow": {"num_new": 1}}], "GrownExperts"),
+    ],
+)
+def test_experts_that_are_more_than_one_stack_are_not_averaged_as_one(convert, kind, make):
+    task = make.task(convert=convert)
+    with pytest.raises(ValueError, match=f"ExpertAveraging: .*layers.0.mlp has {kind}; expected Experts"):
+        make.trainer(max_steps=1, callbacks=[ExpertAveraging(0.5)]).fit(task, make.data())

@@ -71,6 +71,9 @@ def listed(what: str, models: Source | Iterable[Source], others: Iterable[Source
     """All models in order; raises ValueError for fewer than `least`."""
     one = isinstance(models, (nn.Module, str, os.PathLike)) and not isinstance(models, nn.ModuleList)
     found: list[Source] = [*([models] if one else models), *others]  # type: ignore[misc]
+    for source in found:
+        if not isinstance(source, (nn.Module, str, os.PathLike)):
+            raise TypeError(f"{what}: expected models, folders or hub ids, got a {type(source).__name__}")
     if len(found) < least:
         raise ValueError(f"{what}: expected at least {least} models, got {len(found)}")
     return found

@@ -153,12 +153,15 @@ def expert_parameter(experts: Experts | ResidualExperts, name: str) -> nn.Parame
 def blocks_with_mlps(model: nn.Module, within: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Dense MLPs and `MoE`s of the model's repeated blocks, in order, under the submodule called `within`.
 
-    Repeated blocks are those with a number in their name: the MLP of a pooling head is none of them.
+    Repeated blocks are those with a number in their name: the MLP of a pooling head is none of them. Nor is one inside
+    attention, which learns biases of relative positions.
     """
     skipped: tuple[str, ...] = ()
     for name, module in model.named_modules():
         inside = not within or name == within or name.startswith(f"{within}.")
         if not inside or (skipped and name.startswith(skipped)) or not re.search(r"(^|\.)\d+(\.|$)", name):
+            continue
+        if ".attn." in name:
             continue
         if isinstance(module, MoE) or hasattr(module, "experts") or _layout(module):
             skipped += (f"{name}.",)

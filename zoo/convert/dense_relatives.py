@@ -81,6 +81,8 @@ def _candidates(model: Any, widths: set[int]) -> Iterator[tuple[Any, Any]]:
         known = kind().to_dict().keys() | {"head_dim"}
         fields = {name: v for name, v in config.to_dict().items() if name in known and name not in OWN}
         fields |= {"intermediate_size": width}
+        if not fields.get("head_dim"):  # Qwen3 would take 128
+            fields["head_dim"] = config.hidden_size // config.num_attention_heads
         if not getattr(config, "use_sliding_window", False):  # Qwen's families lay windows out each in its own way
             dense = getattr(transformers, f"{DENSE[config.model_type]}ForCausalLM")
             yield dense, kind(**copy.deepcopy(fields))

@@ -7,6 +7,7 @@ w_out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,7 +181,7 @@ def _factors(weights: Sequence[float] | None, number: int) -> list[float]:
 def _shares(weights: Sequence[float] | None, number: int) -> list[float]:
     factors = _factors(weights, number)
     total = sum(factors)
-    if min(factors) < 0 or total <= 0:
+    if not min(factors) >= 0 or not 0 < total < math.inf:
         raise ValueError(f"to_dense: weights of experts must not be negative, nor all zero; got {factors}")
     return [factor / total for factor in factors]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from ..moe.routers import PrototypeRouter, TopKRouter
 from ..moe.routers.linear import LinearRouter
 from ..pretrained.context import decoder_of
 from ..pretrained.sparse_blocks import row_of
+from .numbers_said import say_timm
 
 # What a gate may hold a row an expert of.
 PER_EXPERT = ("weight", "bias", "noise_weight", "selection_bias")
@@ -72,7 +74,8 @@ def grow(
     for of_config, field in fields:
         holder = decoder_of(grown).config if of_config else grown
         setattr(holder, field, getattr(holder, field) + num_new)
-    _tell(grown, num_new)
+    _share(layers, grown)
+    _tell(grown)
     return grown
 
 
@@ -198,14 +201,27 @@ def _fields(model: Any, numbers: set[int]) -> list[tuple[bool, str]]:
     return [*((True, name) for name in known), *own]
 
 
-def _tell(model: Any, num_new: int) -> None:
+def _tell(model: Any) -> None:
     """Let a model of timm or of ours say the new number of experts where it is written down how it was made."""
-    upcycled, made = getattr(model, "upcycled", []), getattr(model, "made_with", None)
-    for how in upcycled:
-        number = how["num_experts"]
-        how["num_experts"] = number + num_new if isinstance(number, int) else [n + num_new for n in number]
-    number = next(module.experts.num_experts for module in model.modules() if isinstance(module, MoE))
-    if hasattr(model, "pretrained_cfg") and not upcycled:
-        model._model_args = {**(getattr(model, "_model_args", None) or {}), "num_experts": number}
+    numbers = {module.experts.num_experts for module in model.modules() if isinstance(module, MoE)}
+    if hasattr(model, "pretrained_cfg"):
+        say_timm(model, numbers, set())
+        model.reshaped = True
+    made = getattr(model, "made_with", None)
     if made is not None and not hasattr(model, "config"):  # a LIMoE
-        made["overrides"]["num_experts"] = number
+        made["overrides"]["num_experts"] = next(iter(numbers))
+
+
+def _share(layers: Mapping[str, MoE], grown: nn.Module) -> None:
+    """Let grown layers share their gate and experts where the layers before they grew did (`zoo.share_depth`)."""
+    for part in ("router", "experts"):
+        first: dict[int, str] = {}
+        for name, moe in layers.items():
+            if (own := next(getattr(moe, part).parameters(), None)) is None:
+                continue
+            if (owner := first.setdefault(id(own), name)) == name:
+                continue
+            theirs = grown.get_submodule(f"{owner}.{part}")
+            for path, module in grown.get_submodule(f"{name}.{part}").named_modules():
+                for parameter, _ in list(module.named_parameters(recurse=False)):
+                    setattr(module, parameter, getattr(theirs.get_submodule(path), parameter))

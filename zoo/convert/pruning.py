@@ -42,6 +42,7 @@ def prune(
     (the authors' for Mixtral and Qwen), "weight", its combine weights (theirs for DeepSeek), or "counts", how many
     tokens met it; or given, a list [E] a layer or by the `MoE`'s name. With scope="model" scores are compared over all
     layers, which then keep `keep` on average and one at least. Or experts lists what each layer keeps.
+    Layers that share their experts (`zoo.share_depth`) keep the same ones, by the sum of their scores.
     Gate and selection bias lose the rows of what is dropped: the copy routes as the original does with the logits of
     these at minus infinity, its softmax over what is left. k goes down to what is left, with a warning. Of a gate that
     chooses among groups as many experts are kept in each.
@@ -88,6 +89,7 @@ def prune(
     if fewer:
         _drop_blocks(pruned, fewer)
     pruned.reshaped = True
+    pruned.decided = {"experts": kept, "drop_layers": gone, "drop_blocks": fewer}  # what does the same without data
     return pruned
 
 
@@ -98,8 +100,15 @@ _drop_blocks = drop_blocks  # an argument of `prune` has the same name
 def _with_experts(model: nn.Module, kept: Mapping[str, list[int]]) -> Any:
     """A copy of a model with these experts of some of its layers; the others are not copied."""
     memo: dict[int, Any] = {}
+    users: dict[int, tuple[str, list[int]]] = {}
     for name, numbers in kept.items():
         for tensor in rows_of(name, model.get_submodule(name)).values():  # type: ignore[arg-type]
+            other, theirs = users.setdefault(id(tensor), (name, numbers))
+            if theirs != numbers:
+                raise ValueError(
+                    f"prune: {name} and {other} share their weights and must keep the same experts, got {numbers} and "
+                    f"{theirs}"
+                )
             rows = tensor.detach()[torch.tensor(numbers, device=tensor.device)]
             memo[id(tensor)] = nn.Parameter(rows, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else rows
     pruned = copy.deepcopy(model, memo)
@@ -179,13 +188,26 @@ def _scores(
                 kind = type(chosen[name].router).__name__
                 raise ValueError(f"prune: {kind} of {name} has no probabilities; give by='weight' or by='counts'")
             found[name] = score.cpu()
+        _pool(chosen, found)
     for name, moe in chosen.items():
         if found[name].shape != (moe.router.num_experts,):
             shape = list(found[name].shape)
             raise ValueError(
                 f"prune: scores of {name}: expected [{moe.router.num_experts}], one an expert, got {shape}"
             )
+        if found[name].isnan().any():
+            raise ValueError(f"prune: scores of {name} must be numbers, got {found[name].tolist()}")
     return found
+
+
+def _pool(chosen: Mapping[str, MoE], scores: dict[str, Tensor]) -> None:
+    """Let layers that share their experts (`zoo.share_depth`) have the sum of their scores."""
+    groups: dict[int, list[str]] = {}
+    for name, moe in chosen.items():
+        groups.setdefault(id(next(moe.experts.parameters())), []).append(name)
+    for names in groups.values():
+        total = torch.stack([scores[name] for name in names]).sum(0)
+        scores.update(dict.fromkeys(names, total))
 
 
 def _by_name(what: str, given: PerLayer, chosen: Mapping[str, MoE]) -> dict[str, Sequence[Any]]:

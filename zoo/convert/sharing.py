@@ -22,8 +22,9 @@ def share_depth(model: nn.Module, *, within: str = "") -> nn.Module:
     first block whose own has the same name and shape; modules, buffers and biases of the choice are not.
 
     Works on timm's and transformers' blocks, each stage's by themselves, those of a submodule where `within` names one.
-    `zoo.save_pretrained`
-    writes shared weights once for each block; timm models read back share them again, others do not.
+    `zoo.save_pretrained` writes shared weights once for each block; timm models read back share them again, others do
+    not. Convert first and share then: what `upcycle`, `split`, `mix` and `to_dense` put into a shared model is each
+    block's own.
     `zoo.parallel.parallelize` refuses such a model, DDP takes it. Raises ValueError where no two blocks are alike.
     """
     return tie_depth(copy.deepcopy(getattr(model, "_orig_mod", model)), within)
@@ -46,6 +47,17 @@ def tie_depth(model: Any, within: str = "") -> Any:
     if hasattr(model, "pretrained_cfg") and not within:
         model.changed = {**getattr(model, "changed", {}), "share_depth": True}
     return model
+
+
+def shares_depth(model: Any) -> bool:
+    """Whether blocks share all weights that `tie_depth` would have them share."""
+    for stack in _stacks(model):
+        first: dict[Any, nn.Parameter] = {}
+        for block in stack:
+            for path, _, name, parameter in _weights(block):
+                if first.setdefault((path, name, parameter.shape), parameter) is not parameter:
+                    return False
+    return True
 
 
 def _stacks(model: nn.Module) -> Iterator[list[nn.Module]]:

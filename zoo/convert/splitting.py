@@ -127,12 +127,12 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
         raise ValueError(f"split: num_experts={num_experts} and tokens={how['tokens']} must be at least 1")
     if method not in get_args(Method):
         raise ValueError(f"split: method must be one of {', '.join(get_args(Method))}, got {method!r}")
-    if method != "importance" and (shared or how["expert_dim"] is not None):
+    if decide and method != "importance" and (shared or how["expert_dim"] is not None):
         raise ValueError(f'split: shared and expert_dim are for method="importance", got {method!r}')
     k = max(1, num_experts // 4) if how["k"] is None else how["k"]
     within = how["within"] or _language_model(model)
     mlps, indices = _chosen(model, how["layers"], within)
-    sizes = {mlp: _sizes(mlp, num_experts, shared, how["expert_dim"]) for mlp in mlps}
+    sizes = {mlp: _sizes(mlp, num_experts, shared, how["expert_dim"], decide) for mlp in mlps}
     given: dict[str, Any] = {} if how["losses"] is None else {"losses": how["losses"]}
     if how["capacity"] is not None:
         given["capacity"] = _capacity(how["capacity"])
@@ -179,8 +179,10 @@ def _chosen(model: nn.Module, layers: Any, within: str) -> tuple[list[DenseMLP],
     return mlps, indices
 
 
-def _sizes(mlp: DenseMLP, num_experts: int, shared: int, expert_dim: int | None) -> int:
+def _sizes(mlp: DenseMLP, num_experts: int, shared: int, expert_dim: int | None, decide: bool) -> int:
     """Hidden units an expert."""
+    if expert_dim is not None and not decide:
+        return expert_dim  # of experts that were pruned or grown since
     hidden = mlp.sizes[1]
     if not 0 <= shared < hidden:
         raise ValueError(

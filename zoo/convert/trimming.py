@@ -13,6 +13,7 @@ from ..pretrained.context import decoder_of
 from ..pretrained.sparse_blocks import _in_pair
 from .dense_mlps import blocks_with_mlps
 from .dense_relatives import dense_layers, say_dense
+from .timm_layers import NOTES
 from .usage import Calibrate, evaluating
 
 LISTS = ("layers", "h", "blocks")
@@ -102,13 +103,19 @@ def blocks_of(model: Any) -> tuple[str, Any]:
     inside = decoder_of(model) if hasattr(model, "get_decoder") else model  # Swin's `layers` are stages
     lists = [getattr(inside, name, None) for name in (LISTS if inside is not model else LISTS[2:])]
     found = [blocks for blocks in lists if isinstance(blocks, (nn.ModuleList, nn.Sequential))]
-    uneven = [block for block in found[0] if type(block) is not type(found[0][0])] if found else []
-    if not found or uneven or not (hasattr(model, "config") or hasattr(model, "pretrained_cfg")):
+    kinds = {(type(block), _width(block)) for block in found[0]} if found else set()
+    if not found or len(kinds) > 1 or not (hasattr(model, "config") or hasattr(model, "pretrained_cfg")):
         raise ValueError(
             f"prune: {type(model).__name__} is not one list of equal blocks under {', '.join(LISTS)}, of which some "
             "could be dropped"
         )
     return next(name for name, module in model.named_modules() if module is found[0]), found[0]
+
+
+def _width(block: nn.Module) -> tuple[int, ...] | None:
+    """The shape of what a block's first norm multiplies by: that of the tokens that the block reads."""
+    norms = (module for module in block.modules() if "Norm" in type(module).__name__)
+    return next((tuple(p.shape) for norm in norms for p in norm.parameters()), None)
 
 
 def drop_moe(model: nn.Module, name: str) -> None:
@@ -145,10 +152,16 @@ def _places(model: Any, place: str) -> list[tuple[int, tuple[str, nn.Module]]]:
 def _say_blocks(model: Any, depth: int, left: list[int]) -> None:
     config = decoder_of(model).config
     dense = dense_layers(model) if hasattr(decoder_of(model), "layers") else []
+    kept = {}
     for name in BY_LAYER:
         if isinstance(value := getattr(config, name, None), list) and len(value) == depth:
-            setattr(config, name, [value[i] for i in left])
+            kept[name] = [value[i] for i in left]
     config.num_hidden_layers = len(left)
+    for name, value in kept.items():
+        if not isinstance(getattr(type(config), name, None), property):
+            setattr(config, name, value)
+        elif getattr(config, name) != value:  # Jamba's, say, follow from other fields
+            raise ValueError(f"prune: {config.model_type} has layers of several kinds in turn, of which none can go")
     if hasattr(config, "mlp_only_layers") or getattr(config, "first_k_dense_replace", None) is not None:
         say_dense(config, dense)
     for number, block in enumerate(blocks_of(model)[1]):
@@ -160,16 +173,14 @@ def _say_blocks(model: Any, depth: int, left: list[int]) -> None:
 def _say_timm_blocks(model: Any, left: list[int], order: list[int]) -> None:
     arguments = dict(getattr(model, "_model_args", None) or {})
     arguments["depth"] = len(left)
-    # Places are counted over the blocks with an MLP, of which each block of these models has one.
-    after = {place: left.index(block) for place, block in enumerate(order) if block in left}
+    # Places are counted over the MLPs, of which a block with parallel ones has several.
+    after = {place: i for i, place in enumerate(place for place, block in enumerate(order) if block in left)}
     if hasattr(model, "moe_layers"):
         model.moe_layers = tuple(after[i] for i in model.moe_layers if i in after)
         arguments["moe_layers"] = list(model.moe_layers) or "none"
-    notes = [
-        {**how, "layers": [after[i] for i in how["layers"] if i in after]} for how in getattr(model, "upcycled", [])
-    ]
-    if notes:
-        model.upcycled = [how for how in notes if how["layers"]]
+    for note in (note for note in NOTES if hasattr(model, note)):
+        notes = [{**how, "layers": [after[i] for i in how["layers"] if i in after]} for how in getattr(model, note)]
+        setattr(model, note, [how for how in notes if how["layers"]])
     if isinstance(getattr(model, "feature_info", None), list):
         model.feature_info = model.feature_info[: len(left)]
     model._model_args = arguments

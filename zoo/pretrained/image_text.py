@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +245,7 @@ def save(
     state = {n: t for n, t in whole.items() if n not in tied} if whole is not None else model.state_dict()
     if state_dict is not None:
         state = dict(state_dict)
+    state = _own(state, tied)
     if row_of(model) is not None:
         state = dict(tensors_of_transformers(model, state))
     settings = few_bits.settings_for(state)
@@ -256,6 +257,16 @@ def save(
         else:
             type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
     return None
+
+
+def _own(state: Mapping[str, Any], tied: Collection[str]) -> dict[str, Any]:
+    """A tensor of its own for each name, which transformers asks for, but for those that it ties itself."""
+    found, seen = {}, set()
+    for name, tensor in state.items():
+        place = tensor.data_ptr() if isinstance(tensor, torch.Tensor) and name not in tied else 0
+        found[name] = tensor.clone() if place and place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def check_reshaped(model: Any, put: Callable[[Any], Any] | None = None) -> None:

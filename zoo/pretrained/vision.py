@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,6 +16,7 @@ from timm.layers import to_2tuple
 from timm.models._hub import save_config_for_hf
 from timm.models._input import get_model_args
 
+from ..convert.sharing import shares_depth
 from ..convert.splitting import split_again
 from ..convert.upcycling import upcycle
 from ..moe import MoE
@@ -155,6 +157,12 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
     upcycled = storable(getattr(model, "upcycled", []), "upcycled")
     split = storable(getattr(model, "split_how", []), "split")
     changed = storable(getattr(model, "changed", {}), "changed")
+    if changed.get("share_depth") and not shares_depth(model):
+        warnings.warn(
+            "save_pretrained: blocks shared their weights until a conversion gave some their own; read back none do",
+            stacklevel=3,
+        )
+        del changed["share_depth"]
     if not (upcycled or split) or getattr(model, "reshaped", False):
         _check_rebuilds(model, arguments, upcycled, split, changed)
     with staged(folder, overwrite) as staging:
