@@ -7,8 +7,9 @@
 Matrices [..., R, C], of which the last dimension is summed over in a product. Scales are the smallest with which the
 largest number of a block fits; of MXFP4 they are the standard's, 2^(floor(log2 largest) - 2), where it may be cut.
 
-Decoding moves bits: a code's sign, exponent and mantissa go where bfloat16 or float32 has them, and a power of two
-makes up for the exponent's other bias. On the CPU that is done in cache, some rows at a time.
+Decoding moves bits: a code's sign, exponent and mantissa go where another type has them, and a power of two makes up
+for the exponent's other bias. On the CPU that is done in cache, some rows at a time, by way of float16: the processor
+widens that by itself, small numbers without an exponent too.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .products import linear_of_few
 
 BLOCK = 128  # rows and columns that share a float8 scale
 GROUP = 32  # numbers of a row that share an MXFP4 scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 IN_CACHE = 1 << 18  # numbers that are decoded at a time on the CPU
+SHORT = 512  # columns up to which more than one row of float8 scales is among them
+PACKED = 32  # what torch's product with int8 weights reads of a row at a time, past its end if need be
 
 Size = tuple[tuple[int, int], torch.dtype]
 
@@ -37,53 +39,77 @@ Size = tuple[tuple[int, int], torch.dtype]
 class Format:
     """One way to keep matrices.
 
-    encode(values) -> codes, scales; sizes(R, C) -> shapes and dtypes of codes and scales of one matrix; numbers(codes,
-    scales, dtype) -> values of bfloat16 or float32, for rows of codes of which every `height` have a row of scales.
-    Where they are `woven` every second number of a row comes first, then the others.
+    encode(values) -> codes, scales; sizes(R, C) -> shapes and dtypes of codes and scales of one matrix. Rows of codes,
+    of which every `height` have a row of scales, mean numbers(codes, scales, kind), kind being bfloat16 or float32; on
+    the CPU fill(codes, wide, out) * factors(scales, R, C) * unit: fill gives float32 by way of `wide`, in int16, and
+    factors are [R, C], or [R, C / 2] for each half, or one dimension is 1. Where numbers are `woven` every second one
+    of a row comes first, then the others.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     numbers: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    fill: Callable[[Tensor, Tensor, Tensor], Tensor]
+    factors: Callable[[Tensor, int, int], Tensor]
     sizes: Callable[[int, int], tuple[Size, Size]]
+    unit: float = 1.0
     height: int = 1
     woven: bool = False
 
     def decode(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-        """The values [..., R, C] of codes that `encode` gave, rounded once to dtype."""
-        kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        """The values [..., R, C] of codes that `encode` gave, rounded to dtype."""
         if codes.device.type != "cpu":
+            kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
             values = self.numbers(codes, scales, kind).to(dtype)
             return values.unflatten(-1, (2, -1)).mT.flatten(-2) if self.woven else values
         codes_of, scales_of = codes.view(-1, *codes.shape[-2:]), scales.view(-1, *scales.shape[-2:])
         columns = codes.shape[-1] * (2 if self.woven else 1)
         out = memory.empty((len(codes_of), codes.shape[-2], columns), dtype)
         for target, matrix in zip(out, zip(codes_of, scales_of)):
-            for rows, values in self._in_cache(*matrix, kind):
-                if self.woven:
-                    target[rows].unflatten(-1, (-1, 2)).copy_(values.unflatten(-1, (2, -1)).mT)
-                else:
-                    target[rows] = values
+            for rows, values, factors in self._in_cache(*matrix):
+                if self.unit != 1.0:
+                    values.mul_(self.unit)  # by itself: its product with the largest factor may be no number
+                _scale(values, factors)
+                if self.woven:  # the one kernel of torch that weaves quickly
+                    values = torch.complex(*values.chunk(2, 1)).view(torch.float32)
+                target[rows] = values
         return out.view(*codes.shape[:-1], columns)
 
     def linear(self, x: Tensor, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         """out [M, R] = x [M, C] @ values [R, C] transposed, for few rows on the CPU: the time goes into decoding."""
-        if codes.dtype == torch.int8 and x.dtype == torch.bfloat16:
+        if codes.dtype == torch.int8 and x.dtype == torch.bfloat16 and not codes.shape[1] % PACKED:
             out.copy_(torch._weight_int8pack_mm(x, codes, scales[:, 0].to(x.dtype)))
             return
-        x = x.float()  # in which decoding takes half of bfloat16's time
+        x = x.float() * self.unit
         if self.woven:
             x = x.unflatten(-1, (-1, 2)).mT.flatten(-2)
         product = x.new_empty(len(x), len(codes))
-        for rows, values in self._in_cache(codes, scales, torch.float32):
-            linear_of_few(x, values, None, product[:, rows])
+        for rows, values, factors in self._in_cache(codes, scales):
+            # What columns or rows have in common costs less when x or the product has it.
+            of_columns, of_rows = factors.shape == (1, x.shape[1]), factors.shape == (len(values), 1)
+            if not (of_columns or of_rows):
+                _scale(values, factors)
+            torch.mm(x * factors if of_columns else x, values.T, out=product[:, rows])
+            if of_rows:
+                product[:, rows].mul_(factors.T)
         out.copy_(product)
 
-    def _in_cache(self, codes: Tensor, scales: Tensor, kind: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        step = max(1, IN_CACHE // max(codes.shape[1], 1) // self.height) * self.height
+    def _in_cache(self, codes: Tensor, scales: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some rows at a time of what codes mean, and by what they are to be multiplied."""
+        columns = codes.shape[1] * (2 if self.woven else 1)
+        # One row of scales at a time where that is no small part: columns have them in common then.
+        height = IN_CACHE // max(columns, 1) if self.height == 1 or columns < SHORT else 1
+        step = min(max(1, height // self.height) * self.height, len(codes))
+        values = memory.empty((step, columns), torch.float32)  # fresh pages cost as much as decoding
+        wide = torch.empty((step, columns), dtype=torch.int16)
         for start in range(0, len(codes), step):
             rows = slice(start, min(start + step, len(codes)))
-            some = slice(start // self.height, -(-rows.stop // self.height))
-            yield rows, self.numbers(codes[rows], scales[some], kind)
+            count = rows.stop - start
+            factors = self.factors(scales[start // self.height : -(-rows.stop // self.height)], count, columns)
+            yield rows, self.fill(codes[rows], wide[:count], values[:count]), factors
+
+
+def _scale(values: Tensor, factors: Tensor) -> None:
+    values.unflatten(1, (-1, factors.shape[1])).mul_(factors[:, None])
 
 
 def _largest(values: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -103,6 +129,13 @@ def _moved(codes: Tensor, kind: torch.dtype, exponent: int, mantissa: int) -> Te
     sign = -(1 << (8 * kind.itemsize - 1))
     left = bits + exponent - 7
     return codes.view(torch.int8).to(integer).bitwise_left_shift_(left).bitwise_and_(sign | kept).view(kind)
+
+
+def _through_half(wide: Tensor, out: Tensor, exponent: int, mantissa: int) -> Tensor:
+    """The same on the CPU: bytes in int16 to float32, by way of float16, which is left in the bytes' place."""
+    kept = ((1 << (exponent + mantissa)) - 1) << (10 - mantissa)
+    wide.mul_(1 << (exponent + 3)).bitwise_and_(-(1 << 15) | kept)
+    return out.copy_(wide.view(torch.float16))
 
 
 def _blocks(size: int) -> int:
@@ -134,6 +167,15 @@ def _float8(codes: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:
     return values.mul_(_spread(scales, rows, columns))
 
 
+def _fill_float8(codes: Tensor, wide: Tensor, out: Tensor) -> Tensor:
+    return _through_half(wide.copy_(codes.view(torch.int8)), out, exponent=4, mantissa=3)
+
+
+def _factors_float8(scales: Tensor, rows: int, columns: int) -> Tensor:
+    wide = (scales * 2.0**8)[..., None].expand(-1, -1, BLOCK).flatten(1)[:, :columns]  # of float16's bias
+    return wide if len(scales) == 1 else wide.repeat_interleave(BLOCK, 0)[:rows]
+
+
 def _encode_mxfp4(values: Tensor) -> tuple[Tensor, Tensor]:
     groups = values.float().unflatten(-1, (-1, GROUP))
     largest = _largest(groups, (-1,))
@@ -163,6 +205,19 @@ def _mxfp4(codes: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:
     return values
 
 
+def _fill_mxfp4(codes: Tensor, wide: Tensor, out: Tensor) -> Tensor:
+    signed, columns = codes.view(torch.int8), codes.shape[1]
+    wide[:, :columns] = signed << 4
+    wide[:, columns:] = signed
+    return _through_half(wide, out, exponent=2, mantissa=1)
+
+
+def _factors_mxfp4(scales: Tensor, rows: int, columns: int) -> Tensor:
+    # A float32 with the exponent, 2^-127 among those without one.
+    powers = (scales.int() << 23).clamp_(min=1 << 22).view(torch.float32)
+    return powers[..., None].expand(-1, -1, GROUP // 2).flatten(1)
+
+
 def _sizes_mxfp4(rows: int, columns: int) -> tuple[Size, Size]:
     if columns % GROUP:
         raise ValueError(f"mxfp4: rows of {columns} numbers do not divide into groups of {GROUP}; take float8 or int8")
@@ -180,13 +235,17 @@ FORMATS: dict[str, Format] = {
     "float8": Format(
         _encode_float8,
         _float8,
+        _fill_float8,
+        _factors_float8,
         lambda r, c: (((r, c), torch.uint8), ((_blocks(r), _blocks(c)), torch.float32)),
-        BLOCK,
+        height=BLOCK,
     ),
-    "mxfp4": Format(_encode_mxfp4, _mxfp4, _sizes_mxfp4, woven=True),
+    "mxfp4": Format(_encode_mxfp4, _mxfp4, _fill_mxfp4, _factors_mxfp4, _sizes_mxfp4, 2.0**14, woven=True),
     "int8": Format(
         _encode_int8,
         lambda codes, scales, kind: codes.to(kind).mul_(scales),
+        lambda codes, wide, out: out.copy_(codes),
+        lambda scales, rows, columns: scales,
         lambda r, c: (((r, c), torch.int8), ((r, 1), torch.float32)),
     ),
 }
