@@ -17,8 +17,9 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 import zoo
 from zoo.models import count_parameters
-from zoo.moe import MoE, QuantisedExperts
+from zoo.moe import Experts, MoE, QuantisedExperts
 from zoo.moe.kernels.codes import FORMATS
+from zoo.moe.routers import MEORouter, SMEARRouter, TopKRouter
 
 TOKENS = (2, 11)
 
@@ -135,6 +136,30 @@ def test_the_model_is_never_whole_in_memory(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path / "warm"), str(tmp_path / "big"), "bfloat16"]
     took = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     assert took < 0.9 * size
+
+
+def test_layers_that_share_weights_share_codes():
+    model = zoo.create_model("vision/vmoe_tiny_test", depth=4, moe_layers="all", share_depth=True, num_classes=10)
+    few = zoo.quantise(model, "int8")
+    assert count_parameters(few) == count_parameters(model)
+    kinds = [module for module in few.modules() if isinstance(module, QuantisedExperts)]
+    assert len(kinds) == 1
+    images = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:])
+    found = few.eval()(images)
+    assert error(found, with_decoded_weights(model.eval(), few)(images)) < 1e-5
+
+
+def test_there_is_no_mean_of_codes():
+    models = [zoo.quantise(torch.nn.Sequential(MoE(TopKRouter(64, 4), Experts(4, 64, 32))), "int8") for _ in range(2)]
+    for call in (zoo.average, zoo.mix):
+        with pytest.raises(ValueError, match=r"model 0 has quantised experts \(0.experts\), of which there is no mean"):
+            call(models)
+
+
+@pytest.mark.parametrize("gate", [SMEARRouter, MEORouter])
+def test_experts_that_a_gate_merges_are_not_quantised(gate):
+    with pytest.raises(ValueError, match=f"quantise: 0: {gate.__name__} merges experts, which it needs whole"):
+        zoo.quantise(torch.nn.Sequential(MoE(gate(64, 4), Experts(4, 64, 32))))
 
 
 def test_what_cannot_be_quantised_is_named(tmp_path):

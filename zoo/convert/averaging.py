@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..moe import QuantisedExperts
 from ..pretrained import hub
 
 Source = nn.Module | str | os.PathLike[str]
@@ -49,7 +50,8 @@ def average(
     their sum; the authors' are the posterior of the domains, `DomainEnsemble.estimate_prior`. Sums are in float32 at
     least. The result has the type, dtype, device and mode of the first model; integers, as counters, are the first's.
 
-    Raises ValueError naming what differs: architecture, configuration, a tensor's name or shape, the vocabulary.
+    Raises ValueError naming what differs: architecture, configuration, a tensor's name or shape, the vocabulary; and
+    for quantised experts.
     """
     sources = listed("average", models, others)
     shares = shares_of("average", weights, len(sources))
@@ -99,6 +101,9 @@ def branches(what: str, sources: Sequence[Source]) -> Iterator[Any]:
         else:
             gc.collect()  # models of transformers hold themselves: the one before would stay beside this one
             model = from_pretrained(source, **({} if device is None else {"device": device}))
+        few = (name for name, module in model.named_modules() if isinstance(module, QuantisedExperts))
+        if name := next(few, None):
+            raise ValueError(f"{what}: model {number} has quantised experts ({name}), of which there is no mean")
         kind = _Kind.of(model, source)
         if expected is None:
             expected, device = kind, next(model.parameters()).device

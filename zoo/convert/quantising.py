@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import Experts, QuantisedExperts
+from ..moe import Experts, MoE, QuantisedExperts
 from ..pretrained.adopt import materialize
 from ..pretrained.sharded import View, fill, part_of, views
 from ..pretrained.tensorfile import Entry
@@ -25,11 +25,18 @@ def quantise(model: nn.Module, format: str = "float8") -> nn.Module:
     `zoo.save_pretrained` writes language models with a table of ours in float8 (DeepSeek-V3's FP8) and gpt-oss in
     mxfp4, of others keep the state_dict. The given model stays as it is.
 
-    Raises ValueError for an unknown format, a model without experts, experts spread over processes, and numbers that
-    are not finite or that the format does not divide, naming the layer.
+    Raises ValueError for an unknown format, a model without experts, experts spread over processes or merged by their
+    gate, and numbers that are not finite or that the format does not divide, naming the layer.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    memo = {id(experts): _checked(name, experts, format) for name, experts in _stacks(model).items()}
+    memo: dict[int, Any] = {}
+    made: dict[tuple[int, ...], QuantisedExperts] = {}
+    for name, experts in _stacks(model).items():
+        # Layers that share weights go on doing so.
+        weights = tuple(id(parameter) for parameter in experts.parameters())
+        if weights not in made:
+            made[weights] = _checked(name, experts, format)
+        memo[id(experts)] = made[weights]
     return copy.deepcopy(model, memo)
 
 
@@ -86,6 +93,9 @@ def _stacks(model: nn.Module) -> dict[str, Experts]:
     stacks = {name: module for name, module in model.named_modules() if type(module) is Experts}
     if not stacks:
         raise ValueError(f"quantise: {type(model).__name__} has no experts of ours (zoo.moe.Experts)")
+    for name, module in model.named_modules():
+        if isinstance(module, MoE) and module.router.merges and type(module.experts) is Experts:
+            raise ValueError(f"quantise: {name}: {type(module.router).__name__} merges experts, which it needs whole")
     return stacks
 
 

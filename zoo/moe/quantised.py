@@ -17,8 +17,8 @@ from .kernels import get_activation
 from .kernels.codes import FORMATS
 from .routing import Routing
 
-DECODED = 1 << 27  # numbers that are decoded at a time
-FEW = 8  # rows an expert has on average up to which the CPU multiplies what it decodes at once
+DECODED = 1 << 27  # numbers that are decoded at a time on a GPU, on the CPU a quarter
+FEW = 32  # rows an expert has on average up to which the CPU multiplies what it decodes at once
 KINDS = ("codes", "scales")
 
 
@@ -220,7 +220,7 @@ class QuantisedExperts(nn.Module):
             return
         bounds = routing.offsets.tolist()
         busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
-        size = max(1, DECODED // each)
+        size = max(1, (DECODED // 4 if _waits(x) else DECODED) // each)
         for group in (busy[n : n + size] for n in range(0, len(busy), size)):
             first, last = bounds[group[0]], bounds[group[-1] + 1]
             ends = torch.tensor([0, *(bounds[e + 1] - first for e in group)], dtype=routing.offsets.dtype)

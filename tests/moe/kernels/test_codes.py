@@ -109,3 +109,31 @@ def test_what_no_format_has_is_refused(name):
             FORMATS[name].encode(torch.full((1, 32), wrong))
     with pytest.raises(ValueError, match="rows of 33 numbers do not divide into groups of 32"):
         FORMATS["mxfp4"].sizes(4, 33)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 17])
+@pytest.mark.parametrize("size", [(130, 7), (1, 1), (5, 33), (300, 640), (7, 32), (129, 4096)])
+def test_products_of_any_size_are_those_of_the_numbers(name, rows, size):
+    if name == "mxfp4" and size[1] % 32:
+        pytest.skip("mxfp4 has no such rows")
+    codes, scales = FORMATS[name].encode(torch.randn(size))
+    numbers = FORMATS[name].decode(codes, scales, torch.float64)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        x = torch.randn(rows, size[1]).to(dtype)
+        found, expected = x.new_full((rows, 3, size[0]), math.nan)[:, 1], x.double() @ numbers.T
+        FORMATS[name].linear(x, codes, scales, found)
+        # Errors are those of sums of products, none of which is larger than this.
+        bound = x.double().abs() @ numbers.T.abs()
+        assert ((found.double() - expected).abs() <= tolerance * bound).all()
+
+
+def test_numbers_without_an_exponent_stay_where_a_process_flushes_them():
+    values = torch.tensor([0.5, -0.5, 6.0, 0.0] * 8)[None]
+    codes, scales = FORMATS["mxfp4"].encode(values)
+    try:
+        torch.set_flush_denormal(True)
+        found = FORMATS["mxfp4"].decode(codes, scales, torch.float32)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, values)

@@ -85,7 +85,8 @@ class Format:
         product = x.new_empty(len(x), len(codes))
         for rows, values, factors in self._in_cache(codes, scales):
             # What columns or rows have in common costs less when x or the product has it.
-            of_columns, of_rows = factors.shape == (1, x.shape[1]), factors.shape == (len(values), 1)
+            of_columns = factors.shape == (1, x.shape[1])
+            of_rows = not of_columns and factors.shape == (len(values), 1)
             if not (of_columns or of_rows):
                 _scale(values, factors)
             torch.mm(x * factors if of_columns else x, values.T, out=product[:, rows])
