@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 from conftest import theirs
-from quantiser import quantise_fp8, quantise_mxfp4
+from quantiser import quantise_fp8, quantise_mxfp4, tensors
+from safetensors.torch import load_file, save_file
 from seen import batch
 from test_image_text import family as kind_of
 from test_image_text import theirs as seeing
@@ -62,18 +63,50 @@ def test_a_folder_read_into_few_bits_is_the_model_quantised(family, format, tmp_
     assert torch.equal(generated, whole.generate(tokens, max_new_tokens=4, do_sample=False))
 
 
-def test_published_fp8_is_kept_as_it_is_but_for_the_last_bits_of_scales(tmp_path):
-    theirs("deepseek_v3").save_pretrained(tmp_path / "plain")
-    quantise_fp8(tmp_path / "plain", tmp_path / "fp8")
+@pytest.mark.parametrize("scales", [torch.float32, torch.float8_e8m0fnu, torch.bfloat16])
+def test_published_fp8_is_kept_as_it_is(scales, tmp_path):
+    theirs("deepseek_v3", hidden_size=160, moe_intermediate_size=136).save_pretrained(tmp_path / "plain")
+    quantise_fp8(tmp_path / "plain", tmp_path / "fp8", scales=scales)
     whole = zoo.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
     few = zoo.from_pretrained(tmp_path / "fp8", dtype=torch.float32, quantise="float8")
+    stored = tensors(tmp_path / "fp8")
+    checked = 0
     for name, module in few.named_modules():
         if isinstance(module, QuantisedExperts):
             experts = whole.get_submodule(name)
-            torch.testing.assert_close(module.w_in, experts.w_in, rtol=1e-6, atol=0)
-            torch.testing.assert_close(module.w_out, experts.w_out, rtol=1e-6, atol=0)
+            assert torch.equal(module.w_in, experts.w_in)
+            assert torch.equal(module.w_out, experts.w_out)
+            for e in range(module.num_experts):
+                for own, sides in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+                    keys = [f"{name}.{e}.{side}.weight" for side in sides]
+                    codes = torch.cat([stored[key].view(torch.uint8) for key in keys])
+                    assert torch.equal(getattr(module, f"{own}_codes")[e], codes)
+                    factors = torch.cat([stored[f"{key}_scale_inv"].float() for key in keys])
+                    assert torch.equal(getattr(module, f"{own}_scales")[e], factors)
+                    checked += 1
+    assert checked
     tokens = torch.randint(0, 256, TOKENS)
     assert error(few(tokens).logits, whole(tokens).logits) < 1e-4
+
+
+def test_published_fp8_in_other_blocks_is_rounded_again(tmp_path):
+    theirs("deepseek_v3").save_pretrained(tmp_path / "plain")
+    quantise_fp8(tmp_path / "plain", tmp_path / "fp8", (64, 32))
+    few = zoo.from_pretrained(tmp_path / "fp8", dtype=torch.float32, quantise="float8")
+    made = zoo.quantise(zoo.from_pretrained(tmp_path / "fp8", dtype=torch.float32), "float8")
+    assert same(few.state_dict(), made.state_dict())
+
+
+def test_published_codes_that_are_no_numbers_are_named(tmp_path):
+    theirs("deepseek_v3").save_pretrained(tmp_path / "plain")
+    quantise_fp8(tmp_path / "plain", tmp_path / "fp8")
+    (path,) = [p for p in (tmp_path / "fp8").glob("*.safetensors") if "00001" in p.name]
+    stored = load_file(path)
+    key = next(key for key in stored if key.endswith("experts.1.up_proj.weight"))
+    stored[key].view(torch.uint8)[2, 3] = 0x7F
+    save_file(stored, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"mlp.experts.gate_up_proj, expert 1: numbers that are not finite"):
+        zoo.from_pretrained(tmp_path / "fp8", quantise="float8")
 
 
 def test_published_mxfp4_is_kept_as_it_is(tmp_path):

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Experts, MoE, QuantisedExperts
+from ..moe.kernels.codes import BLOCK
+from ..moe.quantised import KINDS
 from ..pretrained.adopt import materialize
+from ..pretrained.quantised import Fp8
 from ..pretrained.sharded import View, fill, part_of, views
 from ..pretrained.tensorfile import Entry
 
@@ -64,11 +67,39 @@ def read(
         stack, _, own = parameter.rpartition(".")
         experts = model.get_submodule(stack)
         shape = getattr(stacks[stack], own).shape
+        if _in_our_blocks(found, entries, experts, own):
+            for key, view in found.items():
+                _take(view, entries[key], experts, own)
+            continue
         for e, matrix in _matrices(found, entries, shape):
             try:
                 experts.encode(own, e, matrix.to(getattr(experts, f"{own}_codes").device))
             except ValueError as error:
                 raise ValueError(f"{parameter}, expert {e}: {error}") from None
+
+
+def _in_our_blocks(
+    found: Mapping[str, View], entries: Mapping[str, Entry], experts: QuantisedExperts, own: str
+) -> bool:
+    """Whether the files have a stack in float8 themselves, with scales for the same blocks."""
+    return experts.format == "float8" and all(
+        isinstance(entry := entries[key], Fp8)
+        and entry.block == (BLOCK, BLOCK)
+        and (view.dims, view.shape) == ((1, 2), entry.shape)
+        and view.shape[0] * experts.parts[own] == getattr(experts, f"{own}_codes").shape[1]
+        for key, view in found.items()
+    )
+
+
+def _take(view: View, entry: Any, experts: QuantisedExperts, own: str) -> None:
+    """Codes and scales of one matrix as they are in a file."""
+    e, row = view.origin[:2]
+    part = row // view.shape[0]
+    codes, scales = (getattr(experts, f"{own}_{kind}")[e].chunk(experts.parts[own])[part] for kind in KINDS)
+    try:
+        entry.read_codes(codes, scales)
+    except ValueError as error:
+        raise ValueError(f"{view.name}, expert {e}: {error}") from None
 
 
 def _matrices(

@@ -86,7 +86,7 @@ class QuantisedExperts(nn.Module):
     @classmethod
     @torch.no_grad()
     def of(cls, experts: Experts, format: str = "float8") -> QuantisedExperts:
-        """The same experts, rounded to a format; raises ValueError for numbers that are not finite."""
+        """The same experts, rounded to a format, without dropout; raises ValueError for numbers that are not finite."""
         if experts.parallel is not None:
             raise ValueError("QuantisedExperts: experts that are spread over processes cannot be quantised")
         sizes = (experts.num_experts, experts.dim, experts.hidden_dim, experts.activation, experts.b_in is not None)

@@ -74,7 +74,8 @@ def from_pretrained(
     of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.
 
     With `quantise`, a format of `zoo.quantise`, experts are kept in numbers of few bits: a checkpoint in MXFP4 read as
-    "mxfp4" has the numbers of its files, one in FP8 read as "float8" but for the last bits of scales.
+    "mxfp4" has the numbers of its files, one in FP8 with a matrix an expert and blocks of 128 x 128 read as "float8"
+    its codes and scales.
 
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys, a wrong shape, or a
     damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.

@@ -71,6 +71,15 @@ class Fp8(Quantised):
         target.copy_(values)
         return count + more
 
+    def read_codes(self, codes: Tensor, scales: Tensor) -> None:
+        """Fill codes [R, C], as bytes, and float32 scales with a matrix's own; ValueError where some are not finite."""
+        own, _ = _bytes(self, self.shape, [slice(0, size) for size in self.shape])
+        factors, _ = _scales(self.scale, [slice(0, size) for size in self.scale.shape])
+        if not factors.isfinite().all() or (own & 127 == 127).any():
+            raise ValueError("numbers that are not finite cannot be kept in few bits")
+        codes.copy_(own)
+        scales.copy_(factors)
+
 
 @dataclass(frozen=True)
 class Mxfp4(Quantised):
