@@ -70,6 +70,10 @@ class InstructionTask(Task):
             raise ValueError(
                 f"pretrained: expected a folder, or language_model and vision_tower, got {', '.join(pretrained)}"
             )
+        if stage is not None and any(name == "adapt" for name, _ in self._conversions):
+            raise ValueError(
+                "stage and convert's adapt both say what is trained; leave out stage, and name what else adapt unfreezes"
+            )
         if sparse is None and pretrained is None and stage == 3 and self.overrides.get("moe") is False:
             raise ValueError("stage 3 trains experts: give sparse, or a pretrained model that has them")
 
