@@ -72,7 +72,7 @@ class InstructionTask(Task):
             )
         if stage is not None and any(name == "adapt" for name, _ in self._conversions):
             raise ValueError(
-                "stage and convert's adapt both say what is trained; leave out stage, and name what else adapt unfreezes"
+                "stage and convert's adapt both say what is trained; leave out stage, and let adapt unfreeze the rest"
             )
         if sparse is None and pretrained is None and stage == 3 and self.overrides.get("moe") is False:
             raise ValueError("stage 3 trains experts: give sparse, or a pretrained model that has them")
