@@ -58,18 +58,17 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "", experts: bo
     found, and for experts that cannot have pairs.
     """
     sites, seen = [], []
-    for name, stack, block in _stacks(model, within) if experts else ():
+    for name, stack, home in _stacks(model, within) if experts else ():
         into = {"gate": "gate_up_proj", "up": "gate_up_proj"} if getattr(stack, "gated", True) else {"up": "up_proj"}
         chosen = []
         for part, parameter in {**into, "down": "down_proj"}.items():
-            seen.append(f"{name}.{parameter}".removeprefix(f"{block}."))
+            seen.append(f"{name}.{parameter}".removeprefix(f"{home}."))
             if part in targets or any(f".{name}.{parameter}".endswith(f".{t}") for t in targets if t not in PARTS):
                 chosen.append(part)
         if chosen:
-            sites.append(Site(name, stack, block, tuple(chosen), experts=True))
+            sites.append(Site(name, stack, home, tuple(chosen), experts=True))
     for name, linear, parent in _linears(model, within):
-        block = block_of(model, name)
-        if block is None:
+        if (block := block_of(model, name)) is None:
             continue
         leaf = name.rpartition(".")[2]
         seen.append(name.removeprefix(f"{block}."))

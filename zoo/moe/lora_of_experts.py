@@ -26,10 +26,11 @@ class LoRAOfExperts(nn.Module):
     activation have up and down alone. A starts as `nn.Linear` does and B with zeros, so that it starts as `base`, up to
     rounding. `dropout` acts in training on what A reads, alike for gate and up.
 
-    No weight is made: rows, gathered once, go through W_e and through A_e and B_e. With A assignments a backward has
-    kept [A, D] twice, [A, 2F] and [A, F], and what is of rank r; where adapters have another type than the tokens, [A,
-    D] and [A, F] in theirs too. Frozen weights get no gradient, and none is computed. Those of few bits are decoded
-    some at a time, in the backward again; for that nothing is kept but the tokens.
+    No sum of weights is made: rows, gathered once, go through W_e and through A_e and B_e. Kept for the backward of n
+    assignments are [n, D] thrice, [n, 2F] and [n, F] twice, and what is of rank r; beside tokens of another type than
+    the adapters' also [n, D] and [n, F] in theirs. Frozen weights get no gradient, and none is computed; under autocast
+    they are copied to its type and kept so. Those of few bits are decoded some at a time, and again in the backward,
+    for which nothing is kept but the tokens.
 
     Parameters: those of `base`; lora.PART.a [E, r, D or F] and lora.PART.b [E, F or D, r].
     Raises ValueError for other experts, those spread over processes, unknown parts or none, and sizes below one.
