@@ -34,6 +34,8 @@ INSIDE = {"targets": ["query", "up", "down"], "dtype": "float32"}
 def made(kind: str) -> Any:
     if kind in ("inside", "inside bfloat16"):
         model = zoo.adapt(sparse(torch.float32 if kind == "inside" else torch.bfloat16), "LoRA", **INSIDE)
+    elif kind.endswith("bfloat16"):
+        model = zoo.adapt(base().to(torch.bfloat16), kind.split()[0], dtype="float32")
     else:
         model = zoo.adapt(base(), kind)
     with torch.no_grad():
@@ -57,9 +59,11 @@ def test_parts_of_a_model_learn_what_the_whole_learns(tmp_path: Path) -> None:
                 )
 
 
-def test_pairs_inside_experts_learn_what_they_learn_in_one_process(tmp_path: Path) -> None:
-    told = spread(tmp_path, made, ("inside", "inside bfloat16"), {"shard": Sizes(shard=2), "expert": Sizes(expert=2)})
-    for kind, near in (("inside", 1e-4), ("inside bfloat16", 3e-2)):
+def test_pairs_inside_experts_and_adapters_of_another_type_learn_alike(tmp_path: Path) -> None:
+    kinds = ("inside", "inside bfloat16", "MoLA bfloat16", "MixLoRA bfloat16")
+    told = spread(tmp_path, made, kinds, {"shard": Sizes(shard=2), "expert": Sizes(expert=2)})
+    for kind in kinds:
+        near = 1e-4 if kind == "inside" else 5e-2
         logits, gradients = results(made(kind))
         for process, mesh in ((process, mesh) for process in told for mesh in ("shard", "expert")):
             found, grads = process[kind, mesh]
