@@ -162,7 +162,7 @@ def test_vision_and_upcycled_models_convert_in_steps():
     for step in steps:
         ((name, options),) = step.items()
         model = getattr(zoo, name)(model, **options)
-    assert [list(layer.lora) for layer in tuned(model).values()] == [["gate"]] * 4
+    assert [list(layer.lora) for layer in tuned(model).values()] == [["gate"]] * 2  # every other MLP
 
 
 def test_pairs_are_counted_with_their_experts():

@@ -98,12 +98,16 @@ def test_experts_are_decoded_in_groups(waits, group, monkeypatch):
     compare(made(format="int8", bias=True))
 
 
-def test_decoded_weights_are_not_kept():
+@pytest.mark.parametrize("first", [True, False], ids=["first layer", "later layer"])
+def test_decoded_weights_are_not_kept(first):
+    """Neither where tokens have gradients nor where pairs alone have."""
     layer, sizes = made(format="int8", dtype=torch.float32), []
-    x, choices = torch.randn(9, D, requires_grad=True), torch.rand(9, E).topk(2).indices
+    x, choices = torch.randn(9, D, requires_grad=not first), torch.rand(9, E).topk(2).indices
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.shape) or t, lambda t: t):
-        layer(x, decide(choices, torch.rand(9, 2)))
+        y = layer(x, decide(choices, torch.rand(9, 2)))
     assert not any(len(shape) == 3 for shape in sizes)
+    y.square().sum().backward()
+    assert all(pair.a.grad.any() and pair.b.grad.any() for pair in layer.lora.values())
 
 
 def test_frozen_weights_are_not_copied_and_get_no_gradient():
