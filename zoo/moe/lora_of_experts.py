@@ -85,8 +85,10 @@ class LoRAOfExperts(nn.Module):
             rows = rows * weight.to(rows.dtype)
         into = ("gate", "up") if self.base.gated else ("up",)
         hidden = self._project(into, rows, weights.w_in, weights.b_in, experts, routing)
-        hidden = F.dropout(get_activation(self.activation).forward(hidden), drop)
-        out = F.dropout(self._project(("down",), hidden, weights.w_out, weights.b_out, experts, routing), drop)
+        hidden = get_activation(self.activation).forward(hidden)
+        hidden = F.dropout(hidden, drop) if drop else hidden
+        out = self._project(("down",), hidden, weights.w_out, weights.b_out, experts, routing)
+        out = F.dropout(out, drop) if drop else out
         if not self.base.weigh_input:
             out = out * weight.to(out.dtype)
         return out.new_zeros(x.shape).index_add(0, index, out)
