@@ -22,8 +22,22 @@ def base() -> Any:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZES))
 
 
+def sparse(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    return zoo.create_model("language/mixtral_tiny", num_hidden_layers=2, hidden_size=32, vocab_size=64).to(dtype)
+
+
+# LoRA inside the experts of a sparse model, and adapters of another type than what they stand beside.
+INSIDE = {"targets": ["query", "up", "down"], "dtype": "float32"}
+
+
 def made(kind: str) -> Any:
-    model = zoo.adapt(base(), kind)
+    if kind in ("inside", "inside bfloat16"):
+        model = zoo.adapt(sparse(torch.float32 if kind == "inside" else torch.bfloat16), "LoRA", **INSIDE)
+    elif kind.endswith("bfloat16"):
+        model = zoo.adapt(base().to(torch.bfloat16), kind.split()[0], dtype="float32")
+    else:
+        model = zoo.adapt(base(), kind)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -43,6 +57,21 @@ def test_parts_of_a_model_learn_what_the_whole_learns(tmp_path: Path) -> None:
                 torch.testing.assert_close(
                     grads[name], gradient, rtol=1e-3, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}"
                 )
+
+
+def test_pairs_inside_experts_and_adapters_of_another_type_learn_alike(tmp_path: Path) -> None:
+    kinds = ("inside", "inside bfloat16", "MoLA bfloat16", "MixLoRA bfloat16")
+    told = spread(tmp_path, made, kinds, {"shard": Sizes(shard=2), "expert": Sizes(expert=2)})
+    for kind in kinds:
+        near = 1e-4 if kind == "inside" else 5e-2
+        logits, gradients = results(made(kind))
+        for process, mesh in ((process, mesh) for process in told for mesh in ("shard", "expert")):
+            found, grads = process[kind, mesh]
+            assert (found - logits).float().norm() < near * logits.float().norm()
+            assert grads.keys() == gradients.keys()
+            for name, gradient in gradients.items():
+                assert grads[name].dtype == torch.float32
+                assert (grads[name] - gradient).norm() < near * gradient.norm(), name
 
 
 def test_the_folder_is_that_of_the_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from tasks.__main__ import main
 from tasks.language import LanguageTask
 from tasks.recommendation import RecommendationTask
 from tasks.vision import VisionTask
-from zoo.moe import Experts, MoE, QuantisedExperts
+from zoo.moe import Experts, LoRAOfExperts, MoE, QuantisedExperts
 
 
 @pytest.fixture
@@ -97,6 +97,22 @@ def test_a_conversion_without_arguments_is_its_name_alone(dense, text, tmp_path)
     assert run("language", "fit", tmp_path, said, *data, "--model.export", tmp_path / "out") == 0
     layers = zoo.from_pretrained(tmp_path / "out").model.layers
     assert torch.equal(layers[0].self_attn.q_proj.weight, layers[1].self_attn.q_proj.weight)
+
+
+def test_experts_in_few_bits_are_tuned_inside(make):
+    adapt = {"kind": "LoRA", "targets": ["query", "gate", "up", "down"], "rank": 2, "dtype": "float32"}
+    convert = [{"quantise": {"format": "int8"}}, {"adapt": adapt}]
+    task, data, trainer = make.task(convert=convert), make.data(batch_size=2), make.trainer(max_steps=2)
+    trainer.fit(task, data)
+    assert has(task.model, LoRAOfExperts)
+    pairs = {n: t for n, t in task.model.state_dict().items() if ".experts.lora." in n}
+    assert pairs
+    assert all(t.any() for t in pairs.values())  # B is zero at first
+    trainer.save_checkpoint(trainer.default_root_dir + "/kept.ckpt")
+    again = make.task(convert=convert)
+    make.trainer(max_steps=3).fit(again, make.data(batch_size=2), ckpt_path=trainer.default_root_dir + "/kept.ckpt")
+    frozen = {n: t for n, t in task.model.state_dict().items() if "lora" not in n}
+    assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in frozen.items())
 
 
 def test_frozen_experts_are_not_sent_with_every_step(make):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ..moe import (
     AdaptedLinear,
     LoRAExperts,
     LoRALinear,
+    LoRAOfExperts,
     MixLoRAExperts,
     MoE,
     PromptMixture,
@@ -48,7 +50,7 @@ def beside_linears(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Pl
     if not targets:
         raise ValueError(f"adapt: {how['kind']} has no targets of its own; give some")
     try:
-        sites = find(model, targets, how["within"])
+        sites = find(model, targets, how["within"], experts=kind.level == "one")
     except ValueError:
         if how["targets"] is not None or set(targets) & set(ATTENTION):
             raise
@@ -60,8 +62,18 @@ def beside_linears(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Pl
         at = blocks.index(site.block)
         if at in how["layers"]:
             count = experts_in(_number(kind, how), at, len(blocks))
-            places.append(Place(site.name, site.block, "base", _beside(site, kind, how, count)))
+            adapter = _inside_experts(model, site, kind, how) if site.experts else _beside(site, kind, how, count)
+            places.append(Place(site.name, site.block, "base", adapter))
     return places
+
+
+def _inside_experts(model: nn.Module, site: Site, kind: Kind, how: dict[str, Any]) -> nn.Module:
+    experts: Any = site.linear
+    # Experts in few bits have no parameters.
+    like: Any = next(itertools.chain(experts.parameters(), model.get_submodule(site.block).parameters()))
+    maker = _Maker(kind, how, like)
+    options = (maker.rank, maker.alpha, site.parts, maker.dropout)
+    return maker.place(lambda: LoRAOfExperts(experts, *options), ("lora",))
 
 
 def _beside(site: Site, kind: Kind, how: dict[str, Any], count: int) -> nn.Module:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..moe import AdaptedLinear, LoRALinear
+from ..moe import AdaptedLinear, LoRALinear, LoRAOfExperts
 from ..moe.adapted import Columns
 from ..pretrained.tensorfile import read_all, read_header
 from .adapter_folder import is_adapted, read_onto
@@ -90,6 +90,8 @@ def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
         raise ValueError(f"compose_adapters: {folder} holds {made.adapted[0]['kind']}, expected one LoRA")
     found = {}
     for name, module in made.named_modules():
+        if isinstance(module, LoRAOfExperts):
+            raise ValueError(f"compose_adapters: {folder} has LoRAs inside experts, {name}; expected linear layers")
         if isinstance(module, LoRALinear):
             scale = module.lora.alpha / module.lora.rank
             found[_plain(name), module.columns] = module.lora.a[0].detach(), scale * module.lora.b[0].detach()

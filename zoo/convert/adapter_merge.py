@@ -13,6 +13,7 @@ from ..moe import (
     AdaptedLinear,
     LoRAExperts,
     LoRALinear,
+    LoRAOfExperts,
     MixLoRAExperts,
     MoE,
     PromptMixture,
@@ -30,7 +31,8 @@ def merge_adapters(model: nn.Module, **context: Any) -> nn.Module:
 
     One expert is added to the weights it stands beside; so are all whose gate reads a label alone, for one label: the
     task of MOELoRA's in `merge_adapters(model, task=3)`, cluster for MoCLE. AdaMix becomes one adapter, the mean of its
-    adapters, which is what inference has; it is no linear map and stays beside the MLP. Everything stays frozen.
+    adapters, which is what inference has; it is no linear map and stays beside the MLP. Pairs inside experts are added
+    to the weights of each. Everything stays frozen.
 
     Raises ValueError naming the layer whose gate looks at tokens, or whose weights are quantised, and for a model
     without adapters.
@@ -57,6 +59,11 @@ def _merged(name: str, adapter: Any, context: dict[str, Any]) -> nn.Module:
         return adapter.merged()
     if isinstance(adapter, LoRALinear):
         return _added(name, adapter.base, adapter.lora, torch.ones(1), adapter.columns)
+    if isinstance(adapter, LoRAOfExperts):
+        try:
+            return adapter.merged()
+        except ValueError as error:
+            raise ValueError(f"merge_adapters: {name}: {error}") from None
     if isinstance(adapter, PromptMixture):
         raise ValueError(f"merge_adapters: {name} are prompts, which are no weights")
     if isinstance(adapter, MoE) and not isinstance(adapter.experts, MixLoRAExperts):

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from ..moe import MoE
+from ..moe import LoRAExperts, MixLoRAExperts, MoE, ZeroComputationExperts
 from ..moe.adapted import Columns, features
+from ..moe.lora_of_experts import unfit
 from ..pretrained.context import MIXERS
 from .dense_mlps import _is_linear, _layout
 
@@ -35,7 +36,8 @@ IN_THIRDS = {
 class Site:
     """A linear layer that gets experts, or some of its outputs; `block` is the name of the repeated block it is in.
 
-    parts are those that these outputs are: several where a fused projection is taken as a whole.
+    parts are those that these outputs are: several where a fused projection is taken as a whole. `experts`: it is no
+    linear layer but the stacked experts of a `MoE`, in which these parts get pairs.
     """
 
     name: str
@@ -43,20 +45,30 @@ class Site:
     block: str
     parts: tuple[str, ...]
     columns: Columns | None = None
+    experts: bool = False
 
 
-def find(model: nn.Module, targets: Sequence[str], within: str = "") -> list[Site]:
+def find(model: nn.Module, targets: Sequence[str], within: str = "", experts: bool = False) -> list[Site]:
     """The linear layers of the model's repeated blocks that targets name, in order, under the submodule `within`.
 
     A target is a part, one of PARTS, or a name: the whole of it, or its end after a dot. A fused projection that holds
     a part as consecutive outputs is found as these, any other fused one as a whole. Linear layers inside a `MoE`, and
-    those whose block computes with the weight itself, are none of them. Raises ValueError listing what there is where
-    nothing is found.
+    those whose block computes with the weight itself, are none of them; with `experts` a `MoE`'s stacked experts are,
+    whose names are those of their parameters, as "down_proj". Raises ValueError listing what there is where nothing is
+    found, and for experts that cannot have pairs.
     """
     sites, seen = [], []
+    for name, stack, home in _stacks(model, within) if experts else ():
+        into = {"gate": "gate_up_proj", "up": "gate_up_proj"} if getattr(stack, "gated", True) else {"up": "up_proj"}
+        chosen = []
+        for part, parameter in {**into, "down": "down_proj"}.items():
+            seen.append(f"{name}.{parameter}".removeprefix(f"{home}."))
+            if part in targets or any(f".{name}.{parameter}".endswith(f".{t}") for t in targets if t not in PARTS):
+                chosen.append(part)
+        if chosen:
+            sites.append(Site(name, stack, home, tuple(chosen), experts=True))
     for name, linear, parent in _linears(model, within):
-        block = block_of(model, name)
-        if block is None:
+        if (block := block_of(model, name)) is None:
             continue
         leaf = name.rpartition(".")[2]
         seen.append(name.removeprefix(f"{block}."))
@@ -76,7 +88,8 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "") -> list[Sit
         )
     for site in sites:
         _check(model, site)
-    return sites
+    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    return sorted(sites, key=lambda site: order[site.name])
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -105,6 +118,16 @@ def _linears(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, nn
         parent = model.get_submodule(name.rpartition(".")[0])
         if not isinstance(parent, nn.MultiheadAttention):  # which never calls its linear layer
             yield name, module, parent
+
+
+def _stacks(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Stacked experts by name, with the block that they are in; adapters are none."""
+    for name, module in model.named_modules():
+        inside = not within or f"{name}.".startswith(f"{within}.")
+        if inside and isinstance(module, MoE) and not isinstance(module.experts, (LoRAExperts, MixLoRAExperts)):
+            zeros = isinstance(module.experts, ZeroComputationExperts)
+            path = "experts.mlp" if zeros else "experts"
+            yield f"{name}.{path}".lstrip("."), module.get_submodule(path), block_of(model, name) or name
 
 
 def _parts(name: str, parent: nn.Module) -> tuple[str, ...]:
@@ -148,6 +171,12 @@ def _columns(leaf: str, linear: Any, parent: Any) -> dict[str, Columns]:
 def _check(model: nn.Module, site: Site) -> None:
     parent, _, leaf = site.name.rpartition(".")
     owner: Any = model.get_submodule(parent)
+    if site.experts:
+        reason = unfit(site.linear)
+        if isinstance(owner, MoE) and owner.router.merges:  # a mean of products is no product of means
+            reason = f"{type(owner.router).__name__} merges experts, which it needs whole"
+        if reason is not None:
+            raise ValueError(f"adapt: {site.name}: {reason}; choose other targets")
     if leaf == "qkv" and getattr(owner, "q_bias", None) is not None:
         raise ValueError(
             f"adapt: {type(owner).__name__} computes with the weight of {site.name} itself, so that experts beside it "

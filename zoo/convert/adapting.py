@@ -15,6 +15,7 @@ from ..moe import (
     AdaptedLinear,
     LoRAExperts,
     LoRALinear,
+    LoRAOfExperts,
     MixLoRAExperts,
     MoE,
     PromptMixture,
@@ -68,9 +69,10 @@ def adapt(
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
         MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
 
-    Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too; in a sparse model
-    beside its attention, and LLaVA-MoLE and AdaMix beside its `MoE`s, whatever numbers their experts are in: as QLoRA
-    does, `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they
+    Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too. In a sparse model
+    they stand beside its attention, LLaVA-MoLE and AdaMix beside its `MoE`s, and LoRA with the targets gate, up and
+    down inside them, a pair for each expert (`LoRAOfExperts`); whatever numbers its experts are in: as QLoRA does,
+    `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they
     are, their selection biases too. At first the model computes what it did, but with soft prompts. targets are parts
     of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each
     part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from
@@ -191,7 +193,7 @@ def _shared(model: nn.Module, learns: set[str]) -> dict[int, Any]:
 
 def base_of(module: nn.Module) -> str | None:
     """Where an adapter has what it stands beside, None for a module that is no adapter."""
-    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, AdaMix, PromptMixture)):
+    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, LoRAOfExperts, AdaMix, PromptMixture)):
         return "base"  # prompts have none
     if isinstance(module, MoE) and isinstance(module.experts, MixLoRAExperts):
         return "experts.base"

@@ -26,6 +26,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         GrownExperts,
         IsolatedMoE,
         LoRAExperts,
+        LoRAOfExperts,
         MixLoRAExperts,
         MoE,
         QuantisedExperts,
@@ -43,15 +44,10 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        alike = (Experts, GrownExperts, LoRAExperts, MixLoRAExperts, QuantisedExperts, ResidualExperts)
+        alike = (Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, QuantisedExperts, ResidualExperts)
         if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
-        if isinstance(layer, MoE):
-            held = id(next(itertools.chain(layer.experts.parameters(), layer.experts.buffers()), None))
-            if held in counted:
-                continue
-            counted.add(held)
-        stacked = _stacked(layer)
+        stacked = _stacked(layer, counted)
         if stacked:
             met = _experts_met(layer.router)
             if met is None:
@@ -60,18 +56,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, round(active)
 
 
-def _stacked(layer: Recorded) -> int:
-    """How many parameters the experts of a layer have together."""
-    from ..moe import AdaptedLinear, HeadExperts, MoA, MoE, MoH, ScaledLinear
+def _stacked(layer: Recorded, counted: set[int]) -> int:
+    """How many parameters the experts of a layer have together, those of stacks that were counted left out."""
+    from ..moe import AdaptedLinear, HeadExperts, LoRAOfExperts, MoA, MoE, MoH, ScaledLinear
 
     if isinstance(layer, ScaledLinear):
         return layer.vectors.numel()
     if isinstance(layer, AdaptedLinear):
         return sum(p.numel() for p in layer.lora.parameters())
-    if isinstance(layer, MoE) and hasattr(layer.experts, "numbers"):
-        return int(layer.experts.numbers)  # type: ignore[arg-type]
     if isinstance(layer, MoE):
-        return sum(p.numel() for p in layer.experts.parameters())
+        stacked, experts = 0, layer.experts
+        for stack in [experts.base, experts.lora] if isinstance(experts, LoRAOfExperts) else [experts]:
+            held = id(next(itertools.chain(stack.parameters(), stack.buffers()), None))
+            if held not in counted:
+                counted.add(held)
+                own = getattr(stack, "numbers", None)
+                stacked += sum(p.numel() for p in stack.parameters()) if own is None else own
+        return stacked
     if isinstance(layer, MoA):
         return layer.q_proj.numel() + layer.o_proj.numel()
     if isinstance(layer, MoH):

@@ -18,6 +18,7 @@ from .hyper import HyperExperts, HyperNetwork
 from .isolated import IsolatedMoE
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
+from .lora_of_experts import LoRAOfExperts
 from .mix_lora import MixLoRAExperts
 from .peer import PEER, NeuronExperts
 from .prompts import PromptMixture
@@ -52,6 +53,7 @@ __all__ = [
     "KeyValues",
     "LoRAExperts",
     "LoRALinear",
+    "LoRAOfExperts",
     "MixLoRAExperts",
     "MixtureOfDepths",
     "MoA",

@@ -92,10 +92,11 @@ class LoRAExperts(nn.Module):
         rows = rows * (self.alpha / self.rank * weight[..., None]).to(rows.dtype)
         return F.linear(rows.flatten(-2), b.transpose(0, 1).flatten(1))
 
-    def each(self, rows: Tensor, offsets: Tensor) -> Tensor:
-        """What experts make of rows [A, D] sorted by expert, unweighted: [A, O]."""
-        hidden = grouped_linear(rows, self.a, offsets)
-        return self.alpha / self.rank * grouped_linear(hidden, self.b, offsets)
+    def each(self, rows: Tensor, offsets: Tensor, experts: Tensor | None = None) -> Tensor:
+        """What experts, or those [G] of them, make of rows [A, D] sorted by expert, unweighted: [A, O]."""
+        a, b = (w if experts is None else w.index_select(0, experts) for w in (self.a, self.b))
+        hidden = self.alpha / self.rank * grouped_linear(rows, a, offsets)
+        return grouped_linear(hidden, b, offsets)
 
     def reads(self, x: Tensor) -> Tensor:
         """Tokens as the experts read them: in their type, with dropout."""

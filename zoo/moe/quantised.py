@@ -5,13 +5,14 @@ T tokens, D width, F hidden, H = 2F (gated) or F, E experts, A assignments sorte
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import autocast
 from .experts import Experts, Weights, check_sizes
 from .kernels import get_activation
 from .kernels.codes import FORMATS
@@ -21,10 +22,18 @@ DECODED = 1 << 27  # numbers that are decoded at a time on a GPU, on the CPU a q
 FEW = 32  # rows an expert has on average up to which the CPU multiplies what it decodes at once
 KINDS = ("codes", "scales")
 
+Compute = Callable[[Weights, Tensor, Tensor, Routing], Tensor]
+
 
 def _waits(x: Tensor) -> bool:
     """Whether the host knows numbers where x is as soon as they are computed."""
     return x.device.type == "cpu"
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    """The type that products of x have."""
+    rounded = x.dtype != torch.float64 and autocast.is_on(x)
+    return torch.get_autocast_dtype(x.device.type) if rounded else x.dtype
 
 
 class QuantisedExperts(nn.Module):
@@ -155,31 +164,37 @@ class QuantisedExperts(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
-        device = x.device.type
-        autocast = device != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
-        count = routing.token_index.numel()
+        dtype, count = _computed_in(x), routing.token_index.numel()
         kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
         if not kept and _waits(x) and count and count <= FEW * self.num_experts and dtype != torch.float64:
             return self._few(x, routing, dtype)
+        return self.in_groups(x, routing, lambda weights, _, x, part: self.compute_with(weights, x, part))
+
+    def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:
+        """The same, a few experts decoded at a time: compute(weights, experts [G], x, part) says what these add.
+
+        `part` is of their assignments alone. `learns` where what `compute` holds itself has gradients.
+        """
+        dtype = _computed_in(x)
+        kept = torch.is_grad_enabled() and (learns or x.requires_grad or routing.weight.requires_grad)
         total = None
         for experts, part in self._groups(x, routing):
-            if kept:
-                y = checkpoint(self._some, x, part.weight, experts, part, dtype, use_reentrant=False)
-            else:
-                y = self._some(x, part.weight, experts, part, dtype)
+            given = (x, part.weight, experts, part, dtype, compute)
+            y = checkpoint(self._some, *given, use_reentrant=False) if kept else self._some(*given)
             total = y if total is None else total + y
         if total is None:
             return x.to(dtype) * routing.weight.sum().to(dtype)  # no assignments, but gradients go back all the same
         return total
 
-    def _some(self, x: Tensor, weight: Tensor, experts: Tensor, part: Routing, dtype: torch.dtype) -> Tensor:
-        """What some experts add; `part` is of their assignments alone."""
+    def _some(
+        self, x: Tensor, weight: Tensor, experts: Tensor, part: Routing, dtype: torch.dtype, compute: Compute
+    ) -> Tensor:
+        """What some experts add."""
         with torch.no_grad():
             w_in, w_out = (self.decoded(name, experts, dtype) for name in self._shapes)
             b_in, b_out = (b if b is None else b[experts].to(dtype) for b in (self.b_in, self.b_out))
         routing = Routing(part.token_index, part.offsets, weight, part.num_tokens)
-        return self.compute_with(Weights(w_in, w_out, b_in, b_out), x, routing)
+        return compute(Weights(w_in, w_out, b_in, b_out), experts, x, routing)
 
     def _few(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
         """The same on the CPU for a few tokens, without gradients: nothing decoded leaves the cache."""

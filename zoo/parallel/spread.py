@@ -9,10 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
-from ..moe import ExpertParallel, Experts, HierarchicalExpertParallel, StaticExpertParallel
+from ..moe import (
+    ExpertParallel,
+    Experts,
+    HierarchicalExpertParallel,
+    LoRAExperts,
+    LoRAOfExperts,
+    StaticExpertParallel,
+)
 from ..moe.layer import Recorded
 from .mesh import Mesh
 from .tensor import SplitTokens, planned, split_tensors
@@ -44,8 +51,9 @@ def parallelize(
     parameters again until backward. Gradients are those of the mean over the `sizes.data` processes of their losses.
     Tensor parallelism splits attention and dense MLPs where the model's plan says how (`split_tensors`), and lets each
     process of a group send its own part of the tokens to experts; every one of them gets the same batch.
-    Gates that merge experts (SMEAR, Lory, MEO) need them whole, and many gates over one `ExpertStack` compute it once:
-    those are sharded as dense parameters are. So are embedding tables, unless `fuse_embeddings` laid them out before.
+    Gates that merge experts (SMEAR, Lory, MEO) need them whole, many gates over one `ExpertStack` compute it once, and
+    experts with LoRA inside stay with it: those are sharded as dense parameters are. So are embedding tables, unless
+    `fuse_embeddings` laid them out before.
 
     Raises ValueError where a process would be left without an expert, for widths that do not divide, for blocks that
     share weights, for shadows or places with nodes, places with chunks or shadows, and for tensor parallelism of a
@@ -85,6 +93,8 @@ def parallelize(
     for module in _of_another_dtype(model, stacks.values(), scalars | fused):
         # What a gate gives is no tensor, by which FSDP would know when to gather it again; it is small.
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **{**options, "reshard_after_forward": False})
+        for method in ("mix", "each") if isinstance(module, LoRAExperts) else ():  # what layers around them call
+            register_fsdp_forward_method(module, method)
     for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **options)
     return model
@@ -105,7 +115,8 @@ def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[n
 def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """Names and modules of the stacked experts that processes may share out."""
     merged = [m for m in model.modules() if isinstance(m, Recorded) and m.router.merges]
-    whole = {id(module) for layer in merged for module in layer.modules()}
+    tuned = [m for m in model.modules() if isinstance(m, LoRAOfExperts)]
+    whole = {id(module) for layer in (*merged, *tuned) for module in layer.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Experts) and id(module) not in whole:
             yield name, module
