@@ -58,8 +58,8 @@ def test_a_sequence_gets_the_likeliest_prompt_times_its_probability(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_generation_with_a_cache_is_that_without(name):
     made, (tokens, mask) = adapted(name), batch()
-    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    base = made.generate(tokens[1:], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    base = made.generate(tokens[1:], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
     # Without a cache the prompt would be chosen anew by what was generated: hold it to one.
     next(m for m in made.modules() if isinstance(m, PromptMixture)).router.weight.data.zero_()
     found = [made.generate(tokens, use_cache=cache, **options) for cache in (True, False)]

@@ -120,5 +120,5 @@ def _use(adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 
 def _fits(value: Any, args: tuple[Any, ...]) -> bool:
     """Whether it is of the tokens that are given: keys and values of cross attention are of others."""
-    per_token = isinstance(value, Tensor) and value.dim() > 1 and bool(args) and args[0].dim() == 3
+    per_token = isinstance(value, Tensor) and value.dim() > 1 and len(args) > 0 and args[0].dim() == 3
     return not per_token or value.shape[:2] == args[0].shape[:2]

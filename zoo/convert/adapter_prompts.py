@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..moe import PromptMixture
 from ..pretrained.context import KEY, decoder_of
+from ..pretrained.decoders import CACHES
 
 NAME = "soft_prompts"
 
@@ -42,7 +43,8 @@ def _before(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
     given = kwargs.get("inputs_embeds")
     x: Tensor = decoder.get_input_embeddings()(ids) if given is None else given
     prompts: PromptMixture = decoder.soft_prompts
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask = kwargs.get("attention_mask")
+    cache = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         found = list(mask.shape) if isinstance(mask, Tensor) else f"a {type(mask).__name__} of masks"
         raise ValueError(f"soft prompts: {type(decoder).__name__} expected an attention_mask [B, S], got {found}")

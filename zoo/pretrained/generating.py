@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ class _Expand(_Own):
     def __call__(self, expand_size: int = 1, **kwargs: Any) -> Any:
         if expand_size > 1 and kwargs.get(KEY):
             kwargs[KEY] = {name: _repeated(value, expand_size) for name, value in kwargs[KEY].items()}
-        return type(self.model)._expand_inputs_for_generation(self.model, expand_size=expand_size, **kwargs)
+        # A static method in transformers 5.17.
+        theirs = inspect.getattr_static(type(self.model), "_expand_inputs_for_generation")
+        return theirs.__get__(self.model, type(self.model))(expand_size=expand_size, **kwargs)
 
 
 def _repeated(value: Any, times: int) -> Any:
