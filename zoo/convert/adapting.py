@@ -28,7 +28,7 @@ from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
 from .adapter_kinds import UNUSED, kind_of
 from .adapter_prompts import attach
-from .upcycling import _language_model
+from .upcycling import language_model
 
 
 def adapt(
@@ -116,7 +116,7 @@ def adapt(
     for name in UNUSED[row.level]:
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
-    how = {"kind": kind, **given, "layers": layers, "within": within or _language_model(model)}
+    how = {"kind": kind, **given, "layers": layers, "within": within or language_model(model)}
     if unfreeze:
         how["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}

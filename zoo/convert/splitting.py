@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from ..gates import gate_factory
 from ..moe import Experts, MoE, Router
 from ..moe.routers import EMoERouter, LLaMAMoERouter, MoEficationRouter, TopKRouter
+from ..pretrained.adopt import gate_arguments
 from ..pretrained.placement import moe_layers
 from .dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
 from .split_calibration import Calibrate
 from .split_groups import Cut, Method, any_groups, cut
 from .split_predictor import fit_predictor
-from .upcycling import _capacity, _finish_transformers, _language_model, _put_inline, _warn_of_dropout
+from .upcycling import finish_transformers, language_model, put_inline, warn_of_dropout
 
 
 def split(
@@ -130,12 +131,10 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
     if decide and method != "importance" and (shared or how["expert_dim"] is not None):
         raise ValueError(f'split: shared and expert_dim are for method="importance", got {method!r}')
     k = max(1, num_experts // 4) if how["k"] is None else how["k"]
-    within = how["within"] or _language_model(model)
+    within = how["within"] or language_model(model)
     mlps, indices = _chosen(model, how["layers"], within)
     sizes = {mlp: _sizes(mlp, num_experts, shared, how["expert_dim"], decide) for mlp in mlps}
-    given: dict[str, Any] = {} if how["losses"] is None else {"losses": how["losses"]}
-    if how["capacity"] is not None:
-        given["capacity"] = _capacity(how["capacity"])
+    given = gate_arguments(how["losses"], how["capacity"])
     routers = {}
     for mlp in mlps:
         make = gate_factory(how["router"], mlp.sizes[0], num_experts, k, {"normalize": True}, **given)
@@ -151,15 +150,15 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
         found[mlp] = _moe(mlp, routers[mlp], neurons, shared, how["scale"], how["backend"])
         if x is not None and isinstance(router := routers[mlp], MoEficationRouter):
             fit_predictor(router, found[mlp].experts, x)
-    _warn_of_dropout(mlps, "split", stacklevel=4)
+    warn_of_dropout(mlps, "split", stacklevel=4)
     # Modules with a replacement are not copied: memory for the dense ones twice is not needed.
     sparse: Any = copy.deepcopy(model, {id(mlp.module): moe for mlp, moe in found.items() if not mlp.inline})
     for mlp, moe in found.items():
         if mlp.inline:
-            _put_inline(sparse.get_submodule(mlp.name), mlp, moe)
+            put_inline(sparse.get_submodule(mlp.name), mlp, moe)
     told = {**how, "layers": indices, "k": k, "within": within}
     sparse.split_how = [*getattr(sparse, "split_how", []), told]
-    _finish_transformers(sparse)
+    finish_transformers(sparse)
     return sparse
 
 

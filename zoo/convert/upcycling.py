@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..gates import gate_factory
-from ..moe import Capacity, Experts, MoE, ResidualExperts, Router
+from ..moe import Experts, MoE, ResidualExperts, Router
+from ..pretrained.adopt import gate_arguments
 from ..pretrained.context import decoder_of, pass_context
 from ..pretrained.placement import moe_layers
 from ..pretrained.stand_in import stand_in
@@ -69,7 +70,7 @@ def upcycle(
         raise ValueError(f"upcycle: num_experts={num_experts} and granularity={granularity} must be at least 1")
     if residual and granularity > 1:
         raise ValueError(f"upcycle: residual experts share a whole copy, which granularity={granularity} would cut")
-    within = within or _language_model(model)
+    within = within or language_model(model)
     blocks = list(blocks_with_mlps(model, within))
     if not blocks:
         place = f" under {within!r}" if within else ""
@@ -83,26 +84,24 @@ def upcycle(
     if len(numbers) != len(chosen):
         raise ValueError(f"upcycle: num_experts has {len(numbers)} numbers for {len(chosen)} layers")
     k = min(2, *numbers) if k is None else k
-    given: dict[str, Any] = {} if losses is None else {"losses": losses}
-    if capacity is not None:
-        given["capacity"] = _capacity(capacity)
+    given = gate_arguments(losses, capacity)
     found = {}
     for number, mlp in zip(numbers, [recognise(name, module) for name, module in chosen]):
         mlp.check()
         defaults = {"normalize": normalize, **({"scale": float(granularity)} if granularity > 1 else {})}
         make = gate_factory(router, mlp.sizes[0], number * granularity, k * granularity, defaults, **given)
         found[mlp] = _moe(mlp, make, granularity, noise, router_std, backend, residual)
-    _warn_of_dropout(list(found))
+    warn_of_dropout(list(found))
     # Modules with a replacement are not copied: memory for the dense ones twice is not needed.
     sparse: Any = copy.deepcopy(model, {id(mlp.module): moe for mlp, moe in found.items() if not mlp.inline})
     for mlp, moe in found.items():
         if mlp.inline:
-            _put_inline(sparse.get_submodule(mlp.name), mlp, moe)
+            put_inline(sparse.get_submodule(mlp.name), mlp, moe)
     how = {"layers": list(moe_layers(layers, len(blocks))), "num_experts": num_experts, "router": router, "k": k}
     how |= {"normalize": normalize, "capacity": capacity, "losses": losses, "granularity": granularity}
     how |= {"residual": True} if residual else {}
     sparse.upcycled = [*getattr(model, "upcycled", []), {**how, "within": within, "backend": backend}]
-    _finish_transformers(sparse)
+    finish_transformers(sparse)
     return sparse
 
 
@@ -164,18 +163,12 @@ def _counterpart(name: str, dense: nn.Module) -> tuple[str, nn.Module]:
     raise ValueError(f"upcycle_optimizer: the dense model has no MLP where {name} is")
 
 
-def _language_model(model: Any) -> str:
+def language_model(model: Any) -> str:
     """The name of the language model inside a vision-language one, else an empty string."""
     if not hasattr(model, "get_decoder") or not hasattr(getattr(model, "config", None), "vision_config"):
         return ""
     decoder = decoder_of(model)
     return next(name for name, module in model.named_modules() if module is decoder)
-
-
-def _capacity(capacity: Any) -> Capacity:
-    if isinstance(capacity, Mapping):
-        return Capacity(**capacity)
-    return capacity if isinstance(capacity, Capacity) else Capacity(factor=float(capacity))
 
 
 @torch.no_grad()
@@ -245,7 +238,7 @@ def _stack(weights: dict[str, Tensor], mlp: DenseMLP, experts: Any) -> dict[str,
     return found
 
 
-def _put_inline(layer: nn.Module, mlp: DenseMLP, moe: MoE) -> None:
+def put_inline(layer: nn.Module, mlp: DenseMLP, moe: MoE) -> None:
     """Let a transformer layer that owns its linear layers call the experts in place of the first."""
     _, up, down = mlp.layout
     setattr(layer, up, moe)
@@ -253,7 +246,8 @@ def _put_inline(layer: nn.Module, mlp: DenseMLP, moe: MoE) -> None:
     setattr(layer, activation_attribute(layer), nn.Identity())
 
 
-def _warn_of_dropout(mlps: list[DenseMLP], conversion: str = "upcycle", stacklevel: int = 3) -> None:
+def warn_of_dropout(mlps: list[DenseMLP], conversion: str = "upcycle", stacklevel: int = 3) -> None:
+    """Say which dropout a conversion leaves out: that of only some of the units inside the MLPs."""
     rates = {rate for mlp in mlps if not mlp.dropout for rate in mlp.dropout_rates if rate}
     if rates:
         shown = ", ".join(f"{rate:g}" for rate in sorted(rates))
@@ -261,7 +255,7 @@ def _warn_of_dropout(mlps: list[DenseMLP], conversion: str = "upcycle", stacklev
         warnings.warn(told, stacklevel=stacklevel)
 
 
-def _finish_transformers(model: Any) -> None:
+def finish_transformers(model: Any) -> None:
     """Tell the routers of a decoder about padding, and keep transformers from writing our tensors under its names."""
     if not hasattr(model, "config") or not hasattr(model, "save_pretrained"):
         return

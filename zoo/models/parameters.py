@@ -38,13 +38,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     total += sum(m.numbers for m in model.modules() if isinstance(m, QuantisedExperts))
     active = float(total)
     counted: set[int] = set()
+    alike = (Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, QuantisedExperts, ResidualExperts)
     for name, layer in model.named_modules():
         if isinstance(layer, IsolatedMoE):
             # What the other parts would have active: the experts that no token of theirs meets are out already.
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        alike = (Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, QuantisedExperts, ResidualExperts)
         if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
         stacked = _stacked(layer, counted)
