@@ -1,4 +1,4 @@
-"""Small dense models to split, and what tests of splitting have in common."""
+"""Small dense models, and what tests of conversions have in common."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from split_cases import error
+from converted_cases import error
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from split_cases import error
+from converted_cases import error
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from split_cases import error, experts_of, language, losses_of, output, shaken, vit
+from converted_cases import error, experts_of, language, losses_of, output, shaken, vit
 
 import zoo
 from zoo.convert import set_k

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import transformers
-from split_cases import LANGUAGE, VISION, error, experts_of, language, losses_of, output, owners, shaken, vit
+from converted_cases import LANGUAGE, VISION, error, experts_of, language, losses_of, output, owners, shaken, vit
 from torch import Tensor, nn
 from torch.nn import functional as F
 

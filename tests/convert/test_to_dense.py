@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import transformers
+from converted_cases import output
 from torch import nn
 from torch.nn import functional as F
 
@@ -46,14 +47,6 @@ def language(prefix: str, **fields) -> nn.Module:
 def vit(**options) -> nn.Module:
     sizes = {"img_size": 32, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 7}
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
-
-
-def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        if x.is_floating_point():
-            return model(x)
-        more = {"decoder_input_ids": x} if model.config.is_encoder_decoder else {}
-        return model(x, **more).logits
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

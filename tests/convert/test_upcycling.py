@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import transformers
+from converted_cases import error, experts_of, output
 from timm.layers import GluMlp
 from torch import nn
 
@@ -64,22 +65,6 @@ def language(name: str) -> nn.Module:
 def vit(**options) -> nn.Module:
     sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3, "num_classes": 7}
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options}).eval()
-
-
-def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        if x.is_floating_point():
-            return model(x)
-        more = {"decoder_input_ids": x} if model.config.is_encoder_decoder else {}
-        return model(x, **more).logits
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def experts_of(model: nn.Module) -> list[MoE]:
-    return [module for module in model.modules() if isinstance(module, MoE)]
 
 
 @pytest.mark.filterwarnings("ignore:upcycle. dropout of only some units")
