@@ -1,4 +1,4 @@
-"""Run what the README tells a user to run: each line of its ```bash blocks, and each ```python block.
+"""Run what the READMEs tell a user to run: each line of their ```bash blocks, and each ```python block.
 
 `make test` is left to the caller, who has just run it. Stops at the first failure.
 """
@@ -15,11 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    *(page for top in ("zoo", "tasks", "configs") for page in sorted((ROOT / top).rglob("README.md"))),
+]
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    """The fenced blocks of one language, in order, the first page's first."""
+    fenced = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [block for page in PAGES for block in fenced.findall(page.read_text())]
 
 
 def run(what: str, command: list[str]) -> None:

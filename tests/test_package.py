@@ -1,6 +1,7 @@
 """The package as a whole: what importing costs, and which way imports point."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,25 @@ def test_the_pinned_versions_load_together() -> None:
     """torchrec and torchvision carry compiled operators that break when torch is another version's."""
     operators = "torch.ops.torchvision.nms, torch.ops.fbgemm.jagged_to_padded_dense"
     assert "nms" in run_python(f"import torchvision, torchrec, timm, torch; print({operators})")
+
+
+PAGES = [ROOT / "README.md", *(page for top in ("zoo", "configs") for page in (ROOT / top).rglob("README.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+    for script in set(re.findall(r"scripts/\w+\.py", text)):
+        assert (ROOT / script).exists(), script
+    for config in set(re.findall(r"[\w./]+\.yaml", text)):
+        assert (ROOT / config).exists() or (page.parent / config).exists(), config
+
+
+@pytest.mark.parametrize("folder", ["language", "vision", "vision_language", "recommendation"])
+def test_the_page_of_a_domain_names_its_configs(folder: str) -> None:
+    text = (ROOT / "configs" / folder / "README.md").read_text()
+    for config in (ROOT / "configs" / folder).glob("*.yaml"):
+        numbered = re.sub(r"_\d(?=\.yaml)", "_1", config.name)  # stages are named by their first
+        assert f"`{config.name}`" in text or f"`{numbered}` to `_3`" in text, config.name
