@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .densify import to_dense
     from .growing import grow, output_regularization
     from .mixing import mix
+    from .offloading import offload
     from .pruning import prune
     from .quantising import quantise
     from .sharing import share_depth
@@ -30,6 +31,7 @@ __all__ = [
     "layerwise_distillation",
     "merge_adapters",
     "mix",
+    "offload",
     "output_regularization",
     "prune",
     "quantise",
@@ -50,6 +52,7 @@ _LAZY = {
     "layerwise_distillation": "split_distillation",
     "merge_adapters": "adapter_merge",
     "mix": "mixing",
+    "offload": "offloading",
     "output_regularization": "growing",
     "prune": "pruning",
     "quantise": "quantising",

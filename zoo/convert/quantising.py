@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..moe import Experts, MoE, QuantisedExperts
-from ..moe.kernels.codes import BLOCK
-from ..moe.quantised import KINDS
 from ..pretrained.adopt import materialize
-from ..pretrained.quantised import Fp8
-from ..pretrained.sharded import View, fill, part_of, views
+from ..pretrained.sharded import views
 from ..pretrained.tensorfile import Entry
+from .expert_files import read_rest
 
 
 def quantise(model: nn.Module, format: str = "float8") -> nn.Module:
@@ -34,7 +31,7 @@ def quantise(model: nn.Module, format: str = "float8") -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     memo: dict[int, Any] = {}
     made: dict[tuple[int, ...], QuantisedExperts] = {}
-    for name, experts in _stacks(model).items():
+    for name, experts in stacks_of(model, "quantise").items():
         # Layers that share weights go on doing so.
         weights = tuple(id(parameter) for parameter in experts.parameters())
         if weights not in made:
@@ -52,81 +49,24 @@ def read(
     held as it was at a time. Raises as `quantise`.
     """
     where = views(model, targets)
-    stacks = _stacks(model)
+    stacks = stacks_of(model, "quantise")
     for name, experts in stacks.items():
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, _checked(name, experts, format))
+        model.set_submodule(name, _checked(name, experts, format))
     materialize(model, torch.device(device or torch.get_default_device()), initialize=False)
-    coded: dict[str, dict[str, View]] = defaultdict(dict)
-    for key, view in where.items():
-        stack, _, parameter = view.name.rpartition(".")
-        if stack in stacks and not parameter.endswith("_bias"):
-            coded[view.name][key] = view
-    fill(model, {key: view for key, view in where.items() if key not in coded.get(view.name, ())}, entries)
-    for parameter, found in coded.items():
-        stack, _, own = parameter.rpartition(".")
-        experts = model.get_submodule(stack)
-        shape = getattr(stacks[stack], own).shape
-        if _in_our_blocks(found, entries, experts, own):
-            for key, view in found.items():
-                _take(view, entries[key], experts, own)
-            continue
-        for e, matrix in _matrices(found, entries, shape):
-            try:
-                experts.encode(own, e, matrix.to(getattr(experts, f"{own}_codes").device))
-            except ValueError as error:
-                raise ValueError(f"{parameter}, expert {e}: {error}") from None
+    for name, files in read_rest(model, where, entries, stacks).items():
+        experts = model.get_submodule(name)
+        for e in range(experts.num_experts):
+            files.read(e, experts, e)
 
 
-def _in_our_blocks(
-    found: Mapping[str, View], entries: Mapping[str, Entry], experts: QuantisedExperts, own: str
-) -> bool:
-    """Whether the files have a stack in float8 themselves, with scales for the same blocks."""
-    return experts.format == "float8" and all(
-        isinstance(entry := entries[key], Fp8)
-        and entry.block == (BLOCK, BLOCK)
-        and (view.dims, view.shape) == ((1, 2), entry.shape)
-        and view.shape[0] * experts.parts[own] == getattr(experts, f"{own}_codes").shape[1]
-        for key, view in found.items()
-    )
-
-
-def _take(view: View, entry: Any, experts: QuantisedExperts, own: str) -> None:
-    """Codes and scales of one matrix as they are in a file."""
-    e, row = view.origin[:2]
-    part = row // view.shape[0]
-    codes, scales = (getattr(experts, f"{own}_{kind}")[e].chunk(experts.parts[own])[part] for kind in KINDS)
-    try:
-        entry.read_codes(codes, scales)
-    except ValueError as error:
-        raise ValueError(f"{view.name}, expert {e}: {error}") from None
-
-
-def _matrices(
-    found: Mapping[str, View], entries: Mapping[str, Entry], shape: torch.Size
-) -> Iterator[tuple[int, Tensor]]:
-    """Each expert's matrix [R, C] of a stack in float32, put together from the files' tensors that it has part in."""
-    by_expert: dict[int, list[str]] = defaultdict(list)
-    for key, view in found.items():
-        many = 0 in view.dims
-        count = view.shape[view.dims.index(0)] if many else 1
-        for e in range(view.origin[0], view.origin[0] + count):
-            by_expert[e].append(key)
-    for e in range(shape[0]):
-        matrix = torch.empty(shape[1:], dtype=torch.float32, device="cpu")
-        for key in by_expert[e]:
-            if part := part_of(found[key], (1, *shape[1:]), (e, 0, 0), matrix[None]):
-                entries[key].read_part(*part)
-        yield e, matrix
-
-
-def _stacks(model: nn.Module) -> dict[str, Experts]:
-    stacks = {name: module for name, module in model.named_modules() if type(module) is Experts}
+def stacks_of(model: nn.Module, what: str, kinds: tuple[type, ...] = (Experts,)) -> dict[str, Any]:
+    """Experts of some kinds by name; raises ValueError where there are none, or a gate needs them whole."""
+    stacks = {name: module for name, module in model.named_modules() if type(module) in kinds}
     if not stacks:
-        raise ValueError(f"quantise: {type(model).__name__} has no experts of ours (zoo.moe.Experts)")
+        raise ValueError(f"{what}: {type(model).__name__} has no experts of ours (zoo.moe.Experts)")
     for name, module in model.named_modules():
-        if isinstance(module, MoE) and module.router.merges and type(module.experts) is Experts:
-            raise ValueError(f"quantise: {name}: {type(module.router).__name__} merges experts, which it needs whole")
+        if isinstance(module, MoE) and module.router.merges and type(module.experts) in kinds:
+            raise ValueError(f"{what}: {name}: {type(module.router).__name__} merges experts, which it needs whole")
     return stacks
 
 

@@ -29,23 +29,25 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         LoRAOfExperts,
         MixLoRAExperts,
         MoE,
+        OffloadedExperts,
         QuantisedExperts,
         ResidualExperts,
     )
     from ..moe.layer import Recorded
 
     total = sum(p.numel() for p in model.parameters())
-    total += sum(m.numbers for m in model.modules() if isinstance(m, QuantisedExperts))
+    elsewhere = (OffloadedExperts, QuantisedExperts)  # that are no parameters
+    total += sum(m.numbers for m in model.modules() if isinstance(m, elsewhere))
     active = float(total)
     counted: set[int] = set()
-    alike = (Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, QuantisedExperts, ResidualExperts)
+    alike = (Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, ResidualExperts)
     for name, layer in model.named_modules():
         if isinstance(layer, IsolatedMoE):
             # What the other parts would have active: the experts that no token of theirs meets are out already.
             active -= sum(count_parameters(part)[1] for part in list(layer.parts)[1:])
         if not isinstance(layer, Recorded):
             continue
-        if isinstance(layer, MoE) and not isinstance(layer.experts, alike):
+        if isinstance(layer, MoE) and not isinstance(layer.experts, alike + elsewhere):
             raise ValueError(f"{name}: {type(layer.experts).__name__} are not all of one size")
         stacked = _stacked(layer, counted)
         if stacked:
@@ -67,7 +69,7 @@ def _stacked(layer: Recorded, counted: set[int]) -> int:
     if isinstance(layer, MoE):
         stacked, experts = 0, layer.experts
         for stack in [experts.base, experts.lora] if isinstance(experts, LoRAOfExperts) else [experts]:
-            held = id(next(itertools.chain(stack.parameters(), stack.buffers()), None))
+            held = id(next(itertools.chain(stack.parameters(), stack.buffers()), stack))
             if held not in counted:
                 counted.add(held)
                 own = getattr(stack, "numbers", None)

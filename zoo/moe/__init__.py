@@ -20,6 +20,7 @@ from .layer import MoE, Step, record
 from .lora import LoRAExperts
 from .lora_of_experts import LoRAOfExperts
 from .mix_lora import MixLoRAExperts
+from .offloaded import OffloadedExperts
 from .peer import PEER, NeuronExperts
 from .prompts import PromptMixture
 from .quantised import QuantisedExperts
@@ -60,6 +61,7 @@ __all__ = [
     "MoE",
     "MoH",
     "NeuronExperts",
+    "OffloadedExperts",
     "PatchMoE",
     "PromptMixture",
     "QuantisedExperts",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..moe import QuantisedExperts
+from ..moe import OffloadedExperts, QuantisedExperts
 from ..moe.kernels.codes import BLOCK, GROUP
 from .language import RELATIVES, TABLES
 
@@ -20,7 +20,10 @@ KEPT_BY_OSS = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.e
 
 
 def check(model: nn.Module) -> None:
-    """Raise TypeError, naming the layer, for quantised experts that no published layout has a place for."""
+    """Raise TypeError, naming the layer, for experts that no published layout has a place for, and offloaded ones."""
+    for name, module in model.named_modules():
+        if isinstance(module, OffloadedExperts):
+            raise TypeError(f"save_pretrained: {name} are offloaded experts; write the model that they are from")
     experts = {name: m for name, m in model.named_modules() if isinstance(m, QuantisedExperts)}
     if not experts:
         return

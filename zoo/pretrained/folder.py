@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..convert import quantising
+from ..convert import offloading, quantising
 from ..gates import gate_factory
 from ..moe import MoE
 from ..moe.residual import folded_state
@@ -24,15 +23,14 @@ from . import adopt, few_bits, hub, sharded
 from .language import TABLES, Family, resolve_dtype, tensors_on_disk
 from .peek import peek
 from .quantised import dequantised, method_of, plain
+from .shards import INDEX, WEIGHTS, bytes_of, write_configs, write_weights
 from .sparse_relatives import published_config
 from .staging import staged
-from .tensorfile import DTYPES, Entry, read_header, write_file
+from .tensorfile import DTYPES, Entry, read_header
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")
 GATE = re.compile(r".*\.gate\.(weight|e_score_correction_bias)")
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def has_table(folder: Path) -> bool:
@@ -52,6 +50,7 @@ def from_pretrained(
     attn_implementation: str | None = None,
     mesh: Mesh | None = None,
     quantise: str | None = None,
+    offload: int | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
@@ -77,6 +76,9 @@ def from_pretrained(
     "mxfp4" has the numbers of its files, one in FP8 with a matrix an expert and blocks of 128 x 128 read as "float8"
     its codes and scales.
 
+    With `offload`, experts stay in their files, and come when tokens meet them: there is memory for that many of each
+    layer (`zoo.offload`), of the kind that `quantise` names.
+
     Raises ValueError for an unknown family, another quantisation, missing or surplus keys, a wrong shape, or a
     damaged file; FileNotFoundError and ConnectionError where there is nothing to read. Messages name file and key.
     """
@@ -92,7 +94,7 @@ def from_pretrained(
         dtype = config.dtype or stored_dtype(entries)
     given = adopt.gate_arguments(losses, capacity)
     make = None
-    check_router(router, mesh, quantise)
+    check_router(router, mesh, quantise, offload)
     if router is not None:
         sizes = (config.hidden_size, getattr(config, family.num_experts))
         make = gate_factory(router, *sizes, k=config.num_experts_per_tok, **given)
@@ -102,18 +104,18 @@ def from_pretrained(
         router_args=given,
         backend=backend,
         dtype=resolve_dtype(dtype),
-        device=device if mesh is None and quantise is None else "meta",
+        device=device if mesh is None and quantise is None and offload is None else "meta",
         attn_implementation=attn_implementation,
         initialize=False,
     )
     if mesh is not None:
         targets = _targets(model, family, entries, folder, own_gates=True)
         sharded.spread_and_fill(model, targets, entries, mesh, device)
-    elif quantise is not None:
+    elif quantise is not None or offload is not None:
         if as_stored:
             _widen_gates(model, family, entries)
         targets = _targets(model, family, entries, folder, own_gates=True)
-        quantising.read(model, targets, entries, quantise, device)
+        read_expert_by_expert(model, targets, entries, quantise, offload, device)
     elif torch.device(next(model.parameters()).device).type != "meta":
         if as_stored:
             _widen_gates(model, family, entries)
@@ -151,7 +153,7 @@ def save_pretrained(
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     config = published_config(model)
     family = adopt.family_of(config.model_type)
-    limit = _bytes(max_shard_size)
+    limit = bytes_of(max_shard_size)
     state = state_dict
     if is_spread(model):
         state = whole_state(model)
@@ -163,13 +165,31 @@ def save_pretrained(
         write_weights(tensors.items(), few_bits.numbers(model), staging, limit)
 
 
-def check_router(router: Any, mesh: Mesh | None, quantise: str | None = None) -> None:
-    """Raise ValueError for other gates than a checkpoint's in a model that is read in parts, or into few bits."""
-    if mesh is not None and quantise is not None:
-        raise ValueError("from_pretrained: quantised experts are not spread over processes; give mesh or quantise")
-    if router is not None and (mesh is not None or quantise is not None):
-        option = "a mesh" if mesh is not None else "quantise"
-        raise ValueError(f"from_pretrained: with {option} the gates are the checkpoint's own; leave out router")
+def check_router(router: Any, mesh: Mesh | None, quantise: str | None = None, offload: int | None = None) -> None:
+    """Raise ValueError for other gates than a checkpoint's in a model that is read in parts, or expert by expert."""
+    given = {"a mesh": mesh, "quantise": quantise, "offload": offload}
+    options = [name for name, value in given.items() if value is not None]
+    if mesh is not None and len(options) > 1:
+        kind = "quantised" if quantise is not None else "offloaded"
+        raise ValueError(f"from_pretrained: {kind} experts are not spread over processes; give mesh or {options[1]}")
+    if router is not None and options:
+        raise ValueError(f"from_pretrained: with {options[0]} the gates are the checkpoint's own; leave out router")
+
+
+def read_expert_by_expert(
+    model: Any,
+    targets: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    quantise: str | None,
+    offload: int | None,
+    device: Any,
+) -> None:
+    """Fill a model that has no memory, its experts in few bits, or staying in their files, or both."""
+    if offload is not None:
+        offloading.read(model, targets, entries, offload, quantise, device)
+    else:
+        assert quantise is not None
+        quantising.read(model, targets, entries, quantise, device)
 
 
 def stored_dtype(entries: Mapping[str, Entry]) -> torch.dtype:
@@ -270,49 +290,3 @@ def _unread(model: Any) -> str:
 def _some(keys: list[str]) -> str:
     shown = ", ".join(keys[:4]) + (", ..." if len(keys) > 4 else "")
     return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''} ({shown})"
-
-
-def _bytes(size: int | str) -> int:
-    if isinstance(size, str):
-        match = re.fullmatch(r"(\d+)\s*([KMGT]B)", size.strip().upper())
-        if not match:
-            raise ValueError(f'max_shard_size: expected bytes or a size such as "5GB", got {size!r}')
-        size = int(match[1]) * UNITS[match[2]]
-    if size < 1:
-        raise ValueError(f"max_shard_size: expected at least one byte, got {size}")
-    return size
-
-
-def write_configs(model: Any, config: Any, architecture: str, settings: dict[str, Any], folder: Path) -> None:
-    """config.json, its quantization_config `settings` if there are any, and generation_config.json."""
-    config = copy.deepcopy(config)
-    config.architectures = [architecture]
-    config.dtype = next(model.parameters()).dtype
-    if settings:
-        config.quantization_config = settings
-    config.save_pretrained(folder)
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)
-
-
-def write_weights(tensors: Iterable[tuple[str, Tensor]], parameters: int, folder: Path, limit: int) -> None:
-    """One file of weights, or several of at most `limit` bytes and their index, as transformers names them."""
-    shards: list[list[tuple[str, Tensor]]] = [[]]
-    filled = total = 0
-    for key, tensor in tensors:
-        size = tensor.numel() * tensor.itemsize
-        if filled and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append((key, tensor))
-        filled, total = filled + size, total + size
-    if len(shards) == 1:
-        return write_file(folder / WEIGHTS, shards[0])
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(folder / name, shard)
-        weight_map.update(dict.fromkeys((key for key, _ in shard), name))
-    index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return None

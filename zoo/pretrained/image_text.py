@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..convert import quantising
 from ..gates import gate_factory, layer_gates
 from ..moe import MoE
 from ..nearest import unknown
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, few_bits, moe_llava, quantised, sharded
+from . import adopt, few_bits, moe_llava, quantised, sharded, shards
 from . import folder as files
 from .context import decoder_of, pass_context
 from .language import resolve_dtype
@@ -81,14 +80,15 @@ def from_pretrained(
     attn_implementation: str | None = None,
     mesh: Mesh | None = None,
     quantise: str | None = None,
+    offload: int | None = None,
     find: Callable[[str, str], Any] | None = None,
     put: Callable[..., Any] | None = None,
 ) -> Any:
     """A published vision-language checkpoint as transformers' model, the sparse blocks of its language model on `MoE`.
 
-    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh` and `quantise` too; for other models than
-    these, `find` gives the class of a model type in place of `class_of`, and `put` changes it in place of `put_layers`.
-    A dense model is transformers' own as it is, for `zoo.upcycle`; so is one whose sparse blocks
+    Options are those of `zoo.pretrained.folder.from_pretrained`, `mesh`, `quantise` and `offload` too; for other
+    models than these, `find` gives the class of a model type in place of `class_of`, and `put` changes it in place of
+    `put_layers`. A dense model is transformers' own as it is, for `zoo.upcycle`; so is one whose sparse blocks
     `zoo.pretrained.sparse_rows` has no row for, with its experts behind transformers' own routers on our kernels where
     they can. FP8 and MXFP4 weights are dequantised while they are read, by us: transformers reads its tensors from
     `zoo.pretrained.quantised`.
@@ -102,11 +102,11 @@ def from_pretrained(
         raise ValueError(f"{folder / files.CONFIG}: no model_type; expected the configuration of a transformers model")
     found = (find or class_of)(model_type, f" in {folder / files.CONFIG}")
     entries = files.entries_of(folder, raw)  # names the file that is missing or damaged
-    files.check_router(router, mesh, quantise)
+    files.check_router(router, mesh, quantise, offload)
     device = torch.device(device) if device is not None else torch.get_default_device()
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     dtype = resolve_dtype(dtype) if dtype != "auto" else "auto"
-    in_parts = mesh is not None or quantise is not None
+    in_parts = mesh is not None or quantise is not None or offload is not None
     if in_parts or device.type == "meta":
         config = quantised.plain(found.config_class.from_pretrained(folder))
         if dtype == "auto":
@@ -122,8 +122,8 @@ def from_pretrained(
         targets, parts = targets_of(model, theirs, entries, folder)
         if mesh is not None:
             sharded.spread_and_fill(model, targets, parts, mesh, device)
-        elif quantise is not None:
-            quantising.read(model, targets, parts, quantise, device)
+        else:
+            files.read_expert_by_expert(model, targets, parts, quantise, offload, device)
         files.read_generation(model, folder)
         return model
     return model if device.type == "meta" else model.to(device)
@@ -232,7 +232,7 @@ def save(
     """
     if row_of(model) is None and any(isinstance(module, MoE) for module in model.modules()):
         return moe_llava.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
-    limit = files._bytes(max_shard_size)
+    limit = shards.bytes_of(max_shard_size)
     check_reshaped(model)
     check_gates(model)
     whole = None
@@ -251,9 +251,9 @@ def save(
     settings = few_bits.settings_for(state)
     with staged(folder, overwrite) as staging:
         if settings:
-            files.write_configs(model, model.config, type(model).__name__, settings, staging)
+            shards.write_configs(model, model.config, type(model).__name__, settings, staging)
             plain = {name: tensor for name, tensor in state.items() if name not in tied}
-            files.write_weights(plain.items(), few_bits.numbers(model), staging, limit)
+            shards.write_weights(plain.items(), few_bits.numbers(model), staging, limit)
         else:
             type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
     return None

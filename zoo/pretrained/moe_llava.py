@@ -21,7 +21,7 @@ from ..moe.routers import GShardRouter, TopKRouter
 from ..nearest import unknown
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
-from . import adopt, hub, sharded
+from . import adopt, hub, sharded, shards
 from . import folder as files
 from .context import decoder_of
 from .language import resolve_dtype
@@ -247,7 +247,7 @@ def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrit
         "vision_config": config.vision_config.to_dict(),
         "tie_word_embeddings": config.tie_word_embeddings,
     }
-    limit = files._bytes(max_shard_size)
+    limit = shards.bytes_of(max_shard_size)
     whole = whole_state(model) if is_spread(model) else None
     if whole is not None and torch.distributed.get_rank():
         return
@@ -256,7 +256,7 @@ def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrit
         (staging / files.CONFIG).write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staging)
-        files.write_weights(tensors, sum(p.numel() for p in model.parameters()), staging, limit)
+        shards.write_weights(tensors, sum(p.numel() for p in model.parameters()), staging, limit)
 
 
 def _is(config: Any, tower: Mapping[str, Any]) -> bool:

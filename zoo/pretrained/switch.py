@@ -14,8 +14,7 @@ from ..gates import gate_factory
 from ..moe import Capacity, Experts, MoE
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
-from . import adopt, image_text
-from . import folder as files
+from . import adopt, image_text, shards
 from .peek import peek
 from .staging import staged
 from .stand_in import stand_in
@@ -128,7 +127,7 @@ def save(
     for name, layer in model.named_modules():
         if isinstance(layer, MoE) and not (isinstance(layer.router, TopKRouter) and layer.router.k == 1):
             raise ValueError(f"{name}.router: {type(layer.router).__name__} cannot be expressed in {MODEL_TYPE}")
-    limit = files._bytes(max_shard_size)
+    limit = shards.bytes_of(max_shard_size)
     state = dict(tensors_of_transformers(model.state_dict() if state_dict is None else state_dict))
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)

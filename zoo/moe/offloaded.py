@@ -1,0 +1,265 @@
+"""Experts that stay on the host or in files, and come to where tokens are when tokens meet them.
+
+T tokens, D width, E experts, S slots for them where tokens are, A assignments sorted by expert.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .experts import Experts
+from .quantised import QuantisedExperts
+from .routers.base import Router
+from .routing import Routing
+
+READERS = 4  # threads that read experts while others are computed
+
+Held = Experts | QuantisedExperts
+
+
+class Source(Protocol):
+    """Where experts stay."""
+
+    def read(self, expert: int, held: Held, slot: int) -> None:
+        """Fill one slot of `held` with an expert."""
+
+
+class OnHost:
+    """Experts that stay in the host's memory, `experts` being all of them. Copies of this share them."""
+
+    def __init__(self, experts: Held) -> None:
+        self.tensors = {name: tensor.detach() for name, tensor in tensors_of(experts).items()}
+
+    def read(self, expert: int, held: Held, slot: int) -> None:
+        """Fill one slot of `held` with an expert."""
+        for name, tensor in tensors_of(held).items():
+            tensor[slot].copy_(self.tensors[name][expert], non_blocking=True)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnHost:
+        return self
+
+
+def tensors_of(experts: Held) -> dict[str, Tensor]:
+    """Parameters and buffers, stacked by expert, by name."""
+    return {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
+
+
+class OffloadedExperts(nn.Module):
+    """E frozen experts of which S at most have memory where tokens are (Mixtral offloading, arXiv 2312.17238).
+
+    held: `Experts` or `QuantisedExperts` of S experts, the slots; source: where all of them stay. An expert that tokens
+    meet and that no slot holds takes the place of the one that was met longest ago. It comes while those that are there
+    are computed; where tokens meet more experts than there are slots, these come by turns. Outputs, and gradients of
+    tokens and combine weights, are those of all E experts in `held`'s kind; for the backward nothing is kept but the
+    tokens, experts come again.
+
+    With `follow`, what the next layer's gate would choose for this layer's tokens comes as soon as this layer's own
+    experts have been asked for (2312.17238, section 3.2): a guess, which changes no output. It is made in eval mode for
+    as few tokens as leave the next layer's slots free for its own choice.
+
+    `met`, `read` and `guessed` count experts met by tokens, those read for that, and those read on a guess. The
+    experts are no parameters, and not in the state_dict.
+    """
+
+    parallel = None
+    dropout = 0.0
+
+    def __init__(self, held: Held, num_experts: int, source: Source) -> None:
+        super().__init__()
+        self.num_experts, self.dim, self.hidden_dim = num_experts, held.dim, held.hidden_dim
+        self.activation = held.activation
+        self.source = source
+        # No submodule: what is in the slots is no state of the model.
+        object.__setattr__(self, "held", held.requires_grad_(False).eval())
+        self.met = self.read = self.guessed = 0
+        self._next: tuple[Router, OffloadedExperts] | None = None
+        self._forget()
+
+    held: Held
+
+    @property
+    def slots(self) -> int:
+        """S, how many experts there is memory for."""
+        return self.held.num_experts
+
+    @property
+    def numbers(self) -> int:
+        """How many weights and biases all E experts have."""
+        held = self.held
+        count = (
+            held.numbers if isinstance(held, QuantisedExperts) else sum(t.numel() for t in tensors_of(held).values())
+        )
+        return count // self.slots * self.num_experts
+
+    def follow(self, router: Router, experts: OffloadedExperts) -> None:
+        """Guess, by the gate of the next layer, which of its experts will be met."""
+        self._next = router, experts
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As any module's, the slots moving along, but empty."""
+        self._forget()
+        super()._apply(fn, recurse)
+        self.held._apply(fn)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        wait(self._coming.values())
+        return {**self.__dict__, "_stream": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let no slot hold any expert."""
+        wait(self.__dict__.get("_coming", {}).values())
+        self._slot: OrderedDict[int, int] = OrderedDict()  # of each expert that is there, the one met last in the end
+        self._free = list(range(self.slots))
+        self._coming: dict[int, Future[Any]] = {}
+        self._stream: Any = None
+
+    # Which experts are needed the host decides.
+    @torch.compiler.disable
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
+        if not routing.token_index.numel():
+            return x * routing.weight.sum().to(x.dtype)  # no assignments, but gradients go back all the same
+        bounds, likely = self._bounds(x, routing)
+        busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
+        self.met += len(busy)
+        groups = self._groups(busy)
+        kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
+        total = None
+        for n, group in enumerate(groups):
+            # The next ones come while these are computed, into other slots.
+            self.read += self._bring(group, groups[n + 1] if n + 1 < len(groups) and self.slots > 1 else [])
+            if self._next is not None and n + 1 == len(groups):
+                self._next[1].guessed += self._next[1]._bring(likely)
+            given = (x, routing.weight, routing.token_index, bounds, group)
+            y = checkpoint(self._some, *given, use_reentrant=False) if kept else self._some(*given)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def _bounds(self, x: Tensor, routing: Routing) -> tuple[list[int], list[int]]:
+        """Where each expert's assignments begin, and the experts that the next layer's tokens will probably meet."""
+        if self._next is None or not self._may_guess(routing):
+            return routing.offsets.tolist(), []
+        with torch.no_grad():
+            offsets = self._next[0](x).offsets
+        # One wait for both.
+        found = torch.cat([routing.offsets, offsets]).tolist()
+        own, others = found[: self.num_experts + 1], found[self.num_experts + 1 :]
+        return own, [e for e in range(len(others) - 1) if others[e] < others[e + 1]]
+
+    def _may_guess(self, routing: Routing) -> bool:
+        assert self._next is not None
+        router, experts = self._next
+        return not router.training and routing.num_tokens * (getattr(router, "k", None) or 1) <= experts.slots
+
+    def _groups(self, busy: list[int]) -> list[list[int]]:
+        """Experts that are computed together: those that are there, then others in halves of the slots."""
+        here = [e for e in busy if e in self._slot]
+        away = [e for e in busy if e not in self._slot]
+        if len(busy) <= self.slots:
+            return [group for group in (here, away) if group]
+        size = max(1, self.slots // 2)
+        order = [here[n : n + size] for n in range(0, len(here), size)]
+        return order + [away[n : n + size] for n in range(0, len(away), size)]
+
+    def _some(self, x: Tensor, weight: Tensor, token: Tensor, bounds: list[int], experts: list[int]) -> Tensor:
+        """What some experts, no more than there are slots, add."""
+        self.read += self._bring(experts)  # none but in a backward, where others may have come since
+        self._wait(experts)
+        order = sorted(experts, key=self._slot.__getitem__)
+        ends = [0] * (self.slots + 1)
+        for e in order:
+            ends[self._slot[e] + 1] = bounds[e + 1] - bounds[e]
+        spans = torch.cat([torch.arange(bounds[e], bounds[e + 1]) for e in order]).to(token.device)
+        offsets = torch.tensor(ends, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(token.device)
+        part = Routing(token.index_select(0, spans), offsets, weight.index_select(0, spans), x.shape[0])
+        return self.held(x, part)
+
+    def _bring(self, experts: Sequence[int], more: Sequence[int] = ()) -> int:
+        """Ask for experts that are not there, and for more that come after them; returns how many of them all."""
+        wanted = [*experts, *more][: self.slots]
+        for e in wanted:
+            if e in self._slot:
+                self._slot.move_to_end(e)
+        away = [e for e in wanted if e not in self._slot]
+        done = self._done() if away else None
+        for e in away:
+            if not self._free:
+                old = next(other for other in self._slot if other not in wanted)
+                if old in self._coming:
+                    wait([self._coming.pop(old)])
+                self._free.append(self._slot.pop(old))
+            self._slot[e] = self._free.pop()
+            self._coming[e] = _readers().submit(self._fetch, e, self._slot[e], done)
+        return len(away)
+
+    def _done(self) -> Any:
+        """When all that was computed with the slots so far is done, None where the host computes itself."""
+        device = self.held.w_out.device if isinstance(self.held, Experts) else self.held.down_proj_codes.device
+        if device.type != "cuda":
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        return torch.cuda.current_stream(device).record_event()
+
+    @torch.no_grad()
+    def _fetch(self, expert: int, slot: int, done: Any) -> Any:
+        """Fill a slot, on a stream of its own on a GPU: when that is done there."""
+        if done is None:
+            return self.source.read(expert, self.held, slot)
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(done)
+            self.source.read(expert, self.held, slot)
+            return self._stream.record_event()
+
+    def _wait(self, experts: Sequence[int]) -> None:
+        """Let what is computed from now on find these experts in their slots; raises what reading them raised."""
+        for e in experts:
+            coming = self._coming.pop(e, None)
+            if coming is not None and coming.exception() is not None:
+                # It may be long ago that this was asked for, and the reason may have gone.
+                self._free.append(self._slot.pop(e))
+                self._bring([e])
+                coming = self._coming.pop(e)
+                if coming.exception() is not None:
+                    self._free.append(self._slot.pop(e))
+            event = coming.result() if coming is not None else None
+            if event is not None:
+                torch.cuda.current_stream(self._stream.device).wait_event(event)
+
+    def extra_repr(self) -> str:
+        """Sizes for `print(model)`."""
+        kind = self.held.format if isinstance(self.held, QuantisedExperts) else "whole"
+        return f"{self.num_experts}, slots={self.slots}, dim={self.dim}, hidden_dim={self.hidden_dim}, {kind}"
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _readers() -> ThreadPoolExecutor:
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(READERS, thread_name_prefix="experts")
+    return _pool
+
+
+def _forget_readers() -> None:
+    global _pool
+    _pool = None  # a forked process has none of its parent's threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_readers)
