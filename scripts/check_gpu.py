@@ -3,7 +3,7 @@
 PYTHONPATH=. python scripts/check_gpu.py --json check.json --seconds 540
 
 Sections, each of which may fail without stopping the others: device, correct, repeat, sync, graphs, compile, memory,
-far, bits, decode, time, tiles. The file holds all figures, and is written after every section. Sections run in a
+far, bits, away, decode, time, tiles. The file holds all figures, and is written after every section. Sections run in a
 process of their own, and in another one after a section that crashes, hangs, or leaves the GPU unusable. With `--device
 cpu` all runs in small on the CPU, to try the script itself; TRITON_INTERPRET=1 takes the Triton kernels for that.
 Liger-Kernel, if installed, is timed untuned unless LIGER_FUSED_MOE_AUTOTUNE=1: tuning takes minutes a shape.
@@ -35,6 +35,7 @@ SECTIONS = {
     "memory": ("capture", "memory", 30),
     "far": ("results", "far", 60),
     "bits": ("bits", "few_bits", 30),
+    "away": ("away", "offloaded", 30),
     "decode": ("times", "decode", 60),
     "time": ("times", "timed", 240),
     "tiles": ("tiles", "tiles", 240),

@@ -19,11 +19,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="how many to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quantise", choices=["float8", "int8", "mxfp4"], help="keep experts in few bits")
+    parser.add_argument(
+        "--offload", type=int, metavar="N", help="memory for N experts a layer; all stay in their files"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = zoo.from_pretrained(args.model, device=device)
+    options = {name: value for name in ("quantise", "offload") if (value := getattr(args, name)) is not None}
+    model = zoo.from_pretrained(args.model, device=device, **options)
     tokenizer = open_tokenizer(args.model)
     for prompt in args.prompts:
         ids = prompt_ids(tokenizer, prompt)

@@ -36,7 +36,7 @@ def test_every_section_runs_and_is_summed_up(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     written = json.loads(file.read_text())
     assert written["machine"]["versions"]["torch"] == torch.__version__
-    names = ["device", "correct", "repeat", "sync", "graphs", "compile", "memory", "far", "bits"]
+    names = ["device", "correct", "repeat", "sync", "graphs", "compile", "memory", "far", "bits", "away"]
     names += ["decode", "time", "tiles"]
     assert list(written["sections"]) == names
     summary = done.stdout[done.stdout.index("section   result") :]

@@ -22,4 +22,8 @@ def test_train_continue_and_generate(text, tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert shown.startswith("router")
     assert "while" in shown
+    run(monkeypatch, "generate.py", "second", "router", "--tokens", 9, "--temperature", 0)
+    whole = capsys.readouterr().out
+    run(monkeypatch, "generate.py", "second", "router", "--tokens", 9, "--temperature", 0, "--offload", 3)
+    assert capsys.readouterr().out == whole
     assert (tmp_path / "second" / "tokenizer.json").read_text() == (tmp_path / "first" / "tokenizer.json").read_text()

@@ -38,8 +38,8 @@ def offload(model: nn.Module, slots: int, device: torch.device | str | None = No
     memo: dict[int, Any] = {}
     for name, experts in stacks.items():
         held = _slots(name, experts, slots)
-        _on_host(experts)
-        memo[id(experts)] = OffloadedExperts(held, experts.num_experts, OnHost(experts))
+        source = OnHost(experts, lock=device is not None and torch.device(device).type == "cuda")
+        memo[id(experts)] = OffloadedExperts(held, experts.num_experts, source)
     found = copy.deepcopy(model, memo)
     if device is not None:
         found = found.to(device)
@@ -100,17 +100,6 @@ def _slots(name: str, experts: Experts | QuantisedExperts, slots: int, format: s
             if own in like:
                 tensor.data = tensor.data.to(like[own].dtype)
     return held if next(iter(like.values())).is_meta else held.to_empty(device=next(iter(like.values())).device)
-
-
-def _on_host(experts: Experts | QuantisedExperts) -> None:
-    """Let a GPU read experts on the host while it computes."""
-    if not torch.cuda.is_available():
-        return
-    for tensor in tensors_of(experts).values():
-        if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_pinned():
-            # In place: pin_memory() would need as much memory again.
-            size = tensor.numel() * tensor.itemsize
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0))
 
 
 class _Nowhere:

@@ -33,10 +33,18 @@ class Source(Protocol):
 
 
 class OnHost:
-    """Experts that stay in the host's memory, `experts` being all of them. Copies of this share them."""
+    """Experts that stay in the host's memory, `experts` being all of them. Copies of this share them.
 
-    def __init__(self, experts: Held) -> None:
+    With `lock` their pages are locked in memory, so that a GPU reads them while it computes.
+    """
+
+    def __init__(self, experts: Held, lock: bool = False) -> None:
         self.tensors = {name: tensor.detach() for name, tensor in tensors_of(experts).items()}
+        for tensor in self.tensors.values() if lock else ():
+            if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_pinned():
+                # In place: pin_memory() would need as much memory again.
+                size = tensor.numel() * tensor.itemsize
+                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0))
 
     def read(self, expert: int, held: Held, slot: int) -> None:
         """Fill one slot of `held` with an expert."""
