@@ -129,8 +129,10 @@ def _agree(model: nn.Module) -> None:
 
 def _check(name: str, arguments: Mapping[str, Any]) -> None:
     parameters = dict(list(inspect.signature(getattr(zoo, name)).parameters.items())[1:])
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for argument in arguments:
-        if argument not in parameters:
+        if argument not in parameters and not any_name:
             raise unknown(f"argument of {name}", str(argument), parameters)
     kind = KINDS.get(str(arguments.get("kind"))) if name == "adapt" else None
     if kind is not None and kind.needs:
