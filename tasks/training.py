@@ -131,8 +131,13 @@ class Task(LightningModule):
             raise ValueError(f"export: {export} exists and is not empty")
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
-        """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        """Raise ValueError for what is wrong with a run of the command line, before any work is done.
+
+        What data decided of the model in the run that a checkpoint is of is taken from there.
+        """
         self.setup(subcommand)
+        if checkpoint and self._conversions:
+            self.decided = conversions.decided_in(checkpoint)
         if subcommand == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):

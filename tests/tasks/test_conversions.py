@@ -146,7 +146,7 @@ def test_arguments_without_a_name_of_their_own_are_passed_on(monkeypatch):
     assert conversions.parse([{"merge_adapters": {"task": 3}}]) == [("merge_adapters", {"task": 3})]
     monkeypatch.setattr(zoo, "probe", lambda model, *others, size, **more: model, raising=False)
     monkeypatch.setattr(conversions, "CONVERSIONS", ("probe",))
-    with pytest.raises(ValueError, match="probe needs size$"):
+    with pytest.raises(ValueError, match=r"probe needs size$"):
         conversions.parse([{"probe": {"colour": 1}}])
 
 

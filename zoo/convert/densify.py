@@ -14,6 +14,7 @@ from ..moe import MLP, Experts, IsolatedMoE, MoE, ShortcutMoE
 from ..pretrained.adopt import materialize
 from ..pretrained.placement import moe_layers
 from ..pretrained.sparse_blocks import _in_pair
+from .again import made_again_by
 from .dense_mlps import DenseMLP, activation_attribute, is_mlp, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
@@ -21,6 +22,23 @@ from .timm_layers import dense_blocks
 from .usage import Calibrate, Usage, is_meta, layers_of, measure
 
 
+def _again(
+    model: nn.Module,
+    decided: Mapping[str, Any],
+    *,
+    method: Any = "average",
+    weights: Any = None,
+    scale: Any = 1.0,
+    **arguments: Any,
+) -> Any:
+    """What `to_dense` makes, with other values: usage decides nothing but these."""
+    if isinstance(method, Mapping) and method.get("expert") == "used":
+        method = {"expert": 0}
+    weights, scale = (None if weights == "usage" else weights), (1.0 if scale == "usage" else scale)
+    return to_dense(model, method=method, weights=weights, scale=scale, **arguments)
+
+
+@made_again_by(_again)
 def to_dense(
     model: nn.Module,
     layers: str | int | Iterable[int] = "all",

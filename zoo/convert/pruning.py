@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..moe import MoE
 from ..moe.kept import check_kept, rows_of, set_number
 from ..pretrained.placement import moe_layers
+from .again import made_again_by
 from .numbers_said import say_numbers
 from .trimming import block_similarity, blocks_of, drop_blocks, drop_moe, layer_similarity
 from .usage import Calibrate, is_meta, layers_of, measure
@@ -21,6 +22,12 @@ By = Literal["probs", "weight", "counts"]
 PerLayer = Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]]
 
 
+def _again(model: nn.Module, decided: Mapping[str, Any], **arguments: Any) -> Any:
+    """What `prune` makes, with the experts, layers and blocks that it decided on."""
+    return prune(model, **decided)
+
+
+@made_again_by(_again)
 def prune(
     model: nn.Module,
     keep: int | Sequence[int] | None = None,
