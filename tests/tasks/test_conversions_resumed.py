@@ -2,13 +2,16 @@
 
 import inspect
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 import zoo
 from tasks import conversions
 from tasks.__main__ import main
+from tasks.averaging import RunningAverage
 
 SPLIT = {"num_experts": 4, "calibrate": 1}
 SAID = {
@@ -71,3 +74,29 @@ def test_the_command_line_validates_a_checkpoint_without_calibrating(make, text,
         arguments = ["--config", str(tmp_path / "config.yaml"), "--ckpt_path", str(checkpoint), *more]
         assert main(["language", subcommand, *arguments]) == 0
         assert figure in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("average", [RunningAverage, lambda: EMAWeightAveraging(decay=0.5)])
+def test_a_pruned_run_with_averaged_weights_goes_on(average, make, tmp_path, monkeypatch):
+    """Other data would keep another layer: the average goes on from the checkpoint's, for the checkpoint's layers."""
+    first = []
+    similar = lambda model, calibrate, names: {name: float(i == len(first)) for i, name in enumerate(names)}  # noqa: E731
+    monkeypatch.setattr("zoo.convert.pruning.layer_similarity", similar)
+    convert = [{"prune": {"drop_layers": 1, "calibrate": 1}}]
+
+    def fit(path=None):
+        callback, saver = average(), ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        task = make.task(convert=convert, schedule_steps=4)
+        trainer = make.trainer(max_steps=4, callbacks=[callback, saver], enable_checkpointing=True)
+        pl.seed_everything(len(first), verbose=False)
+        trainer.fit(task, make.data(batch_size=2), ckpt_path=path)
+        assert trainer.global_step == 4
+        models = {"trained": task.model, "average": callback._average_model.module.model}
+        return {f"{kind}.{name}": t for kind, model in models.items() for name, t in model.state_dict().items()}
+
+    straight = fit()
+    first.append(1)
+    resumed = fit(tmp_path / "step=2.ckpt")
+    assert straight.keys() == resumed.keys()
+    assert not any("layers.0.mlp.experts" in name for name in resumed)
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
