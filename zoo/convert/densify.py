@@ -15,11 +15,12 @@ from ..pretrained.adopt import materialize
 from ..pretrained.placement import moe_layers
 from ..pretrained.sparse_blocks import _in_pair
 from .again import made_again_by
+from .arguments import Calibrate, whole
 from .dense_mlps import DenseMLP, activation_attribute, is_mlp, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
 from .timm_layers import dense_blocks
-from .usage import Calibrate, Usage, is_meta, layers_of, measure
+from .usage import Usage, is_meta, layers_of, measure
 
 
 def _again(
@@ -86,6 +87,7 @@ def to_dense(
     names = list(every)
     chosen = {names[i]: every[names[i]] for i in moe_layers(layers, len(names))}
     gather = method_of(method)
+    width = None if width is None else whole("to_dense: width", width)
     weighed = gather is METHODS["concatenate"] and weights is not None
     for name, moe in chosen.items():
         _check(model, name, moe, shared, weighed or scale != 1)

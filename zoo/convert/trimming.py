@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ..pretrained.context import decoder_of
 from ..pretrained.sparse_blocks import _in_pair
+from .arguments import Calibrate, losses_of
 from .dense_mlps import blocks_with_mlps
 from .dense_relatives import dense_layers, say_dense
 from .timm_layers import NOTES
-from .usage import Calibrate, evaluating
+from .usage import evaluating
 
 LISTS = ("layers", "h", "blocks")
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "no_rope_layers")  # in configurations
@@ -194,7 +195,7 @@ def _run(model: nn.Module, calibrate: Calibrate | None, handles: list[Any]) -> N
                 "over batches and yields the loss of each, or the numbers of those to drop"
             )
         with evaluating(model):
-            for _ in calibrate(model):
+            for _ in losses_of("prune", calibrate, model):
                 pass
     finally:
         for handle in handles:

@@ -18,6 +18,7 @@ from ..pretrained.adopt import gate_arguments
 from ..pretrained.context import decoder_of, pass_context
 from ..pretrained.placement import moe_layers
 from ..pretrained.stand_in import stand_in
+from .arguments import whole, whole_each
 from .dense_mlps import DenseMLP, activation_attribute, blocks_with_mlps, expert_parameter, is_mlp, recognise
 
 
@@ -65,6 +66,8 @@ def upcycle(
     do not have, an MLP that computes something else, sizes that do not divide.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    num_experts = whole_each("upcycle: num_experts", num_experts)
+    granularity = whole("upcycle: granularity", granularity)
     numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts)
     if min(numbers, default=0) < 1 or granularity < 1:
         raise ValueError(f"upcycle: num_experts={num_experts} and granularity={granularity} must be at least 1")
@@ -83,7 +86,7 @@ def upcycle(
         numbers *= len(chosen)
     if len(numbers) != len(chosen):
         raise ValueError(f"upcycle: num_experts has {len(numbers)} numbers for {len(chosen)} layers")
-    k = min(2, *numbers) if k is None else k
+    k = min(2, *numbers) if k is None else whole("upcycle: k", k)
     given = gate_arguments(losses, capacity)
     found = {}
     for number, mlp in zip(numbers, [recognise(name, module) for name, module in chosen]):
