@@ -56,7 +56,8 @@ def prune(
     chooses among groups as many experts are kept in each.
 
     Layers (layer drop): drop_layers is how many `MoE`s to leave out with the norm before them, the most similar ones
-    by the mean over tokens of cos(h, h + MoE(norm(h))), or their numbers. Blocks (block drop): drop_blocks is how many
+    by the mean over tokens of cos(h, h + MoE(norm(h))), with all that a block does to what its `MoE` gives before it
+    is added (Gemma 2's norm, Granite's factor), or their numbers. Blocks (block drop): drop_blocks is how many
     whole blocks, by the cosine of what goes in and what comes out, or their numbers among all blocks. Similarities are
     of the given model; both are for transformers' decoders and timm's ViTs.
 
