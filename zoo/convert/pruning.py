@@ -53,7 +53,7 @@ def prune(
     Layers that share their experts (`zoo.share_depth`) keep the same ones, by the sum of their scores.
     Gate and selection bias lose the rows of what is dropped: the copy routes as the original does with the logits of
     these at minus infinity, its softmax over what is left. k goes down to what is left, with a warning. Of a gate that
-    chooses among groups as many experts are kept in each.
+    chooses among groups as many experts are kept in each; with one in each it chooses without groups, the same.
 
     Layers (layer drop): drop_layers is how many `MoE`s to leave out with the norm before them, the most similar ones
     by the mean over tokens of cos(h, h + MoE(norm(h))), with all that a block does to what its `MoE` gives before it
