@@ -256,7 +256,7 @@ def test_one_expert_in_each_group_is_a_choice_without_groups(family, groups, bes
     assert error(output(zoo.from_pretrained(tmp_path / "saved"), ids), output(pruned, ids)) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:prune. .* keeps . of . experts")
+@pytest.mark.filterwarnings("ignore:prune. .* keeps . of .* experts")
 @pytest.mark.parametrize("name", ["language/deepseek_v3", "language/glm4_moe", "vision_language/glm4v_moe"])
 def test_one_expert_has_no_place_where_transformers_takes_the_two_best(name, tmp_path):
     options = {"n_group": 1, "topk_group": 1} if name.startswith("language") else {}

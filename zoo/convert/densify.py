@@ -16,7 +16,7 @@ from ..pretrained.placement import moe_layers
 from ..pretrained.sparse_blocks import _in_pair
 from .again import made_again_by
 from .arguments import Calibrate, whole
-from .dense_mlps import DenseMLP, activation_attribute, is_mlp, recognise
+from .dense_mlps import DenseMLP, activation_attribute, is_mlp, part_of, put_part, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
 from .timm_layers import dense_blocks
@@ -265,7 +265,7 @@ def _replaced(model: nn.Module, makers: Mapping[str, Callable[[], dict[str, Tens
     for name, mlp in inline.items():
         layer = dense.get_submodule(name)
         for part in (*(part for part in mlp.layout if part), activation_attribute(mlp.module)):
-            setattr(layer, part, getattr(mlp.module, part))
+            put_part(layer, part, part_of(mlp.module, part))
     return dense
 
 
