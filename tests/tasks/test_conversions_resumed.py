@@ -100,3 +100,19 @@ def test_a_pruned_run_with_averaged_weights_goes_on(average, make, tmp_path, mon
     assert straight.keys() == resumed.keys()
     assert not any("layers.0.mlp.experts" in name for name in resumed)
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
+class Own:
+    """Something that only those who trust a checkpoint read."""
+
+
+def test_decisions_are_read_from_a_file_or_a_folder_of_parts(tmp_path):
+    kept = {0: {"experts": {"layers.0.mlp": [1, 3]}}, 2: {}}
+    checkpoint = {"state_dict": {"weight": torch.zeros(3)}, conversions.DECIDED: kept}
+    torch.save(checkpoint, tmp_path / "file.ckpt")
+    (tmp_path / "parts.ckpt").mkdir()
+    torch.save(checkpoint, tmp_path / "parts.ckpt" / "meta.pt")
+    assert conversions.decided_in(tmp_path / "file.ckpt") == conversions.decided_in(tmp_path / "parts.ckpt") == kept
+    torch.save({"state_dict": {}}, tmp_path / "none.ckpt")
+    torch.save({**checkpoint, "own": Own()}, tmp_path / "own.ckpt")
+    assert conversions.decided_in(tmp_path / "none.ckpt") == conversions.decided_in(tmp_path / "own.ckpt") == {}
