@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.convert.adapter_kinds import KINDS
+from zoo.convert.usage import is_meta
 from zoo.nearest import unknown
+from zoo.parallel import checkpoint as store
 
 # Functions of `zoo` from a model to a model.
 CONVERSIONS = (
@@ -64,28 +68,32 @@ def converted(model: nn.Module, conversions: Iterable[tuple[str, Mapping[str, An
 
     A conversion that looks at data gets the task's loss (`batch_loss`) on as many of its training batches as the
     argument `calibrate` says, 8 if it does not. Without memory (meta device) none looks at data; with several processes
-    the first one's data decide. What data decided of a model's shape is kept in `task.decided`, by the number of the
-    conversion, and is not decided again where it is there, as it is after a checkpoint was read.
+    the first one's data decide. What such a conversion decided of the model's shape, often nothing, is kept in
+    `task.decided` by its number. Where that is there, as with a checkpoint to be read, it does not look at data again
+    (`zoo.convert.again`): weights that only data could tell are the checkpoint's.
     """
     looked, decided = False, dict(getattr(task, "decided", {}))
     for number, (name, given) in enumerate(conversions):
         function, arguments = getattr(zoo, name), dict(given)
-        if name == "prune" and number in decided:
-            arguments = decided[number]
-        elif CALIBRATE in inspect.signature(function).parameters:
-            batches = arguments.pop(CALIBRATE, BATCHES)
-            arguments[CALIBRATE] = functools.partial(_losses, task, batches)
-            looked = True
-            if task is not None and task._trainer is not None and not any(p.is_meta for p in model.parameters()):
-                model = model.to(task._trainer.strategy.root_device)
-        if "share" in inspect.signature(function).parameters:
+        parameters, again = inspect.signature(function).parameters, getattr(function, "again", None)
+        batches = arguments.pop(CALIBRATE, BATCHES)
+        if again is not None and number in decided:
+            model = again(model, decided[number], **arguments)
+            continue
+        if "share" in parameters:
             arguments.setdefault("share", True)  # the model before is nobody else's
-        before, model = model, function(model, **arguments)
-        if name == "prune" and not any(p.is_meta for p in model.parameters()):
-            found: Any = model.decided
+        data = {}
+        if CALIBRATE in parameters:
+            data[CALIBRATE] = functools.partial(_losses, task, batches)
+            looked = True
+            if task is not None and task._trainer is not None and not is_meta(model):
+                model = model.to(task._trainer.strategy.root_device)
+        before, model = model, function(model, **arguments, **data)
+        if again is not None and task is not None and not is_meta(model):
+            found = vars(model).pop("decided", {})
             decided[number] = _first(found)
             if decided[number] != found:
-                model = function(before, **decided[number])
+                model = again(before, decided[number], **arguments)
             task.decided = decided
         del before
     if looked:
@@ -109,6 +117,16 @@ def _losses(task: Any, batches: int, model: nn.Module) -> Iterator[Tensor]:
         task.model = before
 
 
+def decided_in(checkpoint: str | Path) -> dict[int, dict[str, Any]]:
+    """What data decided in the run that a checkpoint is of, a file or a folder of parts; its weights are not read."""
+    path = store.found(Path(checkpoint))
+    try:
+        kept = torch.load(path / store.META if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError:  # it has objects of some class, which whoever reads all of it may allow
+        return {}
+    return kept.get(DECIDED, {})
+
+
 def _first(decided: dict[str, Any]) -> dict[str, Any]:
     """What the first process decided."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -129,8 +147,10 @@ def _agree(model: nn.Module) -> None:
 
 def _check(name: str, arguments: Mapping[str, Any]) -> None:
     parameters = dict(list(inspect.signature(getattr(zoo, name)).parameters.items())[1:])
+    any_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for argument in arguments:
-        if argument not in parameters:
+        if argument not in parameters and not any_name:
             raise unknown(f"argument of {name}", str(argument), parameters)
     kind = KINDS.get(str(arguments.get("kind"))) if name == "adapt" else None
     if kind is not None and kind.needs:

@@ -131,8 +131,13 @@ class Task(LightningModule):
             raise ValueError(f"export: {export} exists and is not empty")
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
-        """Raise ValueError for what is wrong with a run of the command line, before any work is done."""
+        """Raise ValueError for what is wrong with a run of the command line, before any work is done.
+
+        What data decided of the model in the run that a checkpoint is of is taken from there.
+        """
         self.setup(subcommand)
+        if checkpoint and self._conversions:
+            self.decided = conversions.decided_in(checkpoint)
         if subcommand == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
@@ -162,15 +167,19 @@ class Task(LightningModule):
 
         A model whose shape data decided is made anew as they did in the run that the checkpoint is of.
         """
-        data = getattr(self._trainer, "datamodule", None)
+        trainer: Any = self._trainer
+        data = getattr(trainer, "datamodule", None)
         if (name := type(data).__qualname__) in checkpoint and data is not None:
             data.load_state_dict(checkpoint[name])
         decided = checkpoint.get(conversions.DECIDED, {})
-        if decided and decided != self.decided and self._trainer is not None:
+        if decided and decided != self.decided and trainer is not None:
             # Other data, or other weights to start from, decided otherwise here.
             self.decided, self.model, self._compiled = decided, None, False
-            with self._trainer.init_module():
+            with trainer.init_module():
                 self.configure_model()
+            for callback in trainer.callbacks if trainer.training else ():
+                if isinstance(callback, WeightAveraging):
+                    callback.setup(trainer, self, "fit")  # the copy that it has is of the model before
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what data decided of the model's shape."""

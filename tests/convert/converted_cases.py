@@ -25,6 +25,8 @@ LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nemotron": ("NemotronConfig", "NemotronForCausalLM", {**SIZES, **HEADS}),
     "gpt2 (transposed)": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "opt (inside the layer)": ("OPTConfig", "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32}),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}),
+    "bert (in two modules)": ("BertConfig", "BertForMaskedLM", {**SIZES, "num_attention_heads": 4}),
     "t5": ("T5Config", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
 }
 VISION: dict[str, dict[str, Any]] = {

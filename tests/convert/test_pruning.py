@@ -232,6 +232,46 @@ def test_groups_of_experts_keep_as_many_each():
         zoo.prune(model, experts=[[0, 1, 2, 4]])
 
 
+@pytest.mark.filterwarnings("ignore:prune. .* keeps . of 8 experts")
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "deepseek_v2"])
+@pytest.mark.parametrize(("groups", "best", "k"), [(2, 1, 2), (4, 2, 2), (4, 4, 3), (8, 3, 3)])
+def test_one_expert_in_each_group_is_a_choice_without_groups(family, groups, best, k, tmp_path):
+    options = {"n_group": groups, "topk_group": best, "n_routed_experts": 8, "num_experts_per_tok": k}
+    model = zoo.create_model(f"language/{family}_tiny", num_hidden_layers=2, **options).eval()
+    names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
+    for name in names:
+        if (bias := model.get_submodule(name).router.selection_bias) is not None:
+            bias.normal_(std=0.1)
+    kept = {name: [g * (8 // groups) for g in range(groups)] for name in names}
+    expected = mask_gates(model, kept)  # whose groups have one expert that can be chosen
+    for name in names:
+        moe = expected.get_submodule(name)
+        moe.router.k, moe.router.group_score = min(k, best), "max"
+    scores = [[float(e in kept[name]) for e in range(8)] for name in names]
+    pruned, ids = zoo.prune(model, keep=groups, scores=scores), torch.randint(3, 64, (2, 9))
+    assert error(output(pruned, ids), output(expected, ids)) < 2e-5
+    zoo.save_pretrained(pruned, tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    assert error(output(theirs, ids), output(pruned, ids)) < 5e-5
+    assert error(output(zoo.from_pretrained(tmp_path / "saved"), ids), output(pruned, ids)) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* keeps . of .* experts")
+@pytest.mark.parametrize("name", ["language/deepseek_v3", "language/glm4_moe", "vision_language/glm4v_moe"])
+def test_one_expert_has_no_place_where_transformers_takes_the_two_best(name, tmp_path):
+    options = {"n_group": 1, "topk_group": 1} if name.startswith("language") else {}
+    model = zoo.create_model(f"{name}_tiny", **options).eval()
+    scores = [list(range(m.router.num_experts)) for m in model.modules() if isinstance(m, MoE)]
+    pruned, ids = zoo.prune(model, keep=1, scores=scores), torch.randint(3, 64, (2, 9))
+    with pytest.raises(ValueError, match=r"two best experts of each group, and here a group has 1"):
+        zoo.save_pretrained(pruned, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    assert torch.isfinite(output(pruned, ids)).all()
+    two = zoo.prune(model, keep=2, scores=scores)
+    zoo.save_pretrained(two, tmp_path / "two")
+    assert error(output(zoo.from_pretrained(tmp_path / "two"), ids), output(two, ids)) < 1e-5
+
+
 @pytest.mark.parametrize(
     "name", ["vmoe_tiny_test", "swin_moe_tiny_test", "convnext_moe_tiny_test", "vit_tiny_patch16_224"]
 )

@@ -27,6 +27,8 @@ DENSE = {
     "Qwen3": {**SIZES, **HEADS, "head_dim": 8},
     "Phi3": {**SIZES, **HEADS},
     "GPT2": GPT2,
+    "GPTJ": {**GPT2, "rotary_dim": 4},
+    "Bert": {**SIZES, "num_attention_heads": 4},
     "OPT": {**OPT, "word_embed_proj_dim": 32},
     "T5": T5,
 }
@@ -35,7 +37,9 @@ METHODS = ["average", "sum", "topk", "svd", "concatenate", {"expert": 2}]
 
 
 def language(prefix: str, **fields) -> nn.Module:
-    kind = {"GPT2": "GPT2LMHeadModel", "T5": "T5ForConditionalGeneration"}.get(prefix, f"{prefix}ForCausalLM")
+    kind = {"GPT2": "GPT2LMHeadModel", "T5": "T5ForConditionalGeneration", "Bert": "BertForMaskedLM"}.get(
+        prefix, f"{prefix}ForCausalLM"
+    )
     config = getattr(transformers, f"{prefix}Config")(**{**DENSE[prefix], **fields})
     model = getattr(transformers, kind)(config).eval()
     with torch.no_grad():

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import zoo
+from zoo.convert.trimming import blocks_of, layer_similarity
 from zoo.moe import MoE
 
 
@@ -210,3 +211,63 @@ def test_kinds_of_layers_that_a_configuration_derives_are_left_to_it(tmp_path):
     ids = torch.randint(3, 64, (2, 9))
     with torch.no_grad():
         assert error(theirs(ids, use_cache=False).logits, pruned(ids, use_cache=False).logits) < 2e-5
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+BLOCKS = {
+    "gemma2": ("Gemma2", {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}),
+    "glm4": ("Glm4", {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}),
+    "gpt_neox": ("GPTNeoX", {"use_parallel_residual": True}),
+}
+
+
+def sparse(kind: str) -> nn.Module:
+    """A sparse model whose blocks do something to what their experts give, by each its own amount."""
+    if kind == "granitemoe":
+        return language(kind, residual_multiplier=0.05)
+    if kind == "vit":
+        sizes = {"img_size": 32, "embed_dim": 48, "depth": 4, "num_heads": 3, "init_values": 1.0}
+        dense = timm.create_model("vit_tiny_patch16_224", **sizes)
+    else:
+        name, more = BLOCKS[kind]
+        config = getattr(transformers, f"{name}Config")(**SIZES, **more)
+        dense = getattr(transformers, f"{name}ForCausalLM")(config)
+    model = zoo.upcycle(dense.eval(), layers="all", num_experts=3, noise=0.3)
+    for block, scale, size in zip(blocks_of(model)[1], (1.0, 0.02, 3.0, 0.3), (1.0, 5.0, 0.5, 2.0)):
+        for name, parameter in block.named_parameters():
+            if "experts" in name:
+                parameter.data.mul_(size)
+            elif name.startswith(("post_feedforward_layernorm", "post_mlp_layernorm", "ls2")):
+                parameter.data.fill_(scale - 1 if kind == "gemma2" else scale)  # Gemma's norms count from one
+    return model
+
+
+@pytest.mark.parametrize("kind", [*BLOCKS, "granitemoe", "vit"])
+def test_what_a_block_does_to_what_its_experts_give_counts(kind):
+    """By running each block again on its own input with zeros in place of what the experts give."""
+    model = sparse(kind)
+    x = torch.randn(2, 3, 32, 32) if kind == "vit" else torch.randint(3, 64, (2, 9))
+    expected = []
+    for block in blocks_of(model)[1]:
+        calls, given = [], []
+        keep = block.register_forward_hook(lambda m, a, k, y, calls=calls: calls.append((a, k)), with_kwargs=True)
+        output(model, x)
+        keep.remove()
+        [(args, kwargs)] = calls
+        moe = next(module for module in block.modules() if isinstance(module, MoE))
+        for factor in (0.0, 1.0):
+            handle = moe.register_forward_hook(lambda m, a, y, f=factor: f * y)
+            with torch.no_grad():
+                found = block(*args, **{**kwargs, **({"past_key_values": None} if kwargs else {})})
+            given.append((found[0] if isinstance(found, tuple) else found).double())
+            handle.remove()
+        if kind == "gpt_neox":  # attention stands beside: what is added to the stream they both read counts
+            into = (args[0] if args else kwargs["hidden_states"]).double()
+            given = [into, into + given[1] - given[0]]
+        expected.append(F.cosine_similarity(*given, dim=-1).mean())
+    names = [name for name, module in model.named_modules() if isinstance(module, MoE)]
+    found = layer_similarity(model, lambda m: [output(m, x).sum()], names)
+    torch.testing.assert_close(torch.tensor(list(found.values())).double(), torch.stack(expected), rtol=1e-5, atol=1e-6)
+    least = max(range(4), key=lambda i: expected[i])
+    pruned = zoo.prune(model, drop_layers=1, calibrate=lambda m: [output(m, x).sum()])
+    assert [n for n, m in pruned.named_modules() if isinstance(m, MoE)] == names[:least] + names[least + 1 :]

@@ -36,6 +36,9 @@ LANGUAGE = {
     "phi": ("PhiConfig", "PhiForCausalLM", {**SIZES, **HEADS}, "gelu_tanh"),
     "gpt2 (transposed)": ("GPT2Config", "GPT2LMHeadModel", GPT2, "gelu_tanh"),
     "opt (inside the layer)": ("OPTConfig", "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32}, "relu"),
+    "gptj": ("GPTJConfig", "GPTJForCausalLM", {**GPT2, "rotary_dim": 4}, "gelu_tanh"),
+    "bert (in two modules)": ("BertConfig", "BertForMaskedLM", {**SIZES, "num_attention_heads": 4}, "gelu"),
+    "roberta": ("RobertaConfig", "RobertaForCausalLM", {**SIZES, "num_attention_heads": 4, "is_decoder": True}, "gelu"),
     "t5": ("T5Config", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}, "geglu_tanh"),
 }
 VISION = {
@@ -342,7 +345,7 @@ def test_with_its_state_the_first_step_of_kept_weights_is_the_dense_models():
     assert error(sparse.head.weight.detach() - start, dense.head.weight.detach() - start) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["opt (inside the layer)", "phi3 (one matrix)"])
+@pytest.mark.parametrize("name", ["opt (inside the layer)", "bert (in two modules)", "gptj", "phi3 (one matrix)"])
 def test_optimizer_state_finds_mlps_of_every_layout(name):
     dense = language(name)
     old = torch.optim.Adam(dense.parameters())
@@ -352,9 +355,8 @@ def test_optimizer_state_finds_mlps_of_every_layout(name):
     new = torch.optim.Adam(sparse.parameters())
     upcycle_optimizer(old, dense, new, sparse)
     experts = experts_of(sparse)[0].experts
-    down = [
-        p for n, p in dense.named_parameters() if n.endswith(("layers.0.fc2.weight", "layers.0.mlp.down_proj.weight"))
-    ]
+    ends = ("layers.0.fc2.weight", "layer.0.output.dense.weight", "0.mlp.fc_out.weight", "0.mlp.down_proj.weight")
+    down = [p for n, p in dense.named_parameters() if n.endswith(ends)]
     moment = old.state[down[0]]["exp_avg"]
     assert torch.equal(new.state[experts.down_proj]["exp_avg"], torch.stack([moment[:, :24], moment[:, 24:]] * 2))
 

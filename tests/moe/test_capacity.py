@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.moe import Capacity
+from zoo.moe.capacity import as_capacity
 
 DROPS = ("choice", "position", "probability", "priority", "priority_sum", "random", "unordered")
 
@@ -144,3 +145,14 @@ def test_a_capacity_below_one_is_an_error() -> None:
     for options in ({"factor": -1.0}, {"factor": 0.1, "rounding": "floor"}, {"tokens": 0}):
         with pytest.raises(ValueError, match="places an expert; expected at least 1"):
             Capacity(**options).places(8, 1, 8, training=True)
+
+
+def test_a_capacity_is_read_from_its_factor_or_its_arguments():
+    own = Capacity(2.0, drop="priority")
+    assert as_capacity(own, multiple_of=4) is own
+    assert as_capacity(1.5) == as_capacity({"factor": 1.5}) == Capacity(1.5)
+    assert as_capacity(2, multiple_of=4) == Capacity(2.0, multiple_of=4)
+    assert as_capacity({"factor": 3.0, "multiple_of": 2}, multiple_of=4) == Capacity(3.0, multiple_of=2)
+    for said in (True, "1.5", [1.5]):
+        with pytest.raises(ValueError, match=r"capacity must be a factor, arguments of a Capacity, or one itself, got"):
+            as_capacity(said)

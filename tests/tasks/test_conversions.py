@@ -115,6 +115,41 @@ def test_experts_in_few_bits_are_tuned_inside(make):
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in frozen.items())
 
 
+def test_adapters_are_merged_by_a_config(make, tmp_path):
+    """A trained LoRA, read from its folder and merged: W + alpha/r B A in plain layers."""
+    torch.manual_seed(0)
+    adapted = zoo.adapt(make.task().build(), "LoRA", targets="q_proj", rank=2, alpha=6.0)
+    pairs = {n: p for n, p in adapted.named_parameters() if "lora" in n}
+    with torch.no_grad():
+        for tensor in pairs.values():
+            tensor.normal_()
+    zoo.save_pretrained(adapted, tmp_path / "adapters")
+    said = [{"adapt": {"source": str(tmp_path / "adapters")}}, "merge_adapters"]
+    task = make.task(convert=said)
+    task.check(make.data())  # without memory, as the command line does
+    torch.manual_seed(0)
+    model = task.converted(task.build())
+    torch.manual_seed(0)
+    plain = task.build()
+    found, weights = model.state_dict(), plain.state_dict()
+    assert found.keys() == weights.keys()
+    for i in range(2):
+        name = f"model.layers.{i}.self_attn.q_proj"
+        first, second = (p.double().squeeze() for n, p in pairs.items() if n.startswith(f"{name}."))
+        a, b = (first, second) if first.shape[0] == 2 else (second, first)
+        expected = weights.pop(f"{name}.weight").double() + 6.0 / 2 * b @ a
+        torch.testing.assert_close(found[f"{name}.weight"].double(), expected, rtol=1e-5, atol=1e-6)
+    assert all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+def test_arguments_without_a_name_of_their_own_are_passed_on(monkeypatch):
+    assert conversions.parse([{"merge_adapters": {"task": 3}}]) == [("merge_adapters", {"task": 3})]
+    monkeypatch.setattr(zoo, "probe", lambda model, *others, size, **more: model, raising=False)
+    monkeypatch.setattr(conversions, "CONVERSIONS", ("probe",))
+    with pytest.raises(ValueError, match=r"probe needs size$"):
+        conversions.parse([{"probe": {"colour": 1}}])
+
+
 def test_frozen_experts_are_not_sent_with_every_step(make):
     task = make.task(convert=[{"quantise": {"format": "int8"}}])
     task.model = task.converted(task.build())

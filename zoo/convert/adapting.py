@@ -28,6 +28,7 @@ from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
 from .adapter_kinds import UNUSED, kind_of
 from .adapter_prompts import attach
+from .arguments import whole, whole_each
 from .upcycling import language_model
 
 
@@ -116,6 +117,9 @@ def adapt(
     for name in UNUSED[row.level]:
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
+    for name, check in (("num_experts", whole_each), ("rank", whole)):
+        if given[name] is not None:
+            check(f"adapt: {name}", given[name])
     how = {"kind": kind, **given, "layers": layers, "within": within or language_model(model)}
     if unfreeze:
         how["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)

@@ -26,12 +26,14 @@ LAYOUTS: tuple[tuple[str | None, str, str], ...] = (
     ("w1", "w3", "w2"),  # Llama's own code
     (None, "gate_up_proj", "down_proj"),  # Phi-3, GLM
     (None, "up_proj", "down_proj"),  # Nemotron, zoo.moe.MLP
+    (None, "fc_in", "fc_out"),  # GPT-J, CodeGen
     (None, "fc1", "fc2"),  # timm's Mlp and GluMlp, SigLIP, Phi; and OPT, BART, Whisper inside the layer itself
     (None, "c_fc", "c_proj"),  # GPT-2, StarCoder 2
     (None, "dense_h_to_4h", "dense_4h_to_h"),  # GPT-NeoX, Falcon
     (None, "wi", "wo"),  # T5
+    (None, "intermediate.dense", "output.dense"),  # BERT, RoBERTa, transformers' ViT: inside the layer, in two modules
 )
-ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation")
+ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation", "intermediate.intermediate_act_fn")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
@@ -69,7 +71,7 @@ class DenseMLP:
     @property
     def linears(self) -> list[Any]:
         """The linear layers, gate first."""
-        return [getattr(self.module, name) for name in self.layout if name is not None]
+        return [part_of(self.module, name) for name in self.layout if name is not None]
 
     @property
     def dropout(self) -> float:
@@ -113,8 +115,8 @@ class DenseMLP:
             finally:
                 self.module.train(was)
         _, up, down = self.layout
-        act = getattr(self.module, activation_attribute(self.module))
-        return getattr(self.module, down)(act(getattr(self.module, up)(x)))
+        act, into, out = (part_of(self.module, n) for n in (activation_attribute(self.module), up, down))
+        return out(act(into(x)))
 
     @torch.no_grad()
     def check(self) -> None:
@@ -173,18 +175,17 @@ def recognise(name: str, module: nn.Module) -> DenseMLP:
     layout = _layout(module)
     assert layout is not None
     children = dict(module.named_children())
-    inline = any("attn" in child for child in children)
+    inline = "." in layout[1] or any("attn" in child for child in children)
     for linear in (n for n in layout if n):
-        weight: Any = children[linear].weight
-        if not weight.is_floating_point():
+        part = part_of(module, linear)
+        if not part.weight.is_floating_point():
             raise ValueError(
-                f"{name}.{linear} is a {type(children[linear]).__name__} of {weight.dtype}; "
-                "expected unquantised weights"
+                f"{name}.{linear} is a {type(part).__name__} of {part.weight.dtype}; expected unquantised weights"
             )
     extra = [n for n, child in children.items() if n not in layout and any(True for _ in child.parameters())]
     if extra and not inline:
         raise ValueError(f"{name} has a {type(children[extra[0]]).__name__} ({extra[0]}); experts have none")
-    rows, (dim, hidden) = _rows(children[layout[1]]), _rows(children[layout[2]]).shape
+    rows, (dim, hidden) = _rows(part_of(module, layout[1])), _rows(part_of(module, layout[2])).shape
     fused = layout[0] is None and rows.shape[0] == 2 * hidden
     if rows.shape[0] != (2 * hidden if fused else hidden) or rows.shape[1] != dim:
         raise ValueError(f"{name} leads from width {rows.shape[1]} to {dim}; experts keep the width")
@@ -198,11 +199,29 @@ def is_mlp(module: nn.Module) -> bool:
 
 
 def _layout(module: nn.Module) -> tuple[str | None, str, str] | None:
-    children = dict(module.named_children())
     for layout in LAYOUTS:
-        if all(_is_linear(children.get(name)) for name in layout if name is not None):
+        if all(_is_linear(part_of(module, name)) for name in layout if name is not None):
             return layout
     return None
+
+
+def places(name: str) -> tuple[str, str, str]:
+    """Names under which a dense model may have the MLP that is an `MoE` of this name in another: it, or around it."""
+    around = name.rpartition(".")[0]
+    return name, around, around.rpartition(".")[0]  # of a layer's own linear layers; of those in modules of it
+
+
+def part_of(module: Any, name: str) -> Any:
+    """What a module, or one inside it, has under a name with dots; None where there is nothing."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module
+
+
+def put_part(module: Any, name: str, value: Any) -> None:
+    """Put something where `part_of` finds it."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(part_of(module, owner) if owner else module, leaf, value)
 
 
 def _is_linear(module: nn.Module | None) -> bool:
@@ -223,7 +242,7 @@ def _bias(linear: Any, read: Callable[[Any], Any]) -> Tensor:
 def activation_attribute(module: nn.Module) -> str:
     """Under which name a module holds its activation; raises ValueError where there is none."""
     for name in ACTIVATION_NAMES:
-        if callable(getattr(module, name, None)):
+        if callable(part_of(module, name)):
             return name
     raise ValueError(f"{type(module).__name__} has no activation under {', '.join(ACTIVATION_NAMES)}")
 
@@ -232,7 +251,7 @@ def _activation_name(name: str, module: nn.Module, gated: bool) -> str:
     """The core's name of a module's activation, told by its values; raises ValueError naming one it does not have."""
     if isinstance(getattr(module, "activation", None), str):
         return module.activation  # type: ignore[return-value]
-    function = getattr(module, activation_attribute(module))
+    function = part_of(module, activation_attribute(module))
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64, device="cpu")
     with torch.no_grad():
         values = function(x.clone())  # it may work in place

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..pretrained.context import decoder_of
 from ..pretrained.sparse_relatives import OWN
-from .dense_mlps import DenseMLP, is_mlp, recognise
+from .dense_mlps import DenseMLP, is_mlp, places, recognise
 
 DENSE = {"mixtral": "Mistral", "qwen2_moe": "Qwen2", "qwen3_moe": "Qwen3"}
 WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "encoder_ffn_dim", "decoder_ffn_dim")
@@ -59,7 +59,7 @@ def say_dense(config: Any, dense: list[int]) -> None:
 
 def mlp_at(twin: nn.Module | None, name: str) -> DenseMLP | None:
     """The MLP of a dense model where another has an `MoE` of this name, or the layer around it; None without one."""
-    for candidate in (name, name.rpartition(".")[0]):
+    for candidate in places(name):
         try:
             module = twin.get_submodule(candidate) if twin is not None else None
         except AttributeError:

@@ -14,13 +14,32 @@ from ..moe import MLP, Experts, IsolatedMoE, MoE, ShortcutMoE
 from ..pretrained.adopt import materialize
 from ..pretrained.placement import moe_layers
 from ..pretrained.sparse_blocks import _in_pair
-from .dense_mlps import DenseMLP, activation_attribute, is_mlp, recognise
+from .again import made_again_by
+from .arguments import Calibrate, whole
+from .dense_mlps import DenseMLP, activation_attribute, is_mlp, part_of, put_part, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
 from .timm_layers import dense_blocks
-from .usage import Calibrate, Usage, is_meta, layers_of, measure
+from .usage import Usage, is_meta, layers_of, measure
 
 
+def _again(
+    model: nn.Module,
+    decided: Mapping[str, Any],
+    *,
+    method: Any = "average",
+    weights: Any = None,
+    scale: Any = 1.0,
+    **arguments: Any,
+) -> Any:
+    """What `to_dense` makes, with other values: usage decides nothing but these."""
+    if isinstance(method, Mapping) and method.get("expert") == "used":
+        method = {"expert": 0}
+    weights, scale = (None if weights == "usage" else weights), (1.0 if scale == "usage" else scale)
+    return to_dense(model, method=method, weights=weights, scale=scale, **arguments)
+
+
+@made_again_by(_again)
 def to_dense(
     model: nn.Module,
     layers: str | int | Iterable[int] = "all",
@@ -68,6 +87,7 @@ def to_dense(
     names = list(every)
     chosen = {names[i]: every[names[i]] for i in moe_layers(layers, len(names))}
     gather = method_of(method)
+    width = None if width is None else whole("to_dense: width", width)
     weighed = gather is METHODS["concatenate"] and weights is not None
     for name, moe in chosen.items():
         _check(model, name, moe, shared, weighed or scale != 1)
@@ -245,7 +265,7 @@ def _replaced(model: nn.Module, makers: Mapping[str, Callable[[], dict[str, Tens
     for name, mlp in inline.items():
         layer = dense.get_submodule(name)
         for part in (*(part for part in mlp.layout if part), activation_attribute(mlp.module)):
-            setattr(layer, part, getattr(mlp.module, part))
+            put_part(layer, part, part_of(mlp.module, part))
     return dense
 
 

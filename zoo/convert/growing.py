@@ -16,6 +16,7 @@ from ..moe.routers import PrototypeRouter, TopKRouter
 from ..moe.routers.linear import LinearRouter
 from ..pretrained.context import decoder_of
 from ..pretrained.sparse_blocks import row_of
+from .arguments import whole
 from .numbers_said import say_timm
 
 # What a gate may hold a row an expert of.
@@ -53,6 +54,7 @@ def grow(
     Raises ValueError for num_new below one or one that groups do not divide, an unknown init, a model without `MoE`,
     experts and gates of a kind that has no rows to add, and a configuration that does not say how many experts it has.
     """
+    num_new = whole("grow: num_new", num_new)
     if num_new < 1:
         raise ValueError(f"grow: num_new must be at least 1, got {num_new}")
     if init not in ("copy", "random"):

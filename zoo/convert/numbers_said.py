@@ -27,6 +27,10 @@ def say_numbers(model: Any) -> None:
             for config, field in itertools.product(configs.values(), fields if len(found) == 1 else ()):
                 if isinstance(getattr(config, field, None), int):
                     setattr(config, field, next(iter(found)))
+        if experts and all(getattr(router, "num_groups", 1) == 1 for router in routers):
+            for config in configs.values():
+                if getattr(config, "n_group", None) in experts:  # one expert was left in each: there are no groups now
+                    config.n_group = config.topk_group = 1
         # By which transformers' load balancing loss goes.
         for field, found in (("num_experts", experts), ("num_experts_per_tok", choices)):
             if len(found) == 1 and isinstance(getattr(model, field, None), int):

@@ -13,14 +13,22 @@ from torch import Tensor, nn
 from ..moe import MoE
 from ..moe.kept import check_kept, rows_of, set_number
 from ..pretrained.placement import moe_layers
+from .again import made_again_by
+from .arguments import Calibrate, whole, whole_each
 from .numbers_said import say_numbers
 from .trimming import block_similarity, blocks_of, drop_blocks, drop_moe, layer_similarity
-from .usage import Calibrate, is_meta, layers_of, measure
+from .usage import is_meta, layers_of, measure
 
 By = Literal["probs", "weight", "counts"]
 PerLayer = Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]]
 
 
+def _again(model: nn.Module, decided: Mapping[str, Any], **arguments: Any) -> Any:
+    """What `prune` makes, with the experts, layers and blocks that it decided on."""
+    return prune(model, **decided)
+
+
+@made_again_by(_again)
 def prune(
     model: nn.Module,
     keep: int | Sequence[int] | None = None,
@@ -45,10 +53,11 @@ def prune(
     Layers that share their experts (`zoo.share_depth`) keep the same ones, by the sum of their scores.
     Gate and selection bias lose the rows of what is dropped: the copy routes as the original does with the logits of
     these at minus infinity, its softmax over what is left. k goes down to what is left, with a warning. Of a gate that
-    chooses among groups as many experts are kept in each.
+    chooses among groups as many experts are kept in each; with one in each it chooses without groups, the same.
 
     Layers (layer drop): drop_layers is how many `MoE`s to leave out with the norm before them, the most similar ones
-    by the mean over tokens of cos(h, h + MoE(norm(h))), or their numbers. Blocks (block drop): drop_blocks is how many
+    by the mean over tokens of cos(h, h + MoE(norm(h))), with all that a block does to what its `MoE` gives before it
+    is added (Gemma 2's norm, Granite's factor), or their numbers. Blocks (block drop): drop_blocks is how many
     whole blocks, by the cosine of what goes in and what comes out, or their numbers among all blocks. Similarities are
     of the given model; both are for transformers' decoders and timm's ViTs.
 
@@ -70,7 +79,10 @@ def prune(
     chosen = {names[i]: every[names[i]] for i in moe_layers(layers, len(names))}
     kept: dict[str, list[int]] = {}
     if experts is not None:
-        kept = {name: sorted(int(e) for e in own) for name, own in _by_name("experts", experts, chosen).items()}
+        kept = {
+            name: sorted(whole(f"prune: experts of {name}", e) for e in own)
+            for name, own in _by_name("experts", experts, chosen).items()
+        }
     elif keep is not None:
         kept = _best(model, chosen, keep, by, scope, scores, calibrate)
     for name, numbers in kept.items():
@@ -133,7 +145,8 @@ def _best(
     calibrate: Calibrate | None,
 ) -> dict[str, list[int]]:
     """The experts with the highest scores of each layer, ascending."""
-    counts = [keep] * len(chosen) if isinstance(keep, int) else [int(number) for number in keep]
+    given = whole_each("prune: keep", keep)
+    counts = [given] * len(chosen) if isinstance(given, int) else given
     if len(counts) != len(chosen):
         raise ValueError(f"prune: keep has {len(counts)} numbers, for {len(chosen)} layers")
     for (name, moe), count in zip(chosen.items(), counts):
@@ -225,8 +238,9 @@ def _by_name(what: str, given: PerLayer, chosen: Mapping[str, MoE]) -> dict[str,
 
 def _least(model: nn.Module, names: Sequence[str], wanted: int | Sequence[int], what: str, similar: Any) -> list[int]:
     """Numbers among names, ascending, of those given, or of the `wanted` most similar ones."""
+    wanted = whole_each(f"prune: {what}", wanted)
     if not isinstance(wanted, int):
-        return list(moe_layers(list(wanted), len(names))) if len(wanted) else []
+        return list(moe_layers(wanted, len(names))) if wanted else []
     if not wanted:
         return []
     if not 0 < wanted <= len(names):

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import Calibrate, losses_of
 from .dense_mlps import DenseMLP
 
 Key = TypeVar("Key", bound=Hashable)
-Calibrate = Callable[[nn.Module], Iterable[Tensor]]
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def observe(model: nn.Module, linears: Mapping[Key, nn.Module], calibrate: Calib
     handles = [linear.register_forward_pre_hook(keep(found[key])) for key, linear in linears.items()]
     try:
         with _evaluating(model):
-            for _ in calibrate(model):
+            for _ in losses_of("split", calibrate, model):
                 if all(sum(len(part) for part in kept) >= tokens for kept in found.values()):
                     break
     finally:
@@ -62,10 +62,14 @@ def importance(model: nn.Module, mlps: Sequence[DenseMLP], calibrate: Calibrate)
         for parameter in frozen:
             parameter.requires_grad_(True)
         with torch.enable_grad(), _evaluating(model):
-            for loss in calibrate(model):
-                if not loss.requires_grad:
-                    raise ValueError("split: calibrate must yield losses with a gradient; this one has none")
-                grads = dict(zip(parameters, torch.autograd.grad(loss, parameters, materialize_grads=True)))
+            for loss in losses_of("split", calibrate, model):
+                if not isinstance(loss, Tensor) or not loss.requires_grad:
+                    what = "this one has none" if isinstance(loss, Tensor) else f"got {loss!r}"
+                    raise ValueError(f"split: calibrate must yield losses with a gradient; {what}")
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                if all(grad is None for grad in found):
+                    raise ValueError("split: calibrate must run the model it is given; none of its MLPs is in the loss")
+                grads = {p: torch.zeros_like(p) if grad is None else grad for p, grad in zip(parameters, found)}
                 losses += 1
                 for mlp in mlps:
                     scores[mlp] += _change(mlp, grads)

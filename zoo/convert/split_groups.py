@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from ..moe.kernels import get_activation
 from ..moe.routers.assignment import balanced_assignment
+from .arguments import Calibrate
 from .dense_mlps import DenseMLP
-from .split_calibration import Calibrate, importance, observe
+from .split_calibration import importance, observe
 
 Method = Literal["random", "cluster", "coactivation", "importance"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
@@ -14,13 +15,23 @@ from ..moe import Experts, MoE, Router
 from ..moe.routers import EMoERouter, LLaMAMoERouter, MoEficationRouter, TopKRouter
 from ..pretrained.adopt import gate_arguments
 from ..pretrained.placement import moe_layers
+from .again import made_again_by
+from .arguments import Calibrate, whole
 from .dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
-from .split_calibration import Calibrate
 from .split_groups import Cut, Method, any_groups, cut
 from .split_predictor import fit_predictor
 from .upcycling import finish_transformers, language_model, put_inline, warn_of_dropout
 
 
+def _again(model: nn.Module, decided: Mapping[str, Any], **arguments: Any) -> nn.Module:
+    """What `split` makes, with other values: data decide nothing but these."""
+    bound = inspect.signature(split).bind(model, **arguments)
+    bound.apply_defaults()
+    how = {name: value for name, value in bound.arguments.items() if name not in ("model", "calibrate")}
+    return split_again(model, **how)
+
+
+@made_again_by(_again)
 def split(
     model: nn.Module,
     layers: str | int | Iterable[int] = "all",
@@ -77,7 +88,10 @@ def split(
     do not have, an MLP that computes something else, sizes that do not divide, data that is needed and not given.
     """
     how = {"layers": layers, "num_experts": num_experts, "k": k, "method": method, "router": router, "shared": shared}
-    how |= {"expert_dim": expert_dim, "scale": scale, "capacity": capacity, "losses": losses, "tokens": tokens}
+    how |= {"expert_dim": expert_dim, "tokens": tokens}
+    for name in ("num_experts", "k", "shared", "expert_dim", "tokens"):
+        how[name] = None if how[name] is None and name in ("k", "expert_dim") else whole(f"split: {name}", how[name])
+    how |= {"scale": scale, "capacity": capacity, "losses": losses}
     return _split(model, calibrate, {**how, "within": within, "backend": backend})
 
 

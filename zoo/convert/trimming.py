@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from ..pretrained.context import decoder_of
 from ..pretrained.sparse_blocks import _in_pair
+from .arguments import Calibrate, losses_of
 from .dense_mlps import blocks_with_mlps
 from .dense_relatives import dense_layers, say_dense
 from .timm_layers import NOTES
-from .usage import Calibrate, evaluating
+from .usage import evaluating
 
 LISTS = ("layers", "h", "blocks")
 BY_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "no_rope_layers")  # in configurations
@@ -49,15 +50,17 @@ def norm_before(model: nn.Module, name: str) -> str | None:
 def layer_similarity(model: nn.Module, calibrate: Calibrate | None, names: Collection[str]) -> dict[str, float]:
     """Mean over tokens of cos(h, h + MoE(norm(h))) of each `MoE`: near one where it hardly changes the stream h.
 
-    As in the authors' code with the norm dropped too. Raises ValueError without calibrate, and for a `MoE` that reads
-    no norm of the stream.
+    As in the authors' code with the norm dropped too. h + MoE(norm(h)) is what the block gives, so that a norm or a
+    factor after the `MoE` counts (Gemma 2, GLM-4, Granite); of a block whose attention reads the same h it is just the
+    sum. Raises ValueError without calibrate, and for a `MoE` that reads no norm of the stream.
     """
     norms = {}
     for name in names:
         if (norm := norm_before(model, name)) is None:
             raise ValueError(f"prune: found no norm before {name}; give drop_layers as numbers of layers")
         norms[name] = norm
-    sums, seen = dict.fromkeys(names, (0.0, 0)), {}
+    sums = dict.fromkeys(names, (0.0, 0))
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
 
     def after_norm(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -70,13 +73,23 @@ def layer_similarity(model: nn.Module, calibrate: Calibrate | None, names: Colle
             stream, normed = seen.pop(name, (args[0], None))
             if normed is None or normed.data_ptr() != args[0].data_ptr():
                 raise ValueError(f"prune: {name} does not read {norms[name]}; give drop_layers as numbers of layers")
-            added = output[0] if isinstance(output, tuple) else output
-            sums[name] = _added(sums[name], stream, stream + added)
+            seen[name] = stream, _first(output)
+
+        return hook
+
+    def after_block(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            if name in seen:
+                (stream, added), into = seen.pop(name), _into(args, kwargs)
+                beside = into.data_ptr() == stream.data_ptr()  # attention is, and in what the block gives too
+                sums[name] = _added(sums[name], stream, stream + added if beside else _first(output))
 
         return hook
 
     handles = [model.get_submodule(norm).register_forward_hook(after_norm(name)) for name, norm in norms.items()]
     handles += [model.get_submodule(name).register_forward_hook(after_moe(name)) for name in names]
+    blocks = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    handles += [b.register_forward_hook(after_block(name), with_kwargs=True) for name, b in blocks.items()]
     _run(model, calibrate, handles)
     return _means(sums)
 
@@ -88,8 +101,7 @@ def block_similarity(model: Any, calibrate: Calibrate | None) -> dict[str, float
 
     def hook(name: str) -> Any:
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            into = args[0] if args else kwargs["hidden_states"]
-            sums[name] = _added(sums[name], into, output[0] if isinstance(output, tuple) else output)
+            sums[name] = _added(sums[name], _into(args, kwargs), _first(output))
 
         return after
 
@@ -194,11 +206,19 @@ def _run(model: nn.Module, calibrate: Calibrate | None, handles: list[Any]) -> N
                 "over batches and yields the loss of each, or the numbers of those to drop"
             )
         with evaluating(model):
-            for _ in calibrate(model):
+            for _ in losses_of("prune", calibrate, model):
                 pass
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _into(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _added(sums: tuple[float, int], before: Tensor, after: Tensor) -> tuple[float, int]:

@@ -18,7 +18,17 @@ from ..pretrained.adopt import gate_arguments
 from ..pretrained.context import decoder_of, pass_context
 from ..pretrained.placement import moe_layers
 from ..pretrained.stand_in import stand_in
-from .dense_mlps import DenseMLP, activation_attribute, blocks_with_mlps, expert_parameter, is_mlp, recognise
+from .arguments import whole, whole_each
+from .dense_mlps import (
+    DenseMLP,
+    activation_attribute,
+    blocks_with_mlps,
+    expert_parameter,
+    is_mlp,
+    places,
+    put_part,
+    recognise,
+)
 
 
 def upcycle(
@@ -41,7 +51,8 @@ def upcycle(
     """A copy of a dense model with the MLPs of some layers replaced by `MoE`s of copies of them (2212.05055).
 
     Works on any backbone whose MLPs `zoo.convert.dense_mlps` knows: timm's ViT, Swin, ConvNeXt and their like,
-    transformers' Llama, Mistral, Qwen, Phi, GPT-2, OPT, T5, SigLIP and their like. The given model stays as it is.
+    transformers' Llama, Mistral, Qwen, Phi, GPT-2, GPT-J, OPT, BERT, T5, SigLIP and their like. The given model stays
+    as it is.
 
     layers are those of `moe_layers`, counted over the blocks that have an MLP: those of a submodule where `within`
     names one ("model.vision_tower"), of the language model in a vision-language model, or of all. router is a name,
@@ -65,6 +76,8 @@ def upcycle(
     do not have, an MLP that computes something else, sizes that do not divide.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    num_experts = whole_each("upcycle: num_experts", num_experts)
+    granularity = whole("upcycle: granularity", granularity)
     numbers = [num_experts] if isinstance(num_experts, int) else list(num_experts)
     if min(numbers, default=0) < 1 or granularity < 1:
         raise ValueError(f"upcycle: num_experts={num_experts} and granularity={granularity} must be at least 1")
@@ -83,7 +96,7 @@ def upcycle(
         numbers *= len(chosen)
     if len(numbers) != len(chosen):
         raise ValueError(f"upcycle: num_experts has {len(numbers)} numbers for {len(chosen)} layers")
-    k = min(2, *numbers) if k is None else k
+    k = min(2, *numbers) if k is None else whole("upcycle: k", k)
     given = gate_arguments(losses, capacity)
     found = {}
     for number, mlp in zip(numbers, [recognise(name, module) for name, module in chosen]):
@@ -153,7 +166,7 @@ def _expert_state(mlp: DenseMLP, moe: MoE, old: Optimizer) -> dict[str, dict[str
 
 def _counterpart(name: str, dense: nn.Module) -> tuple[str, nn.Module]:
     """The dense MLP that became the `MoE` of that name: there, or the layer around it where the MLP was inline."""
-    for candidate in (name, name.rpartition(".")[0]):
+    for candidate in places(name):
         try:
             module = dense.get_submodule(candidate)
         except AttributeError:
@@ -241,9 +254,9 @@ def _stack(weights: dict[str, Tensor], mlp: DenseMLP, experts: Any) -> dict[str,
 def put_inline(layer: nn.Module, mlp: DenseMLP, moe: MoE) -> None:
     """Let a transformer layer that owns its linear layers call the experts in place of the first."""
     _, up, down = mlp.layout
-    setattr(layer, up, moe)
-    setattr(layer, down, nn.Identity())
-    setattr(layer, activation_attribute(layer), nn.Identity())
+    put_part(layer, up, moe)
+    put_part(layer, down, nn.Identity())
+    put_part(layer, activation_attribute(layer), nn.Identity())
 
 
 def warn_of_dropout(mlps: list[DenseMLP], conversion: str = "upcycle", stacklevel: int = 3) -> None:

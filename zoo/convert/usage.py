@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..moe import MoE, Routing, record
 from ..moe.decision import Decision
 from ..parallel.parts import is_spread
-
-Calibrate = Callable[[nn.Module], Iterable[Tensor]]
+from .arguments import Calibrate, losses_of
 
 
 @dataclass
@@ -77,7 +76,8 @@ def measure(what: str, model: nn.Module, calibrate: Calibrate | None, names: Col
         going, done = True, object()
         while going:
             with record(model) as step:
-                batches = iter(calibrate(model)) if batches is None else batches  # it may run all of them at once
+                # It may run all of them at once.
+                batches = losses_of(what, calibrate, model) if batches is None else batches
                 going = next(batches, done) is not done
             for name, calls in step.routings.items():
                 for decision in calls if name in names else ():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from ..gates import gate_factory, parse_gate
 from ..moe import Capacity, Router
+from ..moe.capacity import as_capacity
 from ..moe.routers import ExpertChoiceRouter, SoftRouter, TopKRouter
 
 GROUP_IMAGES = 8
@@ -44,7 +44,7 @@ def vision_spec(
     """
     make, chosen = parse_gate(spec)
     kind = make.func if isinstance(make, functools.partial) else make
-    capacity = as_capacity(capacity)
+    capacity = None if capacity is None else as_capacity(capacity, multiple_of=CAPACITY.multiple_of)
     asked = {"k": k, "losses": losses, "capacity": capacity, **_groups(group_images)}
     asked = {name: value for name, value in asked.items() if value is not None}
     accepted = inspect.signature(kind).parameters
@@ -88,12 +88,3 @@ def merged(defaults: dict[str, Any], spec: Any, asked: dict[str, Any]) -> Any:
     if "class_path" in spec:
         return {**spec, "init_args": {**defaults, **(spec.get("init_args") or {}), **asked}}
     return {**defaults, **spec, **asked}
-
-
-def as_capacity(capacity: Any) -> Capacity | None:
-    """A capacity from one, from its arguments, or from its factor; places in multiples of four unless told."""
-    if capacity is None or isinstance(capacity, Capacity):
-        return capacity
-    if isinstance(capacity, Mapping):
-        return Capacity(**{"multiple_of": CAPACITY.multiple_of, **capacity})
-    return replace(CAPACITY, factor=float(capacity), eval_factor=None)

@@ -6,9 +6,10 @@ N tokens in a routing group, K choices a token, E experts, C places an expert ha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from numbers import Real
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -133,3 +134,17 @@ class Capacity:
             return flat.transpose(1, 2).reshape(groups, -1)
         ordered = flat.gather(1, by_token.unsqueeze(-1).expand(-1, -1, k))
         return ordered.transpose(1, 2).reshape(groups, -1)
+
+
+def as_capacity(said: Any, **defaults: Any) -> Capacity:
+    """A capacity from one, from its arguments over those given as defaults, or from its factor.
+
+    Raises ValueError for anything else, and as `Capacity`.
+    """
+    if isinstance(said, Capacity):
+        return said
+    if isinstance(said, Mapping):
+        return Capacity(**{**defaults, **said})
+    if isinstance(said, bool) or not isinstance(said, Real):
+        raise ValueError(f"capacity must be a factor, arguments of a Capacity, or one itself, got {said!r}")
+    return Capacity(**{**defaults, "factor": float(said)})

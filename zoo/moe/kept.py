@@ -59,7 +59,10 @@ def check_kept(name: str, moe: MoE, kept: Sequence[int]) -> None:
 
 
 def set_number(moe: MoE, number: int) -> tuple[int, int] | None:
-    """Note that a layer has `number` experts now; returns k before and after where it had to go down."""
+    """Note that a layer has `number` experts now; returns k before and after where it had to go down.
+
+    With one expert left in each group the best groups are those of the best experts: a plain choice, without groups.
+    """
     router: Any = moe.router
     router.num_experts = moe.experts.num_experts = number
     most = number
@@ -67,6 +70,8 @@ def set_number(moe: MoE, number: int) -> tuple[int, int] | None:
         most = router.group_topk * (number // router.num_groups)
         if isinstance(router.group_score, int):
             router.group_score = min(router.group_score, number // router.num_groups)
+        if number == router.num_groups:
+            router.num_groups = router.group_topk = 1
     before = getattr(router, "k", None)
     for attribute in COUNTS:
         if isinstance(value := getattr(router, attribute, None), int) and value > most:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe import MLP, Capacity, DepthRouter, Experts, MoE, Router, ShortcutMoE
+from ..moe import MLP, DepthRouter, Experts, MoE, Router, ShortcutMoE
+from ..moe.capacity import as_capacity
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from .context import pass_context
@@ -33,9 +34,7 @@ def gate_arguments(losses: Mapping[str, Any] | None, capacity: Any) -> dict[str,
     if losses is not None:
         given["losses"] = losses
     if capacity is not None:
-        if isinstance(capacity, Mapping):
-            capacity = Capacity(**capacity)
-        given["capacity"] = capacity if isinstance(capacity, Capacity) else Capacity(factor=float(capacity))
+        given["capacity"] = as_capacity(capacity)
     return given
 
 

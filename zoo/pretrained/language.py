@@ -143,6 +143,11 @@ def check_router(name: str, router: Any, family: Family | SparseBlock, config: A
     if not isinstance(router, TopKRouter):
         raise ValueError(f"{name}: {type(router).__name__} cannot be expressed in the {family.prefix} layout")
     published = TopKRouter(router.dim, router.num_experts, **family.router(config))
+    if published.group_score == "top2_sum" and (per_group := router.num_experts // published.num_groups) < 2:
+        raise ValueError(
+            f"{name}: in the {family.prefix} layout transformers adds up the two best experts of each group, and here "
+            f"a group has {per_group}; keep the state_dict, or make the model dense (zoo.to_dense)"
+        )
     for (option, found), expected in zip(_decision(router).items(), _decision(published).values()):
         if found != expected:
             raise ValueError(
