@@ -13,7 +13,7 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo.pretrained import folder as folder_module
+from zoo.pretrained import shards
 from zoo.pretrained import hub, sparse_blocks
 
 KEY = "model.layers.1.mlp.experts.5.up_proj.weight"
@@ -235,7 +235,7 @@ def test_a_save_that_fails_leaves_nothing_behind(model, tmp_path, monkeypatch, e
             raise OSError("no space left on device")
         path.write_bytes(b"half")
 
-    monkeypatch.setattr(folder_module, "write_file", full_disk)
+    monkeypatch.setattr(shards, "write_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         zoo.save_pretrained(model, tmp_path / "target", max_shard_size="300KB", overwrite=existing)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
