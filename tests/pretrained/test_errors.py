@@ -13,8 +13,7 @@ from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
 
 import zoo
-from zoo.pretrained import shards
-from zoo.pretrained import hub, sparse_blocks
+from zoo.pretrained import hub, shards, sparse_blocks
 
 KEY = "model.layers.1.mlp.experts.5.up_proj.weight"
 
