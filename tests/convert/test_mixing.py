@@ -278,3 +278,10 @@ def test_what_is_no_model_is_refused_by_its_type():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="average: expected models, folders or hub ids, got a OrderedDict"):
         zoo.average([model, model.state_dict()])
+
+
+@pytest.mark.parametrize(("made", "said"), [(zoo.quantise, "quantised"), (lambda m: zoo.offload(m, 2), "offloaded")])
+def test_experts_without_a_mean_are_refused(made, said):
+    model = made(zoo.create_model("language/mixtral_tiny"))
+    with pytest.raises(ValueError, match=rf"average: model 0 has {said} experts \(model\.layers\.0\.mlp\.experts\)"):
+        zoo.average([model, model])

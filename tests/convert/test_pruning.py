@@ -370,3 +370,17 @@ def test_transformers_own_balance_loss_knows_how_many_experts_are_left():
 def test_scores_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match=r"scores of blocks\.0 must be numbers"):
         zoo.prune(layer(), keep=2, scores=[[1, 2, float("nan"), 4, 5, 6]])
+
+
+@pytest.mark.parametrize("made", [lambda model: zoo.quantise(model, "int8"), lambda model: zoo.offload(model, 2)])
+def test_experts_that_are_no_stacks_are_refused_before_data_are_looked_at(made):
+    def never(model):
+        raise AssertionError("looked at data")
+
+    model = made(zoo.create_model("language/mixtral_tiny"))
+    with pytest.raises(
+        ValueError, match=r"prune: model\.layers\.0\.mlp has \w+Experts; expected Experts, stacked MLPs"
+    ):
+        zoo.prune(model, keep=2, calibrate=never)
+    with pytest.raises(ValueError, match="expected Experts, stacked MLPs"):
+        zoo.prune(model, experts={"model.layers.0.mlp": [0, 1]})

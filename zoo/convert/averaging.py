@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import QuantisedExperts
+from ..moe import OffloadedExperts, QuantisedExperts
 from ..pretrained import hub
 
 Source = nn.Module | str | os.PathLike[str]
@@ -104,9 +104,10 @@ def branches(what: str, sources: Sequence[Source]) -> Iterator[Any]:
         else:
             gc.collect()  # models of transformers hold themselves: the one before would stay beside this one
             model = from_pretrained(source, **({} if device is None else {"device": device}))
-        few = (name for name, module in model.named_modules() if isinstance(module, QuantisedExperts))
-        if name := next(few, None):
-            raise ValueError(f"{what}: model {number} has quantised experts ({name}), of which there is no mean")
+        for name, module in model.named_modules():
+            if isinstance(module, (OffloadedExperts, QuantisedExperts)):
+                few = "quantised" if isinstance(module, QuantisedExperts) else "offloaded"
+                raise ValueError(f"{what}: model {number} has {few} experts ({name}), of which there is no mean")
         kind = _Kind.of(model, source)
         if expected is None:
             expected, device = kind, next(model.parameters()).device

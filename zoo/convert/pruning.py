@@ -84,6 +84,8 @@ def prune(
             for name, own in _by_name("experts", experts, chosen).items()
         }
     elif keep is not None:
+        for name, moe in chosen.items():
+            rows_of(f"prune: {name}", moe)  # before data are looked at
         kept = _best(model, chosen, keep, by, scope, scores, calibrate)
     for name, numbers in kept.items():
         rows_of(f"prune: {name}", every[name])
