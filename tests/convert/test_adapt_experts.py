@@ -186,7 +186,9 @@ def test_pairs_are_counted_with_their_experts():
 
 def test_what_has_no_pairs_is_named():
     base = sparse()
-    with pytest.raises(ValueError, match=r"experts: expected Experts or QuantisedExperts, got LoRAOfExperts; choose"):
+    with pytest.raises(
+        ValueError, match=r"experts: expected Experts, QuantisedExperts or OffloadedExperts, got LoRAOfExperts; choose"
+    ):
         zoo.adapt(zoo.adapt(base, "LoRA", targets="up"), "LoRA", targets="down")
     with pytest.raises(ValueError, match=r"mlp.experts: expected .*, got ResidualExperts"):
         zoo.adapt(zoo.upcycle(language(), num_experts=2, residual=True), "LoRA", targets="down")

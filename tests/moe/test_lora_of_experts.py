@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_named():
         (base, {"parts": ()}, "got \\[\\]"),
         (Experts(2, 4, 4, "relu"), {"parts": ("gate",)}, "among up, down"),
         (base, {"rank": 0}, "rank must be at least 1"),
-        (ResidualExperts(2, 4, 4), {}, "expected Experts or QuantisedExperts, got ResidualExperts"),
+        (ResidualExperts(2, 4, 4), {}, "expected Experts, QuantisedExperts or OffloadedExperts, got ResidualExperts"),
         (made(), {}, "got LoRAOfExperts"),
     ]:
         with pytest.raises(ValueError, match=match):

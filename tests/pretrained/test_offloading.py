@@ -121,10 +121,13 @@ def test_experts_on_the_host_are_shared_with_the_model_they_are_from(format):
         assert error(found(tokens).logits, model(tokens).logits) < 1e-4
 
 
-def test_adapters_beside_offloaded_experts_learn():
+@pytest.mark.parametrize("format", [None, "float8"])
+def test_adapters_beside_and_inside_offloaded_experts_learn(format, tmp_path):
     model = zoo.create_model("language/mixtral_tiny")
-    tuned = zoo.adapt(zoo.offload(model, 2), "LoRA", rank=4, targets=["q_proj", "v_proj"])
-    expected = zoo.adapt(model, "LoRA", rank=4, targets=["q_proj", "v_proj"])
+    model = model if format is None else zoo.quantise(model, format)
+    targets = ["q_proj", "gate", "up", "down"]
+    tuned = zoo.adapt(zoo.offload(model, 2), "LoRA", rank=4, targets=targets)
+    expected = zoo.adapt(model, "LoRA", rank=4, targets=targets)
     ours, theirs_ = dict(tuned.named_parameters()), dict(expected.named_parameters())
     learning = [name for name, p in ours.items() if p.requires_grad]
     assert learning
@@ -137,6 +140,12 @@ def test_adapters_beside_offloaded_experts_learn():
         one(tokens).logits.square().mean().backward()
     for name in learning:
         assert error(ours[name].grad, theirs_[name].grad) < 1e-4, name
+    zoo.save_pretrained(tuned, tmp_path / "adapters")
+    read = zoo.from_pretrained(tmp_path / "adapters", base=model)
+    with torch.no_grad():
+        assert error(read(tokens).logits, tuned(tokens).logits) < 1e-4
+    with pytest.raises(ValueError, match="offloaded experts cannot take adapters in"):
+        zoo.merge_adapters(tuned)
 
 
 def test_it_says_what_it_cannot_do(tmp_path):

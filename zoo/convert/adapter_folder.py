@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import Experts, QuantisedExperts, Router
+from ..moe import Experts, OffloadedExperts, QuantisedExperts, Router
 from ..moe.quantised import KINDS
 from ..pretrained.language import resolve_dtype
 from ..pretrained.staging import staged
@@ -164,7 +164,7 @@ def _matrices(model: nn.Module) -> dict[str, list[int]]:
     """The experts' own matrices by name, as they are called and shaped when they are not in few bits."""
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, (Experts, QuantisedExperts)):
+        if isinstance(module, (Experts, OffloadedExperts, QuantisedExperts)):
             part = "gate_up_proj" if module.gated else "up_proj"
             wide = module.hidden_dim * (2 if module.gated else 1)
             found[f"{name}.{part}"] = [module.num_experts, wide, module.dim]

@@ -13,6 +13,7 @@ from .experts import Experts, Weights
 from .kernels import get_activation
 from .kernels.linear import grouped_linear
 from .lora import LoRAExperts
+from .offloaded import OffloadedExperts
 from .quantised import QuantisedExperts
 from .routing import Routing
 
@@ -20,7 +21,7 @@ PARTS = ("gate", "up", "down")
 
 
 class LoRAOfExperts(nn.Module):
-    """Frozen `Experts` or `QuantisedExperts` whose weights are W_e + alpha / r * B_e A_e (LoRA, 2106.09685).
+    """Frozen experts (plain, quantised, offloaded) whose weights are W_e + alpha / r * B_e A_e (LoRA, 2106.09685).
 
     A pair (A_e, B_e) for each expert e and each of `parts`: gate [F, D], up [F, D], and down [D, F]; experts of a plain
     activation have up and down alone. A starts as `nn.Linear` does and B with zeros, so that it starts as `base`, up to
@@ -29,8 +30,8 @@ class LoRAOfExperts(nn.Module):
     No sum of weights is made: rows, gathered once, go through W_e and through A_e and B_e. Kept for the backward of n
     assignments are [n, D] thrice, [n, 2F] and [n, F] twice, and what is of rank r; beside tokens of another type than
     the adapters' also [n, D] and [n, F] in theirs. Frozen weights get no gradient, and none is computed; under autocast
-    they are copied to its type and kept so. Those of few bits are decoded some at a time, and again in the backward,
-    for which nothing is kept but the tokens.
+    they are copied to its type and kept so. Those of few bits and those elsewhere come some at a time, and again in the
+    backward, for which nothing is kept but the tokens.
 
     Parameters: those of `base`; lora.PART.a [E, r, D or F] and lora.PART.b [E, F or D, r].
     Raises ValueError for other experts, those spread over processes, unknown parts or none, and sizes below one.
@@ -38,7 +39,7 @@ class LoRAOfExperts(nn.Module):
 
     def __init__(
         self,
-        base: Experts | QuantisedExperts,
+        base: Experts | QuantisedExperts | OffloadedExperts,
         rank: int = 8,
         alpha: float = 16.0,
         parts: Sequence[str] = PARTS,
@@ -65,7 +66,7 @@ class LoRAOfExperts(nn.Module):
         """
         if self.base.parallel is not None:
             raise RuntimeError("LoRAOfExperts: experts with adapters cannot be spread over processes")
-        if isinstance(self.base, QuantisedExperts):
+        if isinstance(self.base, (QuantisedExperts, OffloadedExperts)):
             return self._decoded(x, routing)
         return self._compute(self.base.held, None, x, routing)
 
@@ -120,8 +121,10 @@ class LoRAOfExperts(nn.Module):
     def merged(self) -> Experts:
         """The experts with their pairs added to weights of their own, which are new.
 
-        Raises ValueError for experts in few bits: rounded again, the sum would be other experts.
+        Raises ValueError for experts in few bits, as rounded again the sum would be other experts, and offloaded ones.
         """
+        if isinstance(self.base, OffloadedExperts):
+            raise ValueError("offloaded experts cannot take adapters in")
         if isinstance(self.base, QuantisedExperts):
             raise ValueError(f"experts in few bits ({self.base.format}) cannot take adapters in")
         base: Experts = self.base
@@ -145,6 +148,6 @@ class LoRAOfExperts(nn.Module):
 
 def unfit(experts: Any) -> str | None:
     """Why experts cannot have pairs beside their projections; None for those that can."""
-    if type(experts) not in (Experts, QuantisedExperts):
-        return f"expected Experts or QuantisedExperts, got {type(experts).__name__}"
+    if type(experts) not in (Experts, QuantisedExperts, OffloadedExperts):
+        return f"expected Experts, QuantisedExperts or OffloadedExperts, got {type(experts).__name__}"
     return None if experts.parallel is None else "experts that are spread over processes cannot have adapters"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .experts import Experts
-from .quantised import QuantisedExperts
+from .quantised import Compute, QuantisedExperts
 from .routers.base import Router
 from .routing import Routing
 
 READERS = 4  # threads that read experts while others are computed
 
 Held = Experts | QuantisedExperts
+Slots = Callable[[Tensor, Routing, Tensor], Tensor]
 
 
 class Source(Protocol):
@@ -83,7 +84,7 @@ class OffloadedExperts(nn.Module):
     def __init__(self, held: Held, num_experts: int, source: Source) -> None:
         super().__init__()
         self.num_experts, self.dim, self.hidden_dim = num_experts, held.dim, held.hidden_dim
-        self.activation = held.activation
+        self.activation, self.gated, self.weigh_input = held.activation, held.gated, held.weigh_input
         self.source = source
         # No submodule: what is in the slots is no state of the model.
         object.__setattr__(self, "held", held.requires_grad_(False).eval())
@@ -134,24 +135,38 @@ class OffloadedExperts(nn.Module):
         self._coming: dict[int, Future[Any]] = {}
         self._stream: Any = None
 
-    # Which experts are needed the host decides.
-    @torch.compiler.disable
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
+        return self._by_turns(x, routing, lambda x, part, _: self.held(x, part))
+
+    def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:
+        """The same, compute(weights, experts [G], x, part) saying what some experts add, as `QuantisedExperts`'."""
+
+        def of_slots(x: Tensor, part: Routing, experts: Tensor) -> Tensor:
+            if isinstance(self.held, Experts):
+                return compute(self.held.held, experts, x, part)
+            return self.held.in_groups(x, part, lambda w, slots, x, p: compute(w, experts[slots], x, p), learns)
+
+        return self._by_turns(x, routing, of_slots, learns)
+
+    # Which experts are needed the host decides.
+    @torch.compiler.disable
+    def _by_turns(self, x: Tensor, routing: Routing, compute: Slots, learns: bool = False) -> Tensor:
+        """The sum of compute(x, part, experts [S]) for parts of a decision that refer to slots, which hold experts."""
         if not routing.token_index.numel():
             return x * routing.weight.sum().to(x.dtype)  # no assignments, but gradients go back all the same
         bounds, likely = self._bounds(x, routing)
         busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
         self.met += len(busy)
         groups = self._groups(busy)
-        kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
+        kept = torch.is_grad_enabled() and (learns or x.requires_grad or routing.weight.requires_grad)
         total = None
         for n, group in enumerate(groups):
             # The next ones come while these are computed, into other slots.
             self.read += self._bring(group, groups[n + 1] if n + 1 < len(groups) and self.slots > 1 else [])
             if self._next is not None and n + 1 == len(groups):
                 self._next[1].guessed += self._next[1]._bring(likely)
-            given = (x, routing.weight, routing.token_index, bounds, group)
+            given = (x, routing.weight, routing.token_index, bounds, group, compute)
             y = checkpoint(self._some, *given, use_reentrant=False) if kept else self._some(*given)
             total = y if total is None else total + y
         assert total is not None
@@ -183,7 +198,9 @@ class OffloadedExperts(nn.Module):
         order = [here[n : n + size] for n in range(0, len(here), size)]
         return order + [away[n : n + size] for n in range(0, len(away), size)]
 
-    def _some(self, x: Tensor, weight: Tensor, token: Tensor, bounds: list[int], experts: list[int]) -> Tensor:
+    def _some(
+        self, x: Tensor, weight: Tensor, token: Tensor, bounds: list[int], experts: list[int], compute: Slots
+    ) -> Tensor:
         """What some experts, no more than there are slots, add."""
         self.read += self._bring(experts)  # none but in a backward, where others may have come since
         self._wait(experts)
@@ -194,7 +211,10 @@ class OffloadedExperts(nn.Module):
         spans = torch.cat([torch.arange(bounds[e], bounds[e + 1]) for e in order]).to(token.device)
         offsets = torch.tensor(ends, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(token.device)
         part = Routing(token.index_select(0, spans), offsets, weight.index_select(0, spans), x.shape[0])
-        return self.held(x, part)
+        there = [0] * self.slots
+        for e in order:
+            there[self._slot[e]] = e
+        return compute(x, part, torch.tensor(there, device=token.device))
 
     def _bring(self, experts: Sequence[int], more: Sequence[int] = ()) -> int:
         """Ask for experts that are not there, and for more that come after them; returns how many of them all."""
