@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import get_loader
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -98,6 +100,36 @@ class Parser(LightningArgumentParser):
         return [name for name in names if not name.endswith(".help")]
 
 
+class Table(ActionTypeHint):
+    """An option that is a table, such as model.router: one given whole replaces it, a dotted one changes an entry.
+
+    jsonargparse takes a table with a class_path for a class of its own: a second one ends in an AttributeError, and
+    entries of init_args come to lie beside them.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Set what one option says, over what a config file or an earlier option said."""
+        if len(args) != 4:
+            return super().__call__(*args, **kwargs)
+        parser, config, value, option = args
+        name = next((o for o in self.option_strings if str(option).startswith(f"{o}.")), None)
+        told: Any = config.get(self.dest)
+        if name is not None and isinstance(told, dict | None):
+            told = dict(told or {})
+            *outer, last = str(option).removeprefix(f"{name}.").split(".")
+            if last in ("class_path", "name") and not outer:
+                told = {}  # the arguments were another class's
+            inner = told
+            for key in outer:
+                inner[key] = dict(inner.get(key) or {})
+                inner = inner[key]
+            inner[last] = get_loader(parser.parser_mode)(value) if isinstance(value, str) else value
+            value, option = told, name
+        if isinstance(config.get(self.dest), dict):
+            config[self.dest] = None
+        return super().__call__(parser, config, value, option)
+
+
 class SaveConfig(SaveConfigCallback):
     """Keep a training run's configuration beside its logs, and nothing of other runs."""
 
@@ -136,6 +168,9 @@ class TaskCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The task's name, where the domain has several; `tasks.cli` has chosen the classes by it."""
+        for action in parser._actions:
+            if isinstance(action, ActionTypeHint) and action.dest == "model.router":
+                action.__class__ = Table
         if tasks := TASKS.get(self.domain):
             own = next((name for name, row in tasks.items() if row[0] == self._task.__name__), None)
             parser.add_argument("--task", default=own, help=f"one of {', '.join(tasks)}")
@@ -152,6 +187,8 @@ class TaskCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # A checkpoint's own hyper-parameters fill in for a config file; they overrule neither one nor what is said.
         if not self.config[self._only].get("config"):
+            if isinstance(self.config.get(f"{self._only}.model.router"), dict):
+                self.config[f"{self._only}.model.router"] = None  # said again below, and no class for jsonargparse
             super()._parse_ckpt_path()
             self.config = self.parser.parse_args(self._args, namespace=self.config)
 

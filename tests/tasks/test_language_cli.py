@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import zoo
 from tasks.__main__ import main
 from tasks.language import LanguageTask
+from tasks.lightning_cli import TaskCLI
 from zoo.models import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "language"
@@ -133,6 +135,45 @@ def test_a_gate_of_ones_own_is_named_by_class_path(text, tmp_path, monkeypatch):
     assert (type(gate).__name__, gate.k, gate.scale) == ("Halving", 2, 0.25)
 
 
+TOP1 = {"class_path": "TopKRouter", "init_args": {"k": 1}}
+
+
+@pytest.mark.parametrize("ckpt", [False, True])
+@pytest.mark.parametrize(
+    ("said", "options", "expected"),
+    [
+        (None, [f"--model.router={TOP1}"], TOP1),
+        (None, ["--model.router.class_path=TopKRouter", "--model.router.init_args.k", "1"], TOP1),
+        (None, ["--model.router.name=XMoERouter", "--model.router.k=2"], {"name": "XMoERouter", "k": 2}),
+        (TOP1, [], TOP1),
+        (TOP1, ["--model.router={class_path: HashRouter, init_args: {vocab_size: 9}}"], "hash"),
+        (TOP1, ["--model.router.class_path=HashRouter", "--model.router.init_args.vocab_size=9"], "hash"),
+        (TOP1, ["--model.router.init_args.jitter=1e-2"], {**TOP1, "init_args": {"k": 1, "jitter": 0.01}}),
+        (TOP1, [f"--model.router={[TOP1, TOP1]}"], [TOP1, TOP1]),
+        ([TOP1, TOP1], [f"--model.router={TOP1}"], TOP1),
+        (TOP1, ["--model.router=null"], None),
+    ],
+)
+def test_options_say_a_gate_over_a_config(said, options, expected, ckpt, monkeypatch, tmp_path):
+    if expected == "hash":
+        expected = {"class_path": "HashRouter", "init_args": {"vocab_size": 9}}
+    seen = []
+    monkeypatch.setattr(TaskCLI, "instantiate_classes", lambda cli: seen.append(cli.config.fit.model.router))
+    monkeypatch.setattr(TaskCLI, "_run_subcommand", lambda cli, name: None)
+    monkeypatch.setattr(TaskCLI, "trainer", SimpleNamespace(callbacks=[]), raising=False)
+    args = list(options)
+    if said is not None:
+        (tmp_path / "said.yaml").write_text(yaml.safe_dump({"model": {"router": said}}))
+        args += ["--config", str(tmp_path / "said.yaml")]
+        args = args[-2:] + args[:-2]
+    if ckpt:  # its hyper-parameters fill in where there is no config
+        content = {"hyper_parameters": {"router": {"class_path": "SinkhornRouter", "init_args": {"k": 2}}}}
+        torch.save(content, tmp_path / "last.ckpt")
+        args += ["--ckpt_path", str(tmp_path / "last.ckpt")]
+    assert main(["language", "fit", *args]) in (0, None)
+    assert seen == [expected]
+
+
 OTHER_LAYERS = {
     "experts": {"name": "ZeroComputationExperts", "constant": 1},
     "attention": {"class_path": "zoo.moe.MoH", "init_args": {"num_shared_heads": 1, "k": 2}},
@@ -174,6 +215,7 @@ def test_layers_of_other_kinds_are_named_in_a_config(text, tmp_path, capsys):
         (["--ckpt_path", "/nowhere.ckpt"], "/nowhere.ckpt"),
         (["--model.lr", "fast"], "model.lr"),
         (["--model.schedule", "cosin"], "model.schedule"),
+        (["--trainer.max_steps=-1", "--trainer.max_time", "00:01:00:00"], "must know its end: set schedule_steps"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):
