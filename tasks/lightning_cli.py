@@ -27,6 +27,7 @@ from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
 
+TABLES = ("model.router", "model.losses", "model.overrides", "model.teacher")  # options that are tables
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
     "gradient_clip_val": 1.0,
@@ -78,6 +79,17 @@ def quiet() -> None:
 
 class ArgumentMistake(Exception):
     """What a user wrote cannot be run as it is."""
+
+
+def _by_option(args: Sequence[str]) -> list[list[str]]:
+    """Arguments of a command line, each option with its values."""
+    groups: list[list[str]] = []
+    for arg in args:
+        if arg.startswith("--") or not groups:
+            groups.append([arg])
+        else:
+            groups[-1].append(arg)
+    return groups
 
 
 class Parser(LightningArgumentParser):
@@ -169,7 +181,7 @@ class TaskCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The task's name, where the domain has several; `tasks.cli` has chosen the classes by it."""
         for action in parser._actions:
-            if isinstance(action, ActionTypeHint) and action.dest == "model.router":
+            if isinstance(action, ActionTypeHint) and action.dest in TABLES:
                 action.__class__ = Table
         if tasks := TASKS.get(self.domain):
             own = next((name for name, row in tasks.items() if row[0] == self._task.__name__), None)
@@ -186,11 +198,20 @@ class TaskCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # A checkpoint's own hyper-parameters fill in for a config file; they overrule neither one nor what is said.
-        if not self.config[self._only].get("config"):
-            if isinstance(self.config.get(f"{self._only}.model.router"), dict):
-                self.config[f"{self._only}.model.router"] = None  # said again below, and no class for jsonargparse
-            super()._parse_ckpt_path()
-            self.config = self.parser.parse_args(self._args, namespace=self.config)
+        if self.config[self._only].get("config") or not self.config[self._only].get("ckpt_path"):
+            return
+        said, router = self.config.clone(), f"{self._only}.model.router"
+        if isinstance(self.config.get(router), dict):
+            self.config[router] = None  # not to be taken for a class by jsonargparse
+        super()._parse_ckpt_path()
+        again = [self._only]
+        for option, *values in _by_option(self._args[1:]):
+            name = option.partition("=")[0].removeprefix("--").removesuffix("+")
+            if name.count(".") == 1 and name.startswith("model."):
+                self.config[f"{self._only}.{name}"] = said[f"{self._only}.{name}"]
+            elif name.startswith("model."):
+                again += [option, *values]
+        self.config = self.parser.parse_args(again, namespace=self.config)
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""

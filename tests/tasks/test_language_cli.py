@@ -174,6 +174,30 @@ def test_options_say_a_gate_over_a_config(said, options, expected, ckpt, monkeyp
     assert seen == [expected]
 
 
+@pytest.mark.parametrize("ckpt", [False, True])
+def test_options_without_a_config_are_read_once(ckpt, monkeypatch, tmp_path):
+    """Over what a checkpoint was made with, where one is given."""
+    seen = []
+    monkeypatch.setattr(TaskCLI, "instantiate_classes", lambda cli: seen.append(cli.config.fit))
+    monkeypatch.setattr(TaskCLI, "_run_subcommand", lambda cli, name: None)
+    monkeypatch.setattr(TaskCLI, "trainer", SimpleNamespace(callbacks=[]), raising=False)
+    args = ["--trainer.callbacks+=tasks.averaging.RunningAverage", "--data.source=a", "--data.source+=b"]
+    args += ["--model.convert+={share_depth: {}}", "--model.overrides.attention.name=MoH", "--model.lr", "2e-3"]
+    args += ["--model.overrides.attention.k", "2", "--model.losses.switch.weight=1e-3", "--model.losses.z=0.1"]
+    if ckpt:
+        hyper = {"convert": ["share_depth"], "overrides": {"hidden_size": 8}, "lr": 0.1, "warmup_steps": 7}
+        torch.save({"hyper_parameters": hyper}, tmp_path / "last.ckpt")
+        args += ["--ckpt_path", str(tmp_path / "last.ckpt")]
+    assert main(["language", "fit", *args]) in (0, None)
+    [found] = seen
+    assert [c.class_path for c in found.trainer.callbacks] == ["tasks.averaging.RunningAverage"]
+    assert found.data.source == ["a", "b"]
+    assert found.model.convert == [{"share_depth": {}}]
+    assert found.model.overrides == {"attention": {"name": "MoH", "k": 2}, **({"hidden_size": 8} if ckpt else {})}
+    assert found.model.losses == {"switch": {"weight": 0.001}, "z": 0.1}
+    assert (found.model.lr, found.model.warmup_steps) == (0.002, 7 if ckpt else 100)
+
+
 OTHER_LAYERS = {
     "experts": {"name": "ZeroComputationExperts", "constant": 1},
     "attention": {"class_path": "zoo.moe.MoH", "init_args": {"num_shared_heads": 1, "k": 2}},
