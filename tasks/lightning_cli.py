@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from tasks.callbacks import SaveLast
+from tasks.callbacks import Before, SaveLast
 from tasks.cli import TASKS
 from tasks.folders import check_writable
 from zoo.nearest import unknown
@@ -250,7 +250,8 @@ class TaskCLI(LightningCLI):
         given = config.get("callbacks") or []
         callbacks = [given] if isinstance(given, Callback) else list(given)
         if fitting and config.get("enable_checkpointing") is not False:
-            callbacks += [SaveLast()]
+            saver = SaveLast()
+            callbacks = [Before(saver), *callbacks, saver]
             # Lightning would otherwise add one of its own, which writes an epoch's last step a second time.
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         if fitting and kwargs.get("logger", config.get("logger")):

@@ -105,6 +105,20 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
     assert torch.load(checkpoint)["global_step"] == 3
 
 
+def test_a_run_with_lightnings_average_goes_on_with_its_own_weights(text, tmp_path):
+    average = ["--trainer.callbacks=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    state = {}
+    for name, steps, before in (("straight", 4, ""), ("half", 2, ""), ("whole", 4, "half")):
+        args = [*small(text, tmp_path / name), *average, f"--trainer.max_steps={steps}", "--model.schedule_steps=4"]
+        last = "language/version_0/checkpoints/last.ckpt"
+        args += ["--ckpt_path", tmp_path / before / last] if before else []
+        assert cli("fit", CONFIGS / "mixtral_tiny.yaml", *args) in (0, None)
+        state[name] = torch.load(tmp_path / name / last, weights_only=False)
+    for kind in ("state_dict", "current_model_state"):
+        for key, value in state["straight"][kind].items():
+            assert torch.equal(state["whole"][kind][key], value), (kind, key)
+
+
 def test_a_run_that_ctrl_c_ended_says_so_by_its_status(text, tmp_path, monkeypatch, capsys):
     begin = LanguageTask.training_step
 
