@@ -29,6 +29,9 @@ class RunningAverage(WeightAveraging):
         return step_idx is not None and (step_idx == 0 or (step_idx + 1) % self.every_n_steps == 0)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the model alone: checkpoints that are made now are to continue with its own weights."""
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Put the average in the model's place, if training came far enough to have one."""
         if self._average_model is not None and int(self._average_model.n_averaged):
             super().on_train_end(trainer, pl_module)

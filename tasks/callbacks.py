@@ -131,6 +131,9 @@ class SaveLast(Callback):
         """Save what came after the last time."""
         if trainer.global_step != self._saved_step:
             self._save(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say how to go on."""
         if self.interrupted:
             print(f"stopped after step {trainer.global_step}; go on with --ckpt_path {self.path(trainer)}")
 
@@ -161,6 +164,20 @@ class SaveLast(Callback):
             if trainer.is_global_zero:
                 draft.replace(path)
         self._saved_step = trainer.global_step
+
+
+class Before(Callback):
+    """The first of all callbacks: lets a `SaveLast`, else the last of them, save before the others end training.
+
+    Lightning's averages of weights take the model's place there; a checkpoint made after that would go on with them.
+    """
+
+    def __init__(self, saver: SaveLast) -> None:
+        self.saver = saver
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save."""
+        self.saver.on_train_end(trainer, pl_module)
 
 
 def random_state() -> dict[str, Any]:

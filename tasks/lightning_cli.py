@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import get_loader
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -18,13 +20,14 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from tasks.callbacks import SaveLast
+from tasks.callbacks import Before, SaveLast
 from tasks.cli import TASKS
 from tasks.folders import check_writable
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
 
+TABLES = ("model.router", "model.losses", "model.overrides", "model.teacher")  # options that are tables
 TRAINER_DEFAULTS = {
     "max_steps": 1000,
     "gradient_clip_val": 1.0,
@@ -78,6 +81,17 @@ class ArgumentMistake(Exception):
     """What a user wrote cannot be run as it is."""
 
 
+def _by_option(args: Sequence[str]) -> list[list[str]]:
+    """Arguments of a command line, each option with its values."""
+    groups: list[list[str]] = []
+    for arg in args:
+        if arg.startswith("--") or not groups:
+            groups.append([arg])
+        else:
+            groups[-1].append(arg)
+    return groups
+
+
 class Parser(LightningArgumentParser):
     """Turns jsonargparse's errors into one line that names the key and the nearest known ones."""
 
@@ -96,6 +110,36 @@ class Parser(LightningArgumentParser):
             for parser in (getattr(action, "choices", None) or {}).values() if action.dest == "subcommand" else ():
                 names += parser._option_names()
         return [name for name in names if not name.endswith(".help")]
+
+
+class Table(ActionTypeHint):
+    """An option that is a table, such as model.router: one given whole replaces it, a dotted one changes an entry.
+
+    jsonargparse takes a table with a class_path for a class of its own: a second one ends in an AttributeError, and
+    entries of init_args come to lie beside them.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Set what one option says, over what a config file or an earlier option said."""
+        if len(args) != 4:
+            return super().__call__(*args, **kwargs)
+        parser, config, value, option = args
+        name = next((o for o in self.option_strings if str(option).startswith(f"{o}.")), None)
+        told: Any = config.get(self.dest)
+        if name is not None and isinstance(told, dict | None):
+            told = dict(told or {})
+            *outer, last = str(option).removeprefix(f"{name}.").split(".")
+            if last in ("class_path", "name") and not outer:
+                told = {}  # the arguments were another class's
+            inner = told
+            for key in outer:
+                inner[key] = dict(inner.get(key) or {})
+                inner = inner[key]
+            inner[last] = get_loader(parser.parser_mode)(value) if isinstance(value, str) else value
+            value, option = told, name
+        if isinstance(config.get(self.dest), dict):
+            config[self.dest] = None
+        return super().__call__(parser, config, value, option)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -136,6 +180,9 @@ class TaskCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The task's name, where the domain has several; `tasks.cli` has chosen the classes by it."""
+        for action in parser._actions:
+            if isinstance(action, ActionTypeHint) and action.dest in TABLES:
+                action.__class__ = Table
         if tasks := TASKS.get(self.domain):
             own = next((name for name, row in tasks.items() if row[0] == self._task.__name__), None)
             parser.add_argument("--task", default=own, help=f"one of {', '.join(tasks)}")
@@ -151,9 +198,20 @@ class TaskCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         # A checkpoint's own hyper-parameters fill in for a config file; they overrule neither one nor what is said.
-        if not self.config[self._only].get("config"):
-            super()._parse_ckpt_path()
-            self.config = self.parser.parse_args(self._args, namespace=self.config)
+        if self.config[self._only].get("config") or not self.config[self._only].get("ckpt_path"):
+            return
+        said, router = self.config.clone(), f"{self._only}.model.router"
+        if isinstance(self.config.get(router), dict):
+            self.config[router] = None  # not to be taken for a class by jsonargparse
+        super()._parse_ckpt_path()
+        again = [self._only]
+        for option, *values in _by_option(self._args[1:]):
+            name = option.partition("=")[0].removeprefix("--").removesuffix("+")
+            if name.count(".") == 1 and name.startswith("model."):
+                self.config[f"{self._only}.{name}"] = said[f"{self._only}.{name}"]
+            elif name.startswith("model."):
+                again += [option, *values]
+        self.config = self.parser.parse_args(again, namespace=self.config)
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
@@ -192,7 +250,8 @@ class TaskCLI(LightningCLI):
         given = config.get("callbacks") or []
         callbacks = [given] if isinstance(given, Callback) else list(given)
         if fitting and config.get("enable_checkpointing") is not False:
-            callbacks += [SaveLast()]
+            saver = SaveLast()
+            callbacks = [Before(saver), *callbacks, saver]
             # Lightning would otherwise add one of its own, which writes an epoch's last step a second time.
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         if fitting and kwargs.get("logger", config.get("logger")):

@@ -164,8 +164,8 @@ class ExpertAveraging(Callback):
     merge=False, every expert is their mean, so that `zoo.to_dense(model)` is exact and a ViT is a ViT again. The paper
     averages at the end of every iteration and has tokens go to experts by a random uniform partition, which is
     `RandomRouter` with train_level="partition"; its equation could not be read, and may pull to the mean of the others,
-    which is the same with r E / (E - 1). An optimizer's state stays each expert's own. Checkpoints made while training
-    hold the experts before they are merged.
+    which is the same with r E / (E - 1). An optimizer's state stays each expert's own. Checkpoints, also the one made
+    when training ends, hold the experts before they are merged.
 
     Raises ValueError for a rate outside [0, 1], and on starting for a model without experts, with others than stacked
     MLPs, or spread over processes.
@@ -196,8 +196,8 @@ class ExpertAveraging(Callback):
         self._step = trainer.global_step
         pull(pl_module, self.rate * min(1.0, self._step / max(self.warmup_steps, 1)))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge, after the last checkpoint, which is to continue with experts that differ."""
         if self.merge:
             pull(pl_module, 1.0)
 

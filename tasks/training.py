@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -145,6 +146,8 @@ class Task(LightningModule):
                         f"{type(callback).__name__} averages whole weights, and {type(trainer.strategy).__name__} lays "
                         "them out in parts: leave out the callback, or use trainer.strategy ddp"
                     )
+        if subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):  # max_time alone
+            learning_rate(self.hparams["schedule"], 0, self.hparams["schedule_steps"] or math.inf)
         data.check(subcommand)
         self.check(data)
 

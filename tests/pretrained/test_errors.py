@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,6 +240,41 @@ def test_a_save_that_fails_leaves_nothing_behind(model, tmp_path, monkeypatch, e
         zoo.save_pretrained(model, tmp_path / "target", max_shard_size="300KB", overwrite=existing)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert list(tmp_path.iterdir()) == ([tmp_path / "target"] if existing else [])
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_to_a_folder_is_followed_and_stays(model, tmp_path, there):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if there:
+        (disk / "out").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(disk / "out")
+    for overwrite in (False, True):
+        zoo.save_pretrained(model, link, overwrite=overwrite)
+        assert link.is_symlink()
+        assert (disk / "out" / "model.safetensors").is_file()
+        assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+    zoo.from_pretrained(link)
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_a_folder_that_cannot_be_replaced_is_written_into(model, tmp_path, monkeypatch, mounted):
+    """As of a container: the target is a disk of its own, or all around it may only be read."""
+    target = tmp_path / "target"
+    target.mkdir()
+    access = os.access
+    if mounted:
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == target)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    monkeypatch.setattr(Path, "rename", lambda *paths: pytest.fail("renamed"))
+    monkeypatch.setattr(Path, "rmdir", lambda path: pytest.fail("removed"))
+    for overwrite in (False, True):
+        zoo.save_pretrained(model, target, overwrite=overwrite)
+        assert {p.name for p in target.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    zoo.from_pretrained(target)
 
 
 def test_what_has_no_published_layout_is_not_saved(tmp_path):

@@ -54,3 +54,46 @@ def test_labels_are_told_with_every_token(make):
     assert copied._validate_model_kwargs.model is copied
     with pytest.raises(ValueError, match="not used by the model: \\['moe_contxt'\\]"):
         model.generate(tokens, moe_contxt={label: labels}, **how)
+
+
+def lively(router, **fields):
+    """A small model of this gate whose experts matter."""
+    model = zoo.create_model("language/mixtral_tiny", **SIZES, router=router, **fields).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
+@pytest.mark.parametrize("feature", ["previous", "bigram"])
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=["", "static"])
+def test_hash_layers_hear_the_token_before_those_that_are_cached(feature, how):
+    """As if nothing were cached, for prompts of unequal length, beams, and the guesses of a smaller model."""
+    sizes = {"vocab_size": 64} if feature == "previous" else {}
+    model = lively({"name": "HashRouter", "feature": feature, **sizes})
+    long, short = torch.randint(3, 64, (1, 7)), torch.randint(3, 64, (1, 4))
+    tokens = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1)])
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **how}
+    found = model.generate(tokens, attention_mask=(tokens > 0).long(), **how)
+    assert torch.equal(found[:1], greedy(model, long))
+    assert torch.equal(found[1:, 3:], greedy(model, short))
+    if "cache_implementation" not in how:
+        guess = copy.deepcopy(model)
+        with torch.no_grad():
+            guess.lm_head.weight.add_(0.1 * torch.randn_like(guess.lm_head.weight))
+        assert torch.equal(model.generate(long, assistant_model=guess, **how), greedy(model, long))
+        beams = model.generate(tokens, attention_mask=(tokens > 0).long(), num_beams=3, **how)
+        for row, alone in zip(beams, (long, short)):
+            expected = model.generate(alone, num_beams=3, use_cache=False, **how)[0]
+            assert torch.equal(row[-len(expected) :], expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_of_a_prompt_has_no_part_in_what_a_gate_averages(cache):
+    model = lively("SentenceRouter")
+    short = torch.randint(3, 64, (1, 4))
+    tokens = torch.cat([torch.randint(3, 64, (1, 9)), torch.cat([torch.zeros(1, 5, dtype=torch.long), short], dim=1)])
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    how.update(cache_implementation=cache, disable_compile=True)
+    found = model.generate(tokens, attention_mask=(tokens > 0).long(), **how)
+    assert torch.equal(found[1:, 5:], model.generate(short, **how))

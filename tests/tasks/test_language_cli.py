@@ -5,6 +5,7 @@ import signal
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import zoo
 from tasks.__main__ import main
 from tasks.language import LanguageTask
+from tasks.lightning_cli import TaskCLI
 from zoo.models import count_parameters
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "language"
@@ -103,6 +105,20 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
     assert torch.load(checkpoint)["global_step"] == 3
 
 
+def test_a_run_with_lightnings_average_goes_on_with_its_own_weights(text, tmp_path):
+    average = ["--trainer.callbacks=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    state = {}
+    for name, steps, before in (("straight", 4, ""), ("half", 2, ""), ("whole", 4, "half")):
+        args = [*small(text, tmp_path / name), *average, f"--trainer.max_steps={steps}", "--model.schedule_steps=4"]
+        last = "language/version_0/checkpoints/last.ckpt"
+        args += ["--ckpt_path", tmp_path / before / last] if before else []
+        assert cli("fit", CONFIGS / "mixtral_tiny.yaml", *args) in (0, None)
+        state[name] = torch.load(tmp_path / name / last, weights_only=False)
+    for kind in ("state_dict", "current_model_state"):
+        for key, value in state["straight"][kind].items():
+            assert torch.equal(state["whole"][kind][key], value), (kind, key)
+
+
 def test_a_run_that_ctrl_c_ended_says_so_by_its_status(text, tmp_path, monkeypatch, capsys):
     begin = LanguageTask.training_step
 
@@ -131,6 +147,69 @@ def test_a_gate_of_ones_own_is_named_by_class_path(text, tmp_path, monkeypatch):
     again = LanguageTask.load_from_checkpoint(tmp_path / "language" / "version_0" / "checkpoints" / "last.ckpt")
     gate = again.model.model.layers[0].mlp.router
     assert (type(gate).__name__, gate.k, gate.scale) == ("Halving", 2, 0.25)
+
+
+TOP1 = {"class_path": "TopKRouter", "init_args": {"k": 1}}
+
+
+@pytest.mark.parametrize("ckpt", [False, True])
+@pytest.mark.parametrize(
+    ("said", "options", "expected"),
+    [
+        (None, [f"--model.router={TOP1}"], TOP1),
+        (None, ["--model.router.class_path=TopKRouter", "--model.router.init_args.k", "1"], TOP1),
+        (None, ["--model.router.name=XMoERouter", "--model.router.k=2"], {"name": "XMoERouter", "k": 2}),
+        (TOP1, [], TOP1),
+        (TOP1, ["--model.router={class_path: HashRouter, init_args: {vocab_size: 9}}"], "hash"),
+        (TOP1, ["--model.router.class_path=HashRouter", "--model.router.init_args.vocab_size=9"], "hash"),
+        (TOP1, ["--model.router.init_args.jitter=1e-2"], {**TOP1, "init_args": {"k": 1, "jitter": 0.01}}),
+        (TOP1, [f"--model.router={[TOP1, TOP1]}"], [TOP1, TOP1]),
+        ([TOP1, TOP1], [f"--model.router={TOP1}"], TOP1),
+        (TOP1, ["--model.router=null"], None),
+    ],
+)
+def test_options_say_a_gate_over_a_config(said, options, expected, ckpt, monkeypatch, tmp_path):
+    if expected == "hash":
+        expected = {"class_path": "HashRouter", "init_args": {"vocab_size": 9}}
+    seen = []
+    monkeypatch.setattr(TaskCLI, "instantiate_classes", lambda cli: seen.append(cli.config.fit.model.router))
+    monkeypatch.setattr(TaskCLI, "_run_subcommand", lambda cli, name: None)
+    monkeypatch.setattr(TaskCLI, "trainer", SimpleNamespace(callbacks=[]), raising=False)
+    args = list(options)
+    if said is not None:
+        (tmp_path / "said.yaml").write_text(yaml.safe_dump({"model": {"router": said}}))
+        args += ["--config", str(tmp_path / "said.yaml")]
+        args = args[-2:] + args[:-2]
+    if ckpt:  # its hyper-parameters fill in where there is no config
+        content = {"hyper_parameters": {"router": {"class_path": "SinkhornRouter", "init_args": {"k": 2}}}}
+        torch.save(content, tmp_path / "last.ckpt")
+        args += ["--ckpt_path", str(tmp_path / "last.ckpt")]
+    assert main(["language", "fit", *args]) in (0, None)
+    assert seen == [expected]
+
+
+@pytest.mark.parametrize("ckpt", [False, True])
+def test_options_without_a_config_are_read_once(ckpt, monkeypatch, tmp_path):
+    """Over what a checkpoint was made with, where one is given."""
+    seen = []
+    monkeypatch.setattr(TaskCLI, "instantiate_classes", lambda cli: seen.append(cli.config.fit))
+    monkeypatch.setattr(TaskCLI, "_run_subcommand", lambda cli, name: None)
+    monkeypatch.setattr(TaskCLI, "trainer", SimpleNamespace(callbacks=[]), raising=False)
+    args = ["--trainer.callbacks+=tasks.averaging.RunningAverage", "--data.source=a", "--data.source+=b"]
+    args += ["--model.convert+={share_depth: {}}", "--model.overrides.attention.name=MoH", "--model.lr", "2e-3"]
+    args += ["--model.overrides.attention.k", "2", "--model.losses.switch.weight=1e-3", "--model.losses.z=0.1"]
+    if ckpt:
+        hyper = {"convert": ["share_depth"], "overrides": {"hidden_size": 8}, "lr": 0.1, "warmup_steps": 7}
+        torch.save({"hyper_parameters": hyper}, tmp_path / "last.ckpt")
+        args += ["--ckpt_path", str(tmp_path / "last.ckpt")]
+    assert main(["language", "fit", *args]) in (0, None)
+    [found] = seen
+    assert [c.class_path for c in found.trainer.callbacks] == ["tasks.averaging.RunningAverage"]
+    assert found.data.source == ["a", "b"]
+    assert found.model.convert == [{"share_depth": {}}]
+    assert found.model.overrides == {"attention": {"name": "MoH", "k": 2}, **({"hidden_size": 8} if ckpt else {})}
+    assert found.model.losses == {"switch": {"weight": 0.001}, "z": 0.1}
+    assert (found.model.lr, found.model.warmup_steps) == (0.002, 7 if ckpt else 100)
 
 
 OTHER_LAYERS = {
@@ -174,6 +253,7 @@ def test_layers_of_other_kinds_are_named_in_a_config(text, tmp_path, capsys):
         (["--ckpt_path", "/nowhere.ckpt"], "/nowhere.ckpt"),
         (["--model.lr", "fast"], "model.lr"),
         (["--model.schedule", "cosin"], "model.schedule"),
+        (["--trainer.max_steps=-1", "--trainer.max_time", "00:01:00:00"], "must know its end: set schedule_steps"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):

@@ -10,7 +10,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from tasks.averaging import RunningAverage
 from tasks.callbacks import SaveLast
+from tasks.schemes import ExpertAveraging
 
 NOISY = {"class_path": "zoo.moe.routers.TopKRouter", "init_args": {"jitter": 0.1, "selection_bias": True}}
 
@@ -88,13 +90,22 @@ def test_resuming_on_two_processes_is_exact(make, tmp_path):
     assert_same(torch.load(tmp_path / "resumed.pt"), torch.load(tmp_path / "straight.pt"))
 
 
-@pytest.mark.parametrize("trainer", [{}, {"accumulate_grad_batches": 2}])
-def test_a_run_that_ended_can_be_made_longer(make, tmp_path, trainer):
+@pytest.mark.parametrize(
+    ("trainer", "callbacks"),
+    [
+        ({}, list),
+        ({"accumulate_grad_batches": 2}, list),
+        ({}, lambda: [RunningAverage(share=1.0, every_n_steps=1)]),
+        ({}, lambda: [ExpertAveraging(0.1)]),
+    ],
+    ids=["plain", "accumulation", "average of weights", "experts merged at the end"],
+)
+def test_a_run_that_ended_can_be_made_longer(make, tmp_path, trainer, callbacks):
     task, last = {"schedule_steps": 6}, tmp_path / "checkpoints" / "last.ckpt"
-    straight = run(make, 6, task=task, **trainer)
-    run(make, 3, task=task, callbacks=[SaveLast(every_n_steps=2)], **trainer)
+    straight = run(make, 6, task=task, callbacks=callbacks(), **trainer)
+    run(make, 3, task=task, callbacks=[*callbacks(), SaveLast(every_n_steps=2)], **trainer)
     assert torch.load(last)["global_step"] == 3
-    assert_same(run(make, 6, ckpt_path=last, task=task, **trainer), straight)
+    assert_same(run(make, 6, ckpt_path=last, task=task, callbacks=callbacks(), **trainer), straight)
 
 
 def test_ctrl_c_ends_the_step_and_leaves_a_checkpoint_that_continues_exactly(make, tmp_path, capsys):

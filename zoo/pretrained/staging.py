@@ -17,16 +17,18 @@ WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 def staged(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `folder`, which becomes `folder` when the block ends, and vanishes when it raises.
 
-    With `overwrite` the checkpoint files of an existing folder are replaced and its other files stay. Raises
-    FileExistsError for a file, and for a folder that is not empty.
+    It is inside `folder` where that is there and cannot be replaced: a mounted disk, or in a folder that may not be
+    written to. A symbolic link stays one. With `overwrite` the checkpoint files of an existing folder are replaced
+    and its other files stay. Raises FileExistsError for a file, and for a folder that is not empty.
     """
-    target = Path(folder).expanduser()
+    target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise FileExistsError(f"{target} is not empty; give overwrite=True to replace the checkpoint in it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.parent / f".{target.name}.{uuid.uuid4().hex}.partial"
+    stays = target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK))
+    staging = (target if stays else target.parent) / f".{target.name}.{uuid.uuid4().hex}.partial"
     staging.mkdir()
     try:
         yield staging
@@ -36,7 +38,7 @@ def staged(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[
 
 
 def _move(staging: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
+    if staging.parent != target and (not target.exists() or not any(target.iterdir())):
         if target.exists():
             target.rmdir()
         staging.rename(target)

@@ -23,7 +23,8 @@ class HashRouter(Router):
     feature says what is hashed: the "token" itself, the "previous" token alone, or the "bigram" of both.
     There is no table of all pairs: a bigram goes to `hash_pairs(previous, token, seed) % E`. A token with none before
     it in its row (padding does not count) counts as its own previous token; where a row goes on from an earlier call,
-    as in cached decoding, previous_ids [B] are the tokens before. All layers of one seed have the same table.
+    as in cached decoding, previous_ids [B] are the tokens before (a language model's `generate` tells them). All layers
+    of one seed have the same table.
 
     With `hashes` = N > 1 it is the paper's MultiHash: an expert is cut in N segments of its units, and a token has
     segment m of the expert that hash m names. So f_e(x) is a sum of N narrow experts, here experts of their own: hash m
