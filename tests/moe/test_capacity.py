@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from zoo.moe import Capacity
+from zoo.moe.routers import TopKRouter
 
 DROPS = ("choice", "position", "probability", "priority", "priority_sum", "random", "unordered")
 
@@ -144,3 +145,15 @@ def test_a_capacity_below_one_is_an_error() -> None:
     for options in ({"factor": -1.0}, {"factor": 0.1, "rounding": "floor"}, {"tokens": 0}):
         with pytest.raises(ValueError, match="places an expert; expected at least 1"):
             Capacity(**options).places(8, 1, 8, training=True)
+
+
+def test_infinite_places_compile_for_any_number_of_tokens() -> None:
+    torch.manual_seed(0)
+    capacity = Capacity(1.05, eval_factor=math.inf, multiple_of=4, drop="priority")
+    router = TopKRouter(8, 4, k=1, capacity=capacity).eval()
+    compiled = torch.compile(lambda x: router(x).dense(), backend="eager", dynamic=True)
+    for tokens in (12, 7, 30):
+        x = torch.randn(tokens, 8)
+        probs = (x @ router.weight.T).softmax(-1)
+        expected = probs.where(probs == probs.amax(-1, keepdim=True), 0)
+        torch.testing.assert_close(compiled(x), expected)
