@@ -94,7 +94,7 @@ def save_pretrained(
 def check_savable(model: nn.Module) -> None:
     """Raise what `save_pretrained` would of a model that has no layout, as far as it shows before anything is written.
 
-    For whoever trains first and saves afterwards. Of transformers' models only their experts' numbers are looked at.
+    For whoever trains first and saves afterwards. Language models have `zoo.pretrained.causal.check_published`.
     """
     model = getattr(model, "_orig_mod", model)
     if getattr(model, "adapted", None):
@@ -105,6 +105,8 @@ def check_savable(model: nn.Module) -> None:
         vision_language.stored(model)
     elif hasattr(model, "pretrained_cfg"):
         _vision().stored(model)
+    elif not made and image_text.is_wrapper(model):
+        image_text.check(model)
 
 
 def _check(model: nn.Module) -> None:
