@@ -18,6 +18,7 @@ from tasks.answering import answer, open_image
 from tasks.modalities import ModalityShares, keep_shares, log_shares
 from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task
+from zoo.convert.upcycling import language_model
 from zoo.data.packing import IGNORE, flash_lengths
 from zoo.models import moe_llava
 from zoo.pretrained import llava
@@ -179,9 +180,9 @@ class InstructionTask(Task):
         """Add to the sums of an evaluation."""
         with zoo.moe.record(self.model) as step:
             logits, targets = self.logits(batch)
-        # Every layer is called once; an image's tokens are modality 0, all others 1.
+        # Every layer of the language model is called once; an image's tokens are modality 0, all others 1.
         modality = (batch["input_ids"] != self.model.config.image_token_id).long().flatten()
-        self._shares.update(step, [modality])
+        self._shares.update(step, [modality], within=language_model(self.model))
         wrong = logits.argmax(-1) != targets
         # An answer's number in the batch: a row has fewer answers than tokens.
         rows, length = batch["answers"].shape

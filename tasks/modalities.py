@@ -30,9 +30,14 @@ class ModalityShares:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, step: Step, labels: Sequence[Tensor]) -> None:
-        """Add what the layers decided in `step`; labels are those of each call's tokens, `LIMoE.call_labels`."""
+    def update(self, step: Step, labels: Sequence[Tensor], within: str = "") -> None:
+        """Add what the layers decided in `step`; labels are those of each call's tokens, `LIMoE.call_labels`.
+
+        Only layers whose names begin with `within` count: those that see such tokens.
+        """
         for name, calls in step.routings.items():
+            if not name.startswith(within):
+                continue
             for routing, label in zip(calls, labels):
                 if isinstance(routing, Routing):
                     sums = _sums(routing, label.to(routing.token_index.device))

@@ -22,6 +22,7 @@ from tasks.folders import check_writable
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import QuantisedExperts, Step
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
+from zoo.pretrained.dispatch import check_savable
 
 # Among values of any type the command line takes a {"class_path": ...} for a class that it is to fill with defaults;
 # but here the model makes it, which knows the sizes.
@@ -314,6 +315,16 @@ class Task(LightningModule):
         model = self.converted(self.build())
         model.load_state_dict(state)
         return model
+
+    def on_fit_start(self) -> None:
+        """Raise ArgumentMistake before training, not after it, for a model that export has no layout for."""
+        if self.hparams["export"] and not is_spread(self.model):
+            try:
+                check_savable(self.model)
+            except (TypeError, ValueError) as error:
+                from tasks.lightning_cli import ArgumentMistake
+
+                raise ArgumentMistake(f"export: {error}") from error
 
     def on_fit_end(self) -> None:
         """Export, where asked for; a model in parts is put together first."""

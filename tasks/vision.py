@@ -59,7 +59,7 @@ class VisionTask(Task):
         router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}; the model's own by default.
         losses: auxiliary losses by name with their weights, such as {"importance_vmoe": 0.005, "load_vmoe": 0.005}.
         teacher: a frozen model to learn from beside the labels, {"pretrained": folder, "weight": 0.25} and what else
-            `tasks.teacher.Teacher` takes; it sees the same images, mixed ones too.
+            `tasks.teacher.Teacher` takes; it sees the same images, mixed ones too, normalised as it was trained.
         capacity: places an expert, a factor or the arguments of `zoo.moe.Capacity`.
         num_classes: of the model; the data's by default.
         image_size: of the model; the data's by default, and if that has none the model's own.
@@ -282,11 +282,19 @@ class VisionTask(Task):
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
         self.log("train/loss", loss.detach())
         if self._teacher is not None:
-            soft = self.soft_loss(logits, self._teacher.logits(lambda model: model(images), logits)).mean()
+            seen = self._as_teacher_sees(images)
+            soft = self.soft_loss(logits, self._teacher.logits(lambda model: model(seen), logits)).mean()
             self.log("train/loss_teacher", soft.detach())
             loss = loss + self._teacher.weight * (soft - hard)
         self.log("train/skipped_images", batch["skipped"].sum().float(), reduce_fx="sum", on_step=False, on_epoch=True)
         return self.with_auxiliary(loss, step)
+
+    def _as_teacher_sees(self, images: Tensor) -> Tensor:
+        """Images normalised as the teacher was trained."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or self._teacher is None:
+            return images
+        return data.preparation(self.model).renormalised(images, data.preparation(self._teacher.model, given=False))
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add to the sums of an evaluation."""
@@ -328,11 +336,12 @@ class VisionTask(Task):
         return model
 
     def on_fit_end(self) -> None:
-        """Export the model with the names of its classes, where asked for."""
+        """Export the model with the names of its classes and how images are prepared for it, where asked for."""
         data = getattr(self.trainer, "datamodule", None)
         if self.hparams["export"] and data is not None:
             # Where timm looks for them; it drops names beside another number of classes.
-            self.model.pretrained_cfg.update(num_classes=self.model.num_classes, label_names=list(data.classes))
+            cfg = {"num_classes": self.model.num_classes, "label_names": list(data.classes)}
+            self.model.pretrained_cfg.update(**cfg, **data.preparation(self.model).config())
         super().on_fit_end()
 
     def show_predictions(self, predictions: list[Any]) -> None:

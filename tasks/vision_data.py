@@ -111,8 +111,8 @@ class VisionData(LightningDataModule):
         if self.download or stage == TrainerFn.FITTING:
             print(f"images: {self.images.description}", flush=True)
 
-    def preparation(self, model: Any = None) -> Preparation:
-        """What images must be like: as given, then as the model was made for."""
+    def preparation(self, model: Any = None, given: bool = True) -> Preparation:
+        """What images must be like: as given, unless that is not to count, then as the model was made for."""
         from timm.data import resolve_model_data_config
 
         own: dict[str, Any] = {"mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
@@ -125,7 +125,7 @@ class VisionData(LightningDataModule):
                 own = {name: theirs[name] for name in own}
         if size is None:
             raise ValueError("image_size: neither the data nor a model says how large images are")
-        values = {name: own[name] if value is None else value for name, value in self.given.items()}
+        values = {name: value if given and value is not None else own[name] for name, value in self.given.items()}
         values.update({name: tuple(values[name]) for name in ("mean", "std")})
         return Preparation(size, self.channels, **values)
 

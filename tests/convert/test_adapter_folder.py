@@ -262,3 +262,15 @@ def test_what_cannot_be_merged_is_named():
     model = nn.Sequential(LoRALinear(quantised, zoo.moe.LoRAExperts(1, 4, 2)))
     with pytest.raises(ValueError, match=r"0 has quantised weights \(torch.uint8\)"):
         zoo.merge_adapters(model)
+
+
+@pytest.mark.parametrize("name", ["vision/vit_tiny_patch16_224", "vision_language/limoe_tiny"])
+def test_adapters_find_the_folder_of_any_model_that_they_stand_beside(name, tmp_path):
+    sizes = {"depth": 2, "embed_dim": 32, "num_heads": 4}
+    sizes |= {"img_size": 32} if name.startswith("vision/") else {"dense": True}
+    zoo.save_pretrained(zoo.create_model(name, **sizes), tmp_path / "base")
+    made = stir(zoo.adapt(zoo.from_pretrained(tmp_path / "base"), "MixLoRA", num_experts=2))
+    zoo.save_pretrained(made, tmp_path / "adapters")
+    again = zoo.from_pretrained(tmp_path / "adapters")
+    assert made.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in made.state_dict().items())

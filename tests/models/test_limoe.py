@@ -270,3 +270,30 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path: Any) -> None:
     (tmp_path / "a" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: no such file"):
         zoo.from_pretrained(tmp_path / "a")
+
+
+@pytest.mark.parametrize("how", ["upcycle", "split", "both"])
+def test_an_upcycled_or_split_one_is_saved_and_read(how: str, tmp_path: Any) -> None:
+    model = zoo.create_model(TINY, dense=True, vocab_size=64).eval()
+    if how != "upcycle":
+        model = zoo.split(model, layers=[0], num_experts=4, k=2)
+    if how != "split":
+        model = zoo.upcycle(model, layers=[1], num_experts=3, k=1)
+    zoo.save_pretrained(model, tmp_path / "a")
+    found = zoo.from_pretrained(tmp_path / "a")
+    image, ids, mask = batch()
+    with torch.no_grad():
+        ours, theirs = (m(image.float(), ids, mask) for m in (model, found))
+    assert torch.equal(ours.image, theirs.image)
+    assert torch.equal(ours.text, theirs.text)
+    zoo.save_pretrained(found, tmp_path / "b")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_one_that_was_changed_by_hand_is_refused(tmp_path: Any) -> None:
+    model = zoo.create_model(TINY)
+    model.image_head = torch.nn.Linear(model.image_head.in_features, 3)
+    with pytest.raises(ValueError, match=r"has other tensors \(image_head.bias\)"):
+        zoo.save_pretrained(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

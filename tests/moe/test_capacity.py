@@ -9,6 +9,7 @@ from torch import Tensor
 
 from zoo.moe import Capacity
 from zoo.moe.capacity import as_capacity
+from zoo.moe.routers import TopKRouter
 
 DROPS = ("choice", "position", "probability", "priority", "priority_sum", "random", "unordered")
 
@@ -156,3 +157,15 @@ def test_a_capacity_is_read_from_its_factor_or_its_arguments():
     for said in (True, "1.5", [1.5]):
         with pytest.raises(ValueError, match=r"capacity must be a factor, arguments of a Capacity, or one itself, got"):
             as_capacity(said)
+
+
+def test_infinite_places_compile_for_any_number_of_tokens() -> None:
+    torch.manual_seed(0)
+    capacity = Capacity(1.05, eval_factor=math.inf, multiple_of=4, drop="priority")
+    router = TopKRouter(8, 4, k=1, capacity=capacity).eval()
+    compiled = torch.compile(lambda x: router(x).dense(), backend="eager", dynamic=True)
+    for tokens in (12, 7, 30):
+        x = torch.randn(tokens, 8)
+        probs = (x @ router.weight.T).softmax(-1)
+        expected = probs.where(probs == probs.amax(-1, keepdim=True), 0)
+        torch.testing.assert_close(compiled(x), expected)

@@ -354,3 +354,19 @@ def test_lora_experts_stand_beside_frozen_mlps():
     }
     total, active = zoo.models.count_parameters(made)
     assert total - active == 2 * 2 * (2 * 4 * 64)
+
+
+@pytest.mark.parametrize("name", ["moe_llava_tiny", "aria_tiny", "llava_mixtral_tiny"])
+@pytest.mark.parametrize("text_too", [False, True])
+def test_experts_in_the_vision_tower_have_no_layout_and_are_not_saved(name, text_too, tmp_path):
+    from zoo.pretrained.dispatch import check_savable
+
+    llava = name.startswith("moe_llava")
+    model = zoo.create_model(f"vision_language/{name}", **({"moe": False} if llava else {}))
+    if text_too and llava:
+        model = sparse(model)
+    model = zoo.upcycle(model, layers="all", num_experts=2, within="model.vision_tower")
+    for refuse in (check_savable, lambda m: zoo.save_pretrained(m, tmp_path / "a")):
+        with pytest.raises(ValueError, match=r"(no place for experts in|has no way to say).*vision_tower"):
+            refuse(model)
+    assert not (tmp_path / "a").exists()

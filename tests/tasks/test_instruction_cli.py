@@ -260,3 +260,15 @@ def test_a_mistake_is_one_line_before_any_work(args: list[str], told: str, tmp_p
     assert len(errors) == 1
     assert told in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_experts_in_the_vision_tower_are_no_share_of_text(tmp_path: Path) -> None:
+    """A tower's tokens are patches, not those of the text around an image, and as many as they are."""
+    said = ["--model.stage=null", "--model.export=null", "--model.pretrained=null", "--model.sparse=null"]
+    convert = [{"upcycle": {"within": "model.vision_tower", "num_experts": 2, "layers": "all"}}]
+    network = ["--model.network=vision_language/moe_llava_tiny", '--model.overrides={"moe": false}']
+    logs = fit(tmp_path, "moe_llava_digits_3.yaml", *said, *network, "--model.convert", json.dumps(convert), steps=1)
+    with (logs / "metrics.csv").open() as file:
+        names = set(csv.DictReader(file).fieldnames or [])
+    assert any(name.startswith("val/load_max/") and "vision_tower" in name for name in names)
+    assert not any(name.startswith("val/used_") for name in names)

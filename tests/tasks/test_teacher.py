@@ -103,3 +103,29 @@ def test_an_image_classifier_learns_from_its_teacher(objective, tmp_path, make):
     wrong = VisionTask(overrides=sizes, teacher={**teacher, "overrides": {**sizes, "num_classes": 3}})
     with pytest.raises(ValueError, match="teacher: classes 3, the model's 10"):
         wrong.check(data)
+
+
+def test_a_teacher_sees_images_normalised_as_it_was_trained(tmp_path, make):
+    """The images that student and teacher saw are the same pixels, each with its own mean and deviation."""
+    sizes = {"patch_size": 2, "embed_dim": 16, "num_experts": 4}
+    first = VisionTask(overrides=sizes, warmup_steps=2, export=str(tmp_path / "teacher"))
+    make.trainer(max_steps=1).fit(
+        first, VisionData(image_size=8, channels=1, batch_size=16, mean=[0.2], std=[0.4], crop_pct=1.0)
+    )
+    task = VisionTask(
+        overrides=sizes, warmup_steps=2, teacher={"pretrained": str(tmp_path / "teacher")}, mixup=0.5, cutmix=1.0
+    )
+    seen = {}
+    trainer, data = make.trainer(max_steps=1), VisionData(image_size=8, channels=1, batch_size=16)
+    build_teacher = task.build_teacher
+
+    def watched(model):
+        teacher = build_teacher(model)
+        for key, module in (("student", model), ("teacher", teacher)):
+            module.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0].detach().clone()}))
+        return teacher
+
+    task.build_teacher = watched
+    trainer.fit(task, data)
+    pixels = {"student": seen["student"] * 0.5 + 0.5, "teacher": seen["teacher"] * 0.4 + 0.2}
+    torch.testing.assert_close(pixels["teacher"], pixels["student"])

@@ -239,3 +239,9 @@ def test_a_model_from_a_folder_brings_its_tokenizer(tmp_path):
     task, data = ContrastiveTask(), VisionLanguageData()
     task.check(data)
     assert data.tokenizer.vocab_size == 54  # words of the drawn pictures' captions
+
+
+def test_what_cannot_be_exported_is_told_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*quick(tmp_path, 1), "--model.convert", '["to_dense"]', "--model.export", tmp_path / "out"]
+    assert cli("fit", *options) == 2
+    assert "export: save_pretrained: vision_language/limoe_tiny was changed by to_dense" in capsys.readouterr().err

@@ -350,3 +350,35 @@ def test_normalisation_is_the_models_own_unless_given():
     given = VisionData(image_size=24, mean=[0.1], std=[0.2], crop_pct=0.5).preparation(model)
     assert (given.size, given.mean, given.std, given.crop_pct) == (24, (0.1,), (0.2,), 0.5)
     assert np.isclose(VisionData(channels=1).preparation(model).statistics(ours.mean)[0], np.mean(theirs["mean"]))
+
+
+@pytest.mark.parametrize("network", ["vmoe_tiny_test", "convnext_moe_tiny_test"])
+def test_what_is_exported_says_how_images_are_prepared(network, tmp_path):
+    """An image goes the same way into the exported model, by ours and by timm's reading, as it went in training."""
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    sizes = SIZES if network.startswith("vmoe") else {}
+    task = VisionTask(f"vision/{network}", overrides=sizes, warmup_steps=2, export=str(tmp_path / "out"))
+    asked = {"mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear"}
+    data = make_data(image_size=48, batch_size=8, **asked)
+    make_trainer(tmp_path, max_steps=1).fit(task, data)
+    read = zoo.from_pretrained(tmp_path / "out")
+    found = VisionData(channels=1).preparation(read)
+    assert (found.size, found.mean, found.std) == (48, (0.3,), (0.2,))
+    picture = data.images.split("val").load(0)
+    expected = data.rows("val", model=task.model)[0]["image"]
+    torch.testing.assert_close(found.evaluation()(picture), expected)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    transform = create_transform(**resolve_model_data_config(theirs))
+    torch.testing.assert_close(transform(picture), expected)
+
+
+def test_what_cannot_be_exported_is_told_before_training(tmp_path):
+    from tasks.lightning_cli import ArgumentMistake
+
+    task = make_task(convert=[{"quantise": {"format": "int8"}}], export=str(tmp_path / "out"))
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with pytest.raises(ArgumentMistake, match="export: save_pretrained: no published layout has a place for blocks"):
+        trainer.fit(task, make_data())
+    assert trainer.global_step == 0

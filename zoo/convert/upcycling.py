@@ -69,7 +69,7 @@ def upcycle(
 
     Dropout outside the MLP stays, and that of hidden units and outputs alike (timm); that of only one of them is left
     out with a warning (GPT-2, T5). New parameters take dtype, device, training mode and requires_grad of those they
-    replace. `zoo.save_pretrained` writes upcycled timm models, upcycled Llama, Mistral and Qwen3 in the layouts of
+    replace. `zoo.save_pretrained` writes upcycled timm models and LIMoEs, Llama, Mistral and Qwen3 in the layouts of
     Mixtral and Qwen3-MoE, and an upcycled LLaVA in MoE-LLaVA's, where these can express the gates.
 
     Raises ValueError naming what does not fit: no MLP, a layer that is sparse already, an activation that the experts

@@ -65,6 +65,19 @@ class Preparation:
         """One value a channel: means of all for a grey image, or the same for every channel."""
         return values if len(values) == self.channels else (sum(values) / len(values),) * self.channels
 
+    def config(self) -> dict[str, Any]:
+        """The same as timm notes it of a model, in `pretrained_cfg`."""
+        size = (self.channels, self.size, self.size)
+        return {**self._shared(), "input_size": size, "crop_pct": self.crop_pct}
+
+    def renormalised(self, images: Tensor, theirs: Preparation) -> Tensor:
+        """Images [B, C, H, W] prepared like this, with the mean and deviation of `theirs` in place of these."""
+        now, wanted = ((p.statistics(p.mean), p.statistics(p.std)) for p in (self, theirs))
+        if now == wanted:
+            return images
+        mean, std, new_mean, new_std = (images.new_tensor(v)[:, None, None] for v in (*now, *wanted))
+        return images * (std / new_std) + (mean - new_mean) / new_std
+
     def _shared(self) -> dict[str, Any]:
         return {
             "input_size": self.size,

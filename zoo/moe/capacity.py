@@ -69,10 +69,12 @@ class Capacity:
         factor, absolute = self.factor, self.tokens
         if not training and (self.eval_factor is not None or self.eval_tokens is not None):
             factor, absolute = self.eval_factor or 0.0, self.eval_tokens
-        if absolute is None:
+        if absolute is None and factor == math.inf:
+            absolute = tokens  # asked of the factor: of a product with a symbolic size torch.compile does not know it
+        elif absolute is None:
             # Rounded to nine digits first, so that an error in the last bit does not add a place.
             share = round(tokens * (k if self.count_choices else 1) * factor / num_experts, 9) if tokens else 0.0
-            absolute = tokens if share == math.inf else int(ROUNDING[self.rounding](share))
+            absolute = int(ROUNDING[self.rounding](share))
         places = max(absolute, self.minimum)
         places += -places % self.multiple_of
         if tokens and places < 1:

@@ -32,16 +32,16 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
-        return _vision().from_vmoe(name, **options)
+        return _named(_vision().from_vmoe(name, **options), name)
     path = hub.local_folder(source, **{key: options.pop(key) for key in HUB if key in options})
     if adapter_folder.is_adapted(path):
         return adapter_folder.load(path, **options)
     if _is_timm(path):
-        return _vision().from_timm(path, **options)
+        return _named(_vision().from_timm(path, **options), source)
     if recommendation.is_recommendation(path):
         return recommendation.load(path, **options)
     if vision_language.is_vision_language(path):
-        return vision_language.load(path, **options)
+        return _named(vision_language.load(path, **options), source)
     if moe_llava.is_moe_llava(path):
         return moe_llava.from_pretrained(path, **options)
     if image_text.is_image_text(path):
@@ -73,13 +73,8 @@ def save_pretrained(
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if getattr(model, "adapted", None):
         return adapter_folder.save(model, folder, overwrite=overwrite, state_dict=state_dict)
-    few_bits.check(model)
+    _check(model)
     made: Any = getattr(model, "made_with", None)
-    if made and getattr(model, "reshaped", False):
-        raise ValueError(
-            f"save_pretrained: {made['network']} was changed by to_dense or prune, which its arguments cannot say; "
-            "keep its state_dict"
-        )
     if made and made["network"].startswith("vision_language/"):
         return vision_language.save(model, folder, overwrite=overwrite)
     if made:
@@ -94,6 +89,40 @@ def save_pretrained(
     else:
         writer = language.save_pretrained
     return writer(model, folder, max_shard_size=max_shard_size, overwrite=overwrite, state_dict=state_dict)
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raise what `save_pretrained` would of a model that has no layout, as far as it shows before anything is written.
+
+    For whoever trains first and saves afterwards. Language models have `zoo.pretrained.causal.check_published`.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if getattr(model, "adapted", None):
+        return
+    _check(model)
+    made: Any = getattr(model, "made_with", None)
+    if made and made["network"].startswith("vision_language/"):
+        vision_language.stored(model)
+    elif hasattr(model, "pretrained_cfg"):
+        _vision().stored(model)
+    elif not made and image_text.is_wrapper(model):
+        image_text.check(model)
+
+
+def _check(model: nn.Module) -> None:
+    few_bits.check(model)
+    made: Any = getattr(model, "made_with", None)
+    if made and getattr(model, "reshaped", False):
+        raise ValueError(
+            f"save_pretrained: {made['network']} was changed by to_dense or prune, which its arguments cannot say; "
+            "keep its state_dict"
+        )
+
+
+def _named(model: Any, source: str | os.PathLike[str]) -> Any:
+    """A model that says where it was read from, as transformers' do: adapters beside it find it there."""
+    model.name_or_path = str(source)
+    return model
 
 
 def _vision() -> Any:

@@ -230,11 +230,10 @@ def save(
     written as they are published.
     Raises ValueError for gates that the layout cannot express, and FileExistsError for a folder that is not empty.
     """
-    if row_of(model) is None and any(isinstance(module, MoE) for module in model.modules()):
+    check(model)
+    if _is_upcycled_llava(model):
         return moe_llava.save(model, folder, max_shard_size=max_shard_size, overwrite=overwrite)
     limit = shards.bytes_of(max_shard_size)
-    check_reshaped(model)
-    check_gates(model)
     whole = None
     if is_spread(model):
         whole = whole_state(model)
@@ -269,12 +268,25 @@ def _own(state: Mapping[str, Any], tied: Collection[str]) -> dict[str, Any]:
     return found
 
 
+def check(model: Any) -> None:
+    """Raise TypeError or ValueError, as `save`, for a model that no published layout has a place for."""
+    if _is_upcycled_llava(model):
+        moe_llava.check(model)
+    else:
+        check_reshaped(model)
+        check_gates(model)
+
+
+def _is_upcycled_llava(model: Any) -> bool:
+    return row_of(model) is None and any(isinstance(module, MoE) for module in model.modules())
+
+
 def check_reshaped(model: Any, put: Callable[[Any], Any] | None = None) -> None:
-    """Raise ValueError where a model that was pruned, or made dense in part, is not as its configuration says.
+    """Raise ValueError where a model that was converted is not as its configuration says.
 
     put puts our layers into a model of that; by default the family's own do.
     """
-    if not getattr(model, "reshaped", False):
+    if not any(getattr(model, note, False) for note in ("reshaped", "upcycled", "split_how")):
         return
     with torch.device("meta"):
         twin = type(model)._from_config(copy.deepcopy(model.config))
@@ -286,8 +298,8 @@ def check_reshaped(model: Any, put: Callable[[Any], Any] | None = None) -> None:
     if other := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         shown = f"{other[0]} {ours.get(other[0], 'missing here')}/{theirs.get(other[0], 'missing there')}"
         raise ValueError(
-            f"save_pretrained: {model.config.model_type} has no way to say which of its layers to_dense or prune "
-            f"changed ({len(other)} tensors differ: {shown}); keep its state_dict"
+            f"save_pretrained: {model.config.model_type} has no way to say which of its layers upcycle, split, "
+            f"to_dense or prune changed ({len(other)} tensors differ: {shown}); keep its state_dict"
         )
 
 

@@ -210,6 +210,28 @@ def _targets(model: Any, entries: dict[str, Any], folder: Path, own_gates: bool)
     return targets
 
 
+def check(model: Any) -> tuple[list[int], list[MoE]]:
+    """Which layers of an upcycled LLaVA have experts, and these; raises TypeError and ValueError as `save`."""
+    config, text = model.config, model.config.get_text_config()
+    if config.model_type != "llava" or text.model_type not in PUBLISHED:
+        raise TypeError(
+            f"save_pretrained: an upcycled {config.model_type} with {text.model_type} has no published layout; "
+            f"expected a llava with {', '.join(PUBLISHED)}, which MoE-LLaVA's has"
+        )
+    layers = [i for i, layer in enumerate(decoder_of(model).layers) if isinstance(layer.mlp, MoE)]
+    moes = [decoder_of(model).layers[i].mlp for i in layers]
+    own = {id(moe) for moe in moes}
+    if elsewhere := [name for name, m in model.named_modules() if isinstance(m, MoE) and id(m) not in own]:
+        raise ValueError(f"save_pretrained: MoE-LLaVA's layout has no place for experts in {elsewhere[0]}")
+    if other := {moe.experts.hidden_dim for moe in moes} - {text.intermediate_size}:
+        raise ValueError(
+            f"save_pretrained: MoE-LLaVA's layout means experts as wide as the dense MLPs, {text.intermediate_size}; "
+            f"found {', '.join(map(str, sorted(other)))}"
+        )
+    _said(moes)
+    return layers, moes
+
+
 def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrite: bool = False) -> None:
     """Write an upcycled LLaVA in the authors' layout, its vision tower's configuration beside their fields.
 
@@ -217,21 +239,9 @@ def save(model: Any, folder: Any, *, max_shard_size: int | str = "5GB", overwrit
     Raises TypeError for a model that is none, ValueError for gates and layers that the layout cannot express, and
     FileExistsError for a folder that is not empty.
     """
-    config = model.config
-    text = config.get_text_config()
-    if config.model_type != "llava" or text.model_type not in PUBLISHED:
-        raise TypeError(
-            f"save_pretrained: an upcycled {config.model_type} with {text.model_type} has no published layout; "
-            f"expected a llava with {', '.join(PUBLISHED)}, which MoE-LLaVA's has"
-        )
+    config, text = model.config, model.config.get_text_config()
+    layers, moes = check(model)
     kind = PUBLISHED[text.model_type]
-    layers = [i for i, layer in enumerate(decoder_of(model).layers) if isinstance(layer.mlp, MoE)]
-    moes = [decoder_of(model).layers[i].mlp for i in layers]
-    if other := {moe.experts.hidden_dim for moe in moes} - {text.intermediate_size}:
-        raise ValueError(
-            f"save_pretrained: MoE-LLaVA's layout means experts as wide as the dense MLPs, {text.intermediate_size}; "
-            f"found {', '.join(map(str, sorted(other)))}"
-        )
     raw = {name: value for name, value in text.to_dict().items() if name not in ("model_type", "architectures")}
     raw |= {
         "architectures": [f"EvalMoELLaVA{KINDS[kind][1]}ForCausalLM"],

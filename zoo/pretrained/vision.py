@@ -151,6 +151,16 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
     model gives the same bytes. Raises ValueError for an argument that JSON cannot hold, such as a router given as a
     function, and for a model that was changed since it was made; FileExistsError as `staged`.
     """
+    arguments, extra = stored(model)
+    with staged(folder, overwrite) as staging:
+        save_config_for_hf(model, str(staging / CONFIG), model_config=extra, model_args=arguments)
+        config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
+        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_file(staging / WEIGHTS, joined_state(model).items())
+
+
+def stored(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `save_timm` writes of how a model was made, and raises: timm's arguments, and what was done to it since."""
     # timm looks at the model itself for what may have changed since it was made.
     fixed = {name: value for name, value in model._model_args.items() if name not in CURRENT}
     arguments = {name: storable(value, name) for name, value in fixed.items()}
@@ -160,17 +170,12 @@ def save_timm(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = F
     if changed.get("share_depth") and not shares_depth(model):
         warnings.warn(
             "save_pretrained: blocks shared their weights until a conversion gave some their own; read back none do",
-            stacklevel=3,
+            stacklevel=4,
         )
         del changed["share_depth"]
     if not (upcycled or split) or getattr(model, "reshaped", False):
         _check_rebuilds(model, arguments, upcycled, split, changed)
-    with staged(folder, overwrite) as staging:
-        extra = {name: value for name, value in ((UPCYCLED, upcycled), (SPLIT, split), (CHANGED, changed)) if value}
-        save_config_for_hf(model, str(staging / CONFIG), model_config=extra, model_args=arguments)
-        config = json.loads((staging / CONFIG).read_text(encoding="utf-8"))
-        (staging / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_file(staging / WEIGHTS, joined_state(model).items())
+    return arguments, {name: v for name, v in ((UPCYCLED, upcycled), (SPLIT, split), (CHANGED, changed)) if v}
 
 
 def _check_rebuilds(

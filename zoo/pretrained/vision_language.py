@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..convert.splitting import split_again
+from ..convert.upcycling import upcycle
 from ..moe.grown import joined_state
 from .language import resolve_dtype
 from .peek import peek
@@ -17,6 +19,8 @@ from .storable import storable
 from .tensorfile import DTYPES, read_all, read_header, write_file
 
 CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "network"
+# What was done to a model since it was made: the model's attribute, and the key of config.json.
+UPCYCLED, SPLIT = ("upcycled", "upcycled"), ("split_how", "split")
 
 
 def is_vision_language(folder: Path) -> bool:
@@ -25,15 +29,44 @@ def is_vision_language(folder: Path) -> bool:
 
 
 def save(model: Any, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write a model. The same model gives the same bytes.
+    """Write a model, upcycled or split ones too. The same model gives the same bytes.
 
-    Raises ValueError for an argument that JSON cannot hold, such as a router given as a function; FileExistsError as
-    `staged`.
+    Raises ValueError for an argument that JSON cannot hold, such as a router given as a function, and for a model that
+    was changed since it was made; FileExistsError as `staged`.
     """
-    config = storable(model.made_with, "argument")
+    config = stored(model)
     with staged(folder, overwrite) as staging:
         (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         write_file(staging / WEIGHTS, sorted(joined_state(model).items()))
+
+
+def stored(model: Any) -> dict[str, Any]:
+    """config.json of a model; raises ValueError as `save`."""
+    config = storable(model.made_with, "argument")
+    for attribute, key in (UPCYCLED, SPLIT):
+        if found := getattr(model, attribute, []):
+            config[key] = storable(found, key)
+    with torch.device("meta"):
+        twin = _made(config)
+    shapes, expected = ({n: t.shape for n, t in joined_state(m).items()} for m in (model, twin))
+    if other := sorted(n for n in shapes.keys() | expected.keys() if shapes.get(n) != expected.get(n)):
+        raise ValueError(
+            f"save_pretrained: {config[NETWORK]} with this model's arguments has other tensors ({other[0]}); a model "
+            "that was changed after it was made can be stored by its state_dict"
+        )
+    return config
+
+
+def _made(config: dict[str, Any], **arguments: Any) -> Any:
+    """The model that config.json describes, with values to be filled in."""
+    from .. import create_model
+
+    model = create_model(config[NETWORK], **{**config["overrides"], **arguments})
+    for how in config.get(UPCYCLED[1], []):
+        model = upcycle(model, **how)
+    for how in config.get(SPLIT[1], []):
+        model = split_again(model, **how)
+    return model
 
 
 def load(
@@ -48,21 +81,19 @@ def load(
     dtype "auto" keeps the checkpoint's. Raises ValueError naming file and tensor for missing and surplus tensors, wrong
     shapes and a damaged file, and FileNotFoundError for a file that is not there.
     """
-    from .. import create_model
-
     path = Path(folder).expanduser()
     config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"{path / WEIGHTS}: no such file (pickled weights are not read)")
-    stored = read_header(path / WEIGHTS)
+    entries = read_header(path / WEIGHTS)
     try:
-        model: Any = create_model(config[NETWORK], **{**config["overrides"], **arguments})
+        model: Any = _made(config, **arguments)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path / CONFIG}: {type(error).__name__}: {error}") from error
     if dtype == "auto":
-        dtype = next((DTYPES[e.dtype] for e in stored.values() if e.dtype in ("F64", "F32", "F16", "BF16")), None)
+        dtype = next((DTYPES[e.dtype] for e in entries.values() if e.dtype in ("F64", "F32", "F16", "BF16")), None)
     place: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device": device}
     model = model.to(**{name: value for name, value in place.items() if value is not None})
     if not next(model.parameters()).is_meta:
-        read_all(model.state_dict(), stored, path / WEIGHTS)
+        read_all(model.state_dict(), entries, path / WEIGHTS)
     return model.eval()
