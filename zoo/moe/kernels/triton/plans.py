@@ -111,3 +111,45 @@ _FLOAT32 = Plan(
 )
 PLANS |= {(arch, 2, "odd"): _ODD for arch in ("80", "90")}
 PLANS |= {(arch, 4, rows): _FLOAT32 for arch in ("80", "90") for rows in ("few", "some", "many", "odd")}
+
+# For weights in few bits, with at most 128 columns and as deep: a block has one scale of float8. Their gradients have no
+# kernel. Deep pipelines, as a block has few bytes.
+_WEIGHT = Tile(64, 64, 16, 4, 3)
+CODED: dict[tuple[str, int, str], Plan] = {
+    ("90", 2, "few"): Plan(
+        up=Tile(16, 64, 128, 4, 4),
+        down=Tile(16, 64, 128, 4, 4),
+        d_hidden=Tile(16, 64, 128, 4, 4),
+        d_x=Tile(16, 64, 128, 4, 4),
+        d_weight=_WEIGHT,
+    ),
+    ("90", 2, "some"): Plan(
+        up=Tile(64, 64, 128, 4, 3),
+        down=Tile(64, 128, 128, 4, 3),
+        d_hidden=Tile(64, 64, 128, 4, 3),
+        d_x=Tile(64, 128, 64, 4, 3),
+        d_weight=_WEIGHT,
+    ),
+    ("80", 2, "few"): Plan(
+        up=Tile(16, 64, 128, 4, 3),
+        down=Tile(16, 64, 128, 4, 4),
+        d_hidden=Tile(16, 64, 64, 4, 4),
+        d_x=Tile(16, 64, 64, 4, 4),
+        d_weight=_WEIGHT,
+    ),
+    ("80", 2, "some"): Plan(
+        up=Tile(64, 64, 64, 4, 3),
+        down=Tile(64, 64, 64, 4, 3),
+        d_hidden=Tile(64, 64, 64, 4, 3),
+        d_x=Tile(64, 64, 64, 4, 3),
+        d_weight=_WEIGHT,
+    ),
+}
+_CODED_FLOAT32 = Plan(
+    up=Tile(16, 32, 32, 4, 3),
+    down=Tile(16, 64, 32, 4, 3),
+    d_hidden=Tile(16, 64, 32, 4, 3),
+    d_x=Tile(16, 64, 32, 4, 3),
+    d_weight=_WEIGHT,
+)
+CODED |= {(arch, 4, rows): _CODED_FLOAT32 for arch in ("80", "90") for rows in ("few", "some")}
