@@ -202,7 +202,10 @@ def backward(
         n and t is not None for n, t in zip(needs, given)
     )
     # Filled below, but for dx, which is the last step's own output.
-    grads = [torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(given, (False, *needs[1:]))]
+    grads = [
+        torch.empty_like(t) if isinstance(t, Tensor) and n else x.new_empty(0)
+        for t, n in zip(given, (False, *needs[1:]))
+    ]
     _, dw_in, dw_out, db_in, db_out, dweight = grads
     assignments = token_index.shape[0]
     if assignments == 0:

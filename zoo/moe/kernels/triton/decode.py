@@ -20,6 +20,7 @@ from .numerics import FIX, dot
 SQUARE = tl.constexpr(BLOCK)
 RUN = tl.constexpr(GROUP)
 PAIRS = tl.constexpr(GROUP // 2)
+SPARE = tl.constexpr(32)
 
 # E4M3 in the upper byte of a half register: its sign stays, the rest goes right to where bfloat16 has it; the factor
 # 2^120 makes up for the exponent's bias (small numbers without an exponent included).
@@ -42,27 +43,26 @@ fma.rn.bf16x2 $1, b, f, z;
 # 128 + the lower seven bits is a bfloat16 with these bits as its mantissa; 128, or 256 for a negative number, is taken
 # away again.
 INT8 = tl.constexpr("""{
-.reg .b32 a, b, s, t, f;
+.reg .b32 a, b, s, t, f, g, h;
 mov.b32 f, 0x3F803F80;
+mov.b32 g, 0x43004300;
+mov.b32 h, 0xC300C300;
 prmt.b32 a, $2, 0, 0x4140;
 prmt.b32 b, $2, 0, 0x4342;
-and.b32 s, a, 0x00800080;
-and.b32 t, b, 0x00800080;
-and.b32 a, a, 0x007F007F;
-and.b32 b, b, 0x007F007F;
-or.b32 a, a, 0x43004300;
-or.b32 b, b, 0x43004300;
-or.b32 s, s, 0xC300C300;
-or.b32 t, t, 0xC300C300;
+lop3.b32 s, a, 0x00800080, h, 0xEA;
+lop3.b32 t, b, 0x00800080, h, 0xEA;
+lop3.b32 a, a, 0x007F007F, g, 0xEA;
+lop3.b32 b, b, 0x007F007F, g, 0xEA;
 fma.rn.bf16x2 $0, a, f, s;
 fma.rn.bf16x2 $1, b, f, t;
 }""")
 
-# Of bytes 0 2 | 1 3 a half register holds four codes, each of which is taken from both halves at once; 2^126, then the
-# scale: their product may be no number.
+# Of bytes 0 2 | 1 3 a half register holds four codes, each of which is taken from both halves at once. Scales of the
+# bytes are $5 and $6; 2^126 for the exponent's bias is in them.
 MXFP4 = tl.constexpr("""{
-.reg .b32 p, a, b, c, d, s, t, u, v, f, z;
-mov.b32 f, 0x7E807E80;
+.reg .b32 p, a, b, c, d, s, t, u, f, g, z;
+mov.b32 f, $5;
+mov.b32 g, $6;
 mov.b32 z, 0x80008000;
 prmt.b32 p, $4, 0, 0x3120;
 shl.b32 a, p, 6;
@@ -80,16 +80,10 @@ lop3.b32 a, s, 0x80008000, a, 0xEA;
 lop3.b32 b, t, 0x80008000, b, 0xEA;
 lop3.b32 c, u, 0x80008000, c, 0xEA;
 lop3.b32 d, p, 0x80008000, d, 0xEA;
-fma.rn.bf16x2 a, a, f, z;
-fma.rn.bf16x2 b, b, f, z;
-fma.rn.bf16x2 c, c, f, z;
-fma.rn.bf16x2 d, d, f, z;
-mov.b32 s, $5;
-mov.b32 t, $6;
-fma.rn.bf16x2 $0, a, s, z;
-fma.rn.bf16x2 $1, b, t, z;
-fma.rn.bf16x2 $2, c, s, z;
-fma.rn.bf16x2 $3, d, t, z;
+fma.rn.bf16x2 $0, a, f, z;
+fma.rn.bf16x2 $1, b, g, z;
+fma.rn.bf16x2 $2, c, f, z;
+fma.rn.bf16x2 $3, d, g, z;
 }""")
 
 
@@ -114,42 +108,41 @@ def bytes_of(codes: tl.tensor, dtype: tl.constexpr, FORMAT: tl.constexpr) -> tl.
 
 
 @triton.jit
-def halves_of(codes: tl.tensor, scale: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """The first and the second numbers of MXFP4 bytes, times scales of the same shape in float32."""
+def power(code: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """What `halves_of` multiplies by for scales of E8M0."""
+    code = code.to(tl.int32)
+    if FIX or dtype != tl.bfloat16:
+        # 2^(code - 127) in float32; the smallest is among those without an exponent.
+        value = tl.maximum(code << 23, 0x400000).to(tl.float32, bitcast=True)
+    else:
+        # 2^(code - 127 + 126 - SPARE): numbers by scales from 2^34 on are infinite, those below 2^-101 vanish.
+        bits = tl.minimum(code + (126 - SPARE), 255) << 7
+        value = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return value
+
+
+@triton.jit
+def halves_of(codes: tl.tensor, power: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """The first and the second numbers of MXFP4 bytes with what `power` makes of their scales."""
     if FIX or dtype != tl.bfloat16:
         wide = codes.to(tl.int32)
         # The sign repeated, and three bits where float32 has the lower of its exponent and the upper of its mantissa.
         low = ((wide << 28) >> 6) & -0x7E400000
         high = ((wide << 24) >> 6) & -0x7E400000
-        low = low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale  # 2^126
-        high = high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * scale
+        # Not in one step: 2^126 times the largest power is no number.
+        low = low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * power
+        high = high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * power
         if not FIX:
             low, high = low.to(dtype), high.to(dtype)
     else:
         low, high = tl.inline_asm_elementwise(
-            MXFP4,
-            "=r,=r,=r,=r,r,r,r",
-            [codes, scale.to(tl.bfloat16)],
-            (tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=4,
+            MXFP4, "=r,=r,=r,=r,r,r,r", [codes, power], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
         )
     return low, high
 
 
 @triton.jit
-def power(code: tl.tensor) -> tl.tensor:
-    """2^(code - 127) of E8M0 in float32, NaN for the last code."""
-    code = code.to(tl.int32)
-    bits = tl.where(code == 0, 0x400000, tl.where(code == 255, 0x7FC00000, code << 23))
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def times(
-    u: tl.tensor,
-    v: tl.tensor,
-    acc: tl.tensor,
+def scale_block(
     scales: tl.tensor,
     first_n: tl.tensor,
     first_k: tl.tensor,
@@ -159,45 +152,69 @@ def times(
     stride_sk: tl.tensor,
     FORMAT: tl.constexpr,
     ALONG_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """The scales that `times` needs of a block, which may lie past the end; `scales` are those of an expert."""
+    if FORMAT == "float8":
+        # Blocks divide those that have scales of their own.
+        at = (first_n // SQUARE) * stride_sn + (first_k // SQUARE) * stride_sk
+        scale = tl.load(scales + at, mask=first_k < K, other=0.0)
+    elif FORMAT == "int8" and not ALONG_K:
+        k = first_k + tl.arange(0, BLOCK_K)
+        scale = tl.load(scales + k * stride_sk, mask=k < K, other=0.0)
+    elif FORMAT == "mxfp4" and ALONG_K:
+        n = first_n + tl.arange(0, BLOCK_N)
+        g = first_k // RUN + tl.arange(0, BLOCK_K // RUN)
+        inside = (g < K // RUN)[:, None] & (n < N)[None, :]
+        scale = tl.load(scales + g[:, None] * stride_sk + n[None, :] * stride_sn, mask=inside, other=0)
+    elif FORMAT == "mxfp4":
+        k = first_k + tl.arange(0, BLOCK_K)
+        g = first_n // RUN + tl.arange(0, BLOCK_N // RUN)
+        inside = (k < K)[:, None] & (g < N // RUN)[None, :]
+        scale = tl.load(scales + k[:, None] * stride_sk + g[None, :] * stride_sn, mask=inside, other=0)
+    else:
+        scale = 0
+    return scale
+
+
+@triton.jit
+def times(
+    u: tl.tensor,
+    v: tl.tensor,
+    acc: tl.tensor,
+    scale: tl.tensor,
+    FORMAT: tl.constexpr,
+    ALONG_K: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """acc + u @ what the block v means; scales of int8 along k are left to `scaled`. `scales` are those of an expert."""
+    """acc + u @ what the block v means, but for what `scaled` makes up for."""
     if FORMAT is None:
         acc = dot(u, v, acc, PRECISION)
     elif FORMAT == "float8":
-        # One scale: blocks divide those that have scales of their own.
-        scale = tl.load(scales + (first_n // SQUARE) * stride_sn + (first_k // SQUARE) * stride_sk)
         acc += dot(u, bytes_of(v, u.dtype, FORMAT), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION) * scale
     elif FORMAT == "int8":
         value = bytes_of(v, u.dtype, FORMAT)
         if not ALONG_K:
-            k = first_k + tl.arange(0, BLOCK_K)
-            scale = tl.load(scales + k * stride_sk, mask=k < K, other=0.0)
-            if FIX:
-                u = u.to(tl.float32) * scale[None, :]
-            else:
-                u = (u.to(tl.float32) * scale[None, :]).to(u.dtype)
+            scaled_u = u.to(tl.float32) * scale[None, :]
+            u = scaled_u if FIX else scaled_u.to(u.dtype)
         acc = dot(u, value, acc, PRECISION)
     elif ALONG_K:
-        n = first_n + tl.arange(0, BLOCK_N)
-        g = first_k // RUN + tl.arange(0, BLOCK_K // RUN)
-        inside = (g < K // RUN)[:, None] & (n < N)[None, :]
-        scale = power(tl.load(scales + g[:, None] * stride_sk + n[None, :] * stride_sn, mask=inside, other=127))
-        scale = tl.broadcast_to(scale[:, None, :], (BLOCK_K // RUN, PAIRS, BLOCK_N)).reshape(BLOCK_K // 2, BLOCK_N)
+        scale = tl.broadcast_to(power(scale, u.dtype)[:, None, :], (BLOCK_K // RUN, PAIRS, BLOCK_N)).reshape(
+            BLOCK_K // 2, BLOCK_N
+        )
         low, high = halves_of(v, scale, u.dtype)
         # Every second number of a row, and the others: to weave the smaller factor's apart costs less.
         even, odd = tl.split(tl.reshape(u, (BLOCK_M, BLOCK_K // 2, 2)))
         acc = dot(even, low, acc, PRECISION)
         acc = dot(odd, high, acc, PRECISION)
     else:
-        k = first_k + tl.arange(0, BLOCK_K)
-        g = first_n // RUN + tl.arange(0, BLOCK_N // RUN)
-        inside = (k < K)[:, None] & (g < N // RUN)[None, :]
-        scale = power(tl.load(scales + k[:, None] * stride_sk + g[None, :] * stride_sn, mask=inside, other=127))
-        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_K, BLOCK_N // RUN, PAIRS)).reshape(BLOCK_K, BLOCK_N // 2)
+        scale = tl.broadcast_to(power(scale, u.dtype)[:, :, None], (BLOCK_K, BLOCK_N // RUN, PAIRS)).reshape(
+            BLOCK_K, BLOCK_N // 2
+        )
         low, high = halves_of(v, scale, u.dtype)
         acc = dot(u, tl.interleave(low, high), acc, PRECISION)
     return acc
@@ -210,12 +227,15 @@ def scaled(
     n: tl.tensor,
     N: tl.tensor,
     stride_sn: tl.tensor,
+    dtype: tl.constexpr,
     FORMAT: tl.constexpr,
     ALONG_K: tl.constexpr,
 ) -> tl.tensor:
-    """The sums of columns n times what of their weights was left out."""
+    """The sums of columns n times what their weights were left without; dtype is that of the other factor."""
     if FORMAT == "int8" and ALONG_K:
         acc *= tl.load(scales + n * stride_sn, mask=n < N, other=0.0)[None, :]
+    elif FORMAT == "mxfp4" and dtype == tl.bfloat16 and not FIX:
+        acc *= 4294967296.0  # 2^SPARE
     return acc
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .activation import constants, hidden_units
 from .combine import combine, token_lists
-from .decode import scale_rows, scaled, times
+from .decode import scale_block, scale_rows, scaled, times
 from .descriptors import weight_block
 from .gemm import grouped_gemm
 from .numerics import dot, quarters, store
@@ -118,56 +118,35 @@ def up_kernel(
         if FORMAT is not None:
             scales += e.to(tl.int64) * stride_se
             scales_up = scales + scale_rows(F, FORMAT) * stride_sn
+        first_n = tile_n * BLOCK_N
+        scale = scale_block(scales, first_n, 0, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K)
+        scale_up = scale_block(scales_up, first_n, 0, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K)
         for k0 in range(0, D, BLOCK_K):
+            ahead = scale_block(
+                scales, first_n, k0 + BLOCK_K, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K
+            )
             if EVEN_K:
                 u = tl.load(left)
                 inside = (n < F)[None, :]
             else:
                 u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
                 inside = (n < F)[None, :] & (at < (D - k0) // BYTES)[:, None]
-            gate = times(
-                u,
-                tl.load(right, mask=inside, other=0),
-                gate,
-                scales,
-                tile_n * BLOCK_N,
-                k0,
-                F,
-                D,
-                stride_sn,
-                stride_sk,
-                FORMAT,
-                ALONG_K,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
+            v = tl.load(right, mask=inside, other=0)
+            gate = times(u, v, gate, scale, FORMAT, ALONG_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             if GATED:
-                up = times(
-                    u,
-                    tl.load(right_up, mask=inside, other=0),
-                    up,
-                    scales_up,
-                    tile_n * BLOCK_N,
-                    k0,
-                    F,
-                    D,
-                    stride_sn,
-                    stride_sk,
-                    FORMAT,
-                    ALONG_K,
-                    PRECISION,
-                    BLOCK_M,
-                    BLOCK_N,
-                    BLOCK_K,
+                ahead_up = scale_block(
+                    scales_up, first_n, k0 + BLOCK_K, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K
                 )
+                v = tl.load(right_up, mask=inside, other=0)
+                up = times(u, v, up, scale_up, FORMAT, ALONG_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+                scale_up = ahead_up
                 right_up += BLOCK_K // BYTES * stride_wk
+            scale = ahead
             left += BLOCK_K
             right += BLOCK_K // BYTES * stride_wk
-        gate = scaled(gate, scales, n, F, stride_sn, FORMAT, ALONG_K)
+        gate = scaled(gate, scales, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
         if GATED:
-            up = scaled(up, scales_up, n, F, stride_sn, FORMAT, ALONG_K)
+            up = scaled(up, scales_up, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
     gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
     row = m.to(tl.int64)
     for i in tl.static_range(4):

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import scale_rows, scaled, times
+from .decode import scale_block, scale_rows, scaled, times
 from .descriptors import described_rows, weight_block
 from .numerics import dot, store
 from .plans import Tile
@@ -59,34 +59,24 @@ def product(
         right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + at[:, None] * stride_wk
         if FORMAT is not None:
             scales += e.to(tl.int64) * stride_se
+        scale = scale_block(scales, first_n, 0, N, K, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K)
         for k0 in range(0, K, BLOCK_K):
+            # Read a step ahead, as the compiler does by itself only with larger blocks.
+            ahead = scale_block(
+                scales, first_n, k0 + BLOCK_K, N, K, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K
+            )
             if EVEN_K:
                 u = tl.load(left)
                 v = tl.load(right, mask=(n < N // BYTES_N)[None, :], other=0)
             else:
                 u = tl.load(left, mask=(k < K - k0)[None, :], other=0.0)
                 v = tl.load(right, mask=(n < N // BYTES_N)[None, :] & (at < (K - k0) // BYTES_K)[:, None], other=0)
-            acc = times(
-                u,
-                v,
-                acc,
-                scales,
-                first_n,
-                k0,
-                N,
-                K,
-                stride_sn,
-                stride_sk,
-                FORMAT,
-                ALONG_K,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
+            acc = times(u, v, acc, scale, FORMAT, ALONG_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            scale = ahead
             left += BLOCK_K
             right += BLOCK_K // BYTES_K * stride_wk
-        acc = scaled(acc, scales, first_n + tl.arange(0, BLOCK_N), N, stride_sn, FORMAT, ALONG_K)
+        n = first_n + tl.arange(0, BLOCK_N)
+        acc = scaled(acc, scales, n, N, stride_sn, left.dtype.element_ty, FORMAT, ALONG_K)
     return acc
 
 

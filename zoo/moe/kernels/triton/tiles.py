@@ -32,7 +32,10 @@ def plan_for(assignments: int, w_in: Tensor | Coded, w_out: Tensor | Coded, *tok
     experts, width, hidden = w_out.shape
     rows = rows_name(assignments / experts)
     if isinstance(w_in, Coded) or isinstance(w_out, Coded):
-        return CODED[architecture(w_in.device), tokens[0].element_size(), rows if rows == "few" else "some"]
+        rows = rows if rows == "few" else "some"
+        if width % 16 or hidden % 16 or not aligned(*(w.codes for w in (w_in, w_out) if isinstance(w, Coded)), *tokens):
+            rows = "odd"
+        return CODED[architecture(w_in.device), tokens[0].element_size(), rows]
     if width % 16 or hidden % 16 or not aligned(w_in, w_out, *tokens):
         rows = "odd"
     elif w_in.shape[1] == 2 * hidden:

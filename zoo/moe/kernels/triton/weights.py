@@ -45,9 +45,12 @@ class Coded:
 
 def weight_arguments(w: Tensor | Coded, tile: Tile) -> dict[str, Any]:
     """For w [E, N, K]: what a kernel is given of it."""
+    strides: tuple[int, ...]
+    of_scales: tuple[int | None, ...] = (None, None, None)
+    scales = format = None
     if isinstance(w, Tensor):
         weight, along_k = described_weight(w, tile)
-        strides, format, scales, of_scales = w.stride(), None, None, (None, None, None)
+        strides = w.stride()
     else:
         weight, scales, format, along_k = w.codes, w.scales, w.format, not w.turned
         strides, of_scales = (t.transpose(1, 2).stride() if w.turned else t.stride() for t in (weight, scales))
