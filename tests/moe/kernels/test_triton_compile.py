@@ -221,6 +221,17 @@ def test_codes_are_copied_as_they_are_and_decoded_two_at_a_time(
         assert set(copies) <= {"8", "10"}, k.name
 
 
+@pytest.mark.parametrize("few_bits", [False, True], ids=["whole", "codes"])
+def test_a_hidden_width_of_one_compiles(imagine: Callable[[int], list[Compiled]], few_bits: bool) -> None:
+    seen, T = imagine(90), 4
+    weights = (
+        (coded("int8", 1, 33, 2), coded("int8", 33, 1)) if few_bits else (meta(EXPERTS, 2, 33), meta(EXPERTS, 33, 1))
+    )
+    routed = (meta(T, dtype=torch.int64), meta(EXPERTS + 1, dtype=torch.int32), "swiglu")
+    kernels.forward(meta(T, 33), *weights, None, None, meta(T, dtype=torch.float32), *routed, False)
+    assert len([k for k in seen if "BLOCK_K" in k.options]) == 2
+
+
 @pytest.mark.parametrize("key", plans.CODED, ids=str)
 def test_a_block_of_codes_has_one_scale_of_float8(key: tuple[str, int, str]) -> None:
     plan = plans.CODED[key]

@@ -113,7 +113,7 @@ def up_kernel(
         BYTES: tl.constexpr = 2 if FORMAT == "mxfp4" else 1
         at = tl.arange(0, BLOCK_K // BYTES)
         right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + at[:, None] * stride_wk
-        right_up = right + F.to(tl.int64) * stride_wn
+        right_up = right + tl.cast(F, tl.int64) * stride_wn
         scales_up = scales
         if FORMAT is not None:
             scales += e.to(tl.int64) * stride_se

@@ -136,7 +136,7 @@ def grouped_gemm_kernel(
         for part in tl.static_range(PARTS):
             if part > 0:
                 left += K
-                w += tl.to_tensor(K).to(tl.int64) * stride_wk
+                w += tl.cast(K, tl.int64) * stride_wk
                 scales += scale_rows(K, FORMAT) * stride_sk
             acc = product(
                 left,
