@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .activation import constants, hidden_grads, hidden_units
 from .combine import combine, d_combine, token_lists
+from .decode import rescaled
 from .expert_grads import d_bias, d_weight
 from .forward import unit_stride
 from .gemm import grouped_gemm, product
@@ -105,6 +106,8 @@ def d_hidden_kernel(
     # Rows past the expert's end read token 0 instead of a mask: what they compute is not stored.
     token = tl.load(token_index + m, mask=live, other=0).to(tl.int64)
     left = dy + token[:, None] * stride_yt + tl.arange(0, BLOCK_K)[None, :]
+    if FORMAT is not None:
+        scales += e.to(tl.int64) * stride_se
     acc = product(
         left,
         tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
@@ -117,7 +120,6 @@ def d_hidden_kernel(
         stride_we,
         stride_wn,
         stride_wk,
-        stride_se,
         stride_sn,
         stride_sk,
         FORMAT,
@@ -129,6 +131,8 @@ def d_hidden_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = rescaled(acc, scales, n, F, stride_sn, dy.dtype.element_ty, FORMAT, ALONG_K)
     row = m.to(tl.int64)
     scale = tl.load(weight + m, mask=live, other=0.0).to(tl.float32)[:, None]
     # A quarter of the columns at a time: the registers of all would not fit beside the accumulator.

@@ -111,13 +111,14 @@ def bytes_of(codes: tl.tensor, dtype: tl.constexpr, FORMAT: tl.constexpr) -> tl.
 def power(code: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
     """What `halves_of` multiplies by for scales of E8M0."""
     code = code.to(tl.int32)
-    if FIX or dtype != tl.bfloat16:
-        # 2^(code - 127) in float32; the smallest is among those without an exponent.
-        value = tl.maximum(code << 23, 0x400000).to(tl.float32, bitcast=True)
-    else:
+    if dtype == tl.bfloat16:
         # 2^(code - 127 + 126 - SPARE): numbers by scales from 2^34 on are infinite, those below 2^-101 vanish.
-        bits = tl.minimum(code + (126 - SPARE), 255) << 7
-        value = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        value = (tl.minimum(code + (126 - SPARE), 255) << 23).to(tl.float32, bitcast=True)
+        if not FIX:
+            value = value.to(tl.bfloat16)
+    else:
+        # 2^(code - 127); the smallest is among those without an exponent.
+        value = tl.maximum(code << 23, 0x400000).to(tl.float32, bitcast=True)
     return value
 
 
@@ -127,11 +128,12 @@ def halves_of(codes: tl.tensor, power: tl.tensor, dtype: tl.constexpr) -> tuple[
     if FIX or dtype != tl.bfloat16:
         wide = codes.to(tl.int32)
         # The sign repeated, and three bits where float32 has the lower of its exponent and the upper of its mantissa.
-        low = ((wide << 28) >> 6) & -0x7E400000
-        high = ((wide << 24) >> 6) & -0x7E400000
-        # Not in one step: 2^126 times the largest power is no number.
-        low = low.to(tl.float32, bitcast=True) * 8.507059173023462e37 * power
-        high = high.to(tl.float32, bitcast=True) * 8.507059173023462e37 * power
+        low = (((wide << 28) >> 6) & -0x7E400000).to(tl.float32, bitcast=True)
+        high = (((wide << 24) >> 6) & -0x7E400000).to(tl.float32, bitcast=True)
+        if dtype != tl.bfloat16:
+            # 2^126, not in one step: times the largest power it is no number.
+            low, high = low * 8.507059173023462e37, high * 8.507059173023462e37
+        low, high = low * power, high * power
         if not FIX:
             low, high = low.to(dtype), high.to(dtype)
     else:
@@ -191,7 +193,7 @@ def times(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """acc + u @ what the block v means, but for what `scaled` makes up for."""
+    """acc + u @ what the block v means, but for what `rescaled` makes up for."""
     if FORMAT is None:
         acc = dot(u, v, acc, PRECISION)
     elif FORMAT == "float8":
@@ -221,7 +223,7 @@ def times(
 
 
 @triton.jit
-def scaled(
+def rescaled(
     acc: tl.tensor,
     scales: tl.tensor,
     n: tl.tensor,
@@ -234,7 +236,7 @@ def scaled(
     """The sums of columns n times what their weights were left without; dtype is that of the other factor."""
     if FORMAT == "int8" and ALONG_K:
         acc *= tl.load(scales + n * stride_sn, mask=n < N, other=0.0)[None, :]
-    elif FORMAT == "mxfp4" and dtype == tl.bfloat16 and not FIX:
+    elif FORMAT == "mxfp4" and dtype == tl.bfloat16:
         acc *= 4294967296.0  # 2^SPARE
     return acc
 

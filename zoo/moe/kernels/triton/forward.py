@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .activation import constants, hidden_units
 from .combine import combine, token_lists
-from .decode import scale_block, scale_rows, scaled, times
+from .decode import rescaled, scale_block, scale_rows, times
 from .descriptors import weight_block
 from .gemm import grouped_gemm
 from .numerics import dot, quarters, store
@@ -144,9 +144,9 @@ def up_kernel(
             scale = ahead
             left += BLOCK_K
             right += BLOCK_K // BYTES * stride_wk
-        gate = scaled(gate, scales, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
+        gate = rescaled(gate, scales, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
         if GATED:
-            up = scaled(up, scales_up, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
+            up = rescaled(up, scales_up, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
     gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
     row = m.to(tl.int64)
     for i in tl.static_range(4):

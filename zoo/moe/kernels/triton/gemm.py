@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .decode import scale_block, scale_rows, scaled, times
+from .decode import rescaled, scale_block, scale_rows, times
 from .descriptors import described_rows, weight_block
 from .numerics import dot, store
 from .plans import Tile
@@ -28,7 +28,6 @@ def product(
     stride_we: tl.tensor,
     stride_wn: tl.tensor,
     stride_wk: tl.tensor,
-    stride_se: tl.tensor,
     stride_sn: tl.tensor,
     stride_sk: tl.tensor,
     FORMAT: tl.constexpr,
@@ -40,7 +39,10 @@ def product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """acc + sum_k left[m, k] * w[e, n, k] for BLOCK_N columns from first_n on; left points to a row's first k."""
+    """acc + sum_k left[m, k] * w[e, n, k] for BLOCK_N columns from first_n on; left points to a row's first k.
+
+    `scales` are those of e; what of them is left out `rescaled` makes up for.
+    """
     k = tl.arange(0, BLOCK_K)
     if DESCRIBED:
         for k0 in range(0, K, BLOCK_K):
@@ -57,8 +59,6 @@ def product(
         n = first_n // BYTES_N + tl.arange(0, BLOCK_N // BYTES_N)
         at = tl.arange(0, BLOCK_K // BYTES_K)
         right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + at[:, None] * stride_wk
-        if FORMAT is not None:
-            scales += e.to(tl.int64) * stride_se
         scale = scale_block(scales, first_n, 0, N, K, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K)
         for k0 in range(0, K, BLOCK_K):
             # Read a step ahead, as the compiler does by itself only with larger blocks.
@@ -75,8 +75,6 @@ def product(
             scale = ahead
             left += BLOCK_K
             right += BLOCK_K // BYTES_K * stride_wk
-        n = first_n + tl.arange(0, BLOCK_N)
-        acc = scaled(acc, scales, n, N, stride_sn, left.dtype.element_ty, FORMAT, ALONG_K)
     return acc
 
 
@@ -133,6 +131,8 @@ def grouped_gemm_kernel(
         # Rows past the expert's end read its first row instead of a mask.
         a = tl.where(live, m, first).to(tl.int64)
         left = rows + a[:, None] * (K * PARTS) + tl.arange(0, BLOCK_K)[None, :]
+        if FORMAT is not None:
+            scales += e.to(tl.int64) * stride_se
         for part in tl.static_range(PARTS):
             if part > 0:
                 left += K
@@ -150,7 +150,6 @@ def grouped_gemm_kernel(
                 stride_we,
                 stride_wn,
                 stride_wk,
-                stride_se,
                 stride_sn,
                 stride_sk,
                 FORMAT,
@@ -162,6 +161,7 @@ def grouped_gemm_kernel(
                 BLOCK_N,
                 BLOCK_K,
             )
+    acc = rescaled(acc, scales, n, N, stride_sn, out.dtype.element_ty, FORMAT, ALONG_K)
     if bias is not None:
         acc += tl.load(bias + e * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     inside = live[:, None] & (n < N)[None, :]
