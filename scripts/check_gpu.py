@@ -34,7 +34,7 @@ SECTIONS = {
     "compile": ("capture", "compiled", 90),
     "memory": ("capture", "memory", 30),
     "far": ("results", "far", 60),
-    "bits": ("bits", "few_bits", 30),
+    "bits": ("bits", "few_bits", 120),
     "away": ("away", "offloaded", 30),
     "decode": ("times", "decode", 60),
     "time": ("times", "timed", 240),

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from zoo.bench.contestants import Shape
-from zoo.bench.gpu import capture, results, setting, times
-from zoo.moe import kernels
+from zoo.bench.gpu import bits, capture, results, setting, times
+from zoo.moe import QuantisedExperts, kernels
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "check_gpu.py"
 SHAPE = Shape(13, 16, 24, 4, 2)
@@ -230,3 +230,14 @@ def test_decoding_counts_the_bytes_of_the_experts_that_are_chosen():
     assert row.figures["experts"] == 2
     assert row.figures["bytes"] == 2 * 3 * 16 * 24 * 2
     assert row.figures["target_us"] == pytest.approx(1e6 * row.figures["bytes"] / 0.8e9)
+
+
+def test_wrong_results_of_codes_are_found(monkeypatch):
+    true = QuantisedExperts.decoded_first
+    given = replace(small(), shapes=(Shape(13, 32, 32, 4, 2),), few=(3,))
+    monkeypatch.setattr(QuantisedExperts, "unfused", lambda self, x: None)
+    for fused, good in ((true, True), (lambda *args: true(*args) * 1.5, False)):
+        monkeypatch.setattr(QuantisedExperts, "fused", fused)
+        rows = [row for row in bits.few_bits(given) if "registers" in row.what]
+        assert [row.ok for row in rows] == [good] * 3
+    assert rows[0].figures["bytes"] > 2 * 3 * 32 * 32  # of at least the two experts of a token

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import autocast
 from .experts import Experts, Weights, check_sizes
-from .kernels import get_activation
+from .kernels import coded, get_activation
 from .kernels.codes import FORMATS
 from .routing import Routing
 
@@ -39,10 +39,12 @@ def _computed_in(x: Tensor) -> torch.dtype:
 class QuantisedExperts(nn.Module):
     """E MLPs as `Experts`, frozen, their matrices kept in one of `zoo.moe.kernels.codes.FORMATS` (MoQE 2310.02410).
 
-    A float8 matrix takes half the memory of a bfloat16 one, an int8 one too, an MXFP4 one 0.27 of it. Those that tokens
-    meet are decoded when they are needed, some at a time, to the tokens' dtype: outputs, and gradients of tokens and
-    combine weights, are those of `Experts` with the numbers that `held` gives. For the backward nothing is kept but the
-    tokens: they are decoded again. With gradients off, a few tokens on a GPU are computed without waiting for it.
+    A float8 matrix takes half the memory of a bfloat16 one, an int8 one too, an MXFP4 one 0.27 of it. Outputs, and
+    gradients of tokens and combine weights, are those of `Experts` with the numbers that `held` gives. On a GPU Triton
+    kernels read the codes and decode them in registers, without waiting for the host, where experts have up to
+    `kernels.coded.FUSED` rows on average; the backward keeps what that of `Experts` does. Elsewhere those that tokens
+    meet are decoded when they are needed, some at a time, to the tokens' dtype, and again in the backward, for which
+    nothing is kept but the tokens.
 
     Buffers: NAME_codes and NAME_scales of gate_up_proj [E, 2F, D] (gate and up have scales of their own) or up_proj
     [E, F, D], and of down_proj [E, D, F], and with `bias` gate_up_proj_bias or up_proj_bias, and down_proj_bias.
@@ -168,6 +170,32 @@ class QuantisedExperts(nn.Module):
         kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
         if not kept and _waits(x) and count and count <= FEW * self.num_experts and dtype != torch.float64:
             return self._few(x, routing, dtype)
+        if not _waits(x) and count <= coded.FUSED * self.num_experts and self.unfused(x) is None:
+            return self.fused(x, routing)
+        return self.decoded_first(x, routing)
+
+    def unfused(self, x: Tensor) -> str | None:
+        """Why `fused` cannot compute tokens x; None where it can."""
+        if self.backend not in ("auto", "triton"):
+            return f"backend {self.backend!r} multiplies whole weights"
+        return coded.unsupported(x, _computed_in(x), self.activation)
+
+    def fused(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same by kernels that read codes: nothing decoded reaches memory."""
+        token, weight, place = routing.token_index, routing.weight, routing.place
+        rows = x.to(_computed_in(x))
+        if self.weigh_input:
+            # Every assignment is a token of its own, weighed before the experts.
+            rows = rows.index_select(0, token) * weight[:, None].to(rows.dtype)
+            token, weight, place = torch.arange(token.numel(), device=x.device), torch.ones_like(weight), None
+        w_in, w_out = ((getattr(self, f"{name}_codes"), getattr(self, f"{name}_scales")) for name in self._shapes)
+        b_in, b_out = (b if b is None else b.to(rows.dtype) for b in (self.b_in, self.b_out))
+        how = (token, routing.offsets, self.activation, self.format, place)
+        y = coded.moe_mlp_coded(rows, w_in, w_out, b_in, b_out, weight, *how)
+        return y.new_zeros(x.shape).index_add(0, routing.token_index, y) if self.weigh_input else y
+
+    def decoded_first(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same by whole weights, a few experts decoded at a time."""
         return self.in_groups(x, routing, lambda weights, _, x, part: self.compute_with(weights, x, part))
 
     def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from zoo.moe.kernels import triton as kernels
 from zoo.moe.kernels.triton.plans import PLANS
 
 
-@pytest.mark.parametrize("name", ["triton_cases.py", "choice_cases.py"])
+@pytest.mark.parametrize("name", ["triton_cases.py", "choice_cases.py", "coded_cases.py"])
 def test_kernels_compute_what_the_reference_does(name: str) -> None:
     cases = Path(__file__).with_name(name)
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}

@@ -23,7 +23,9 @@ from triton.runtime.jit import JITFunction
 from zoo.bench.gpu.ahead import imagined
 from zoo.moe.kernels import ACTIVATIONS
 from zoo.moe.kernels import triton as kernels
+from zoo.moe.kernels.codes import FORMATS
 from zoo.moe.kernels.triton import choose, plans, tiles
+from zoo.moe.kernels.triton.weights import Coded
 
 # The "80" tiles must fit the smallest Ampere and Ada chips, not only the A100 (163 KB).
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -184,6 +186,58 @@ def test_blocks_through_descriptors_come_by_the_copy_engine(
             gathers = k.name != "grouped_gemm_kernel"
             assert ("cp.async.bulk.tensor.3d" in k.ptx) == (k.name != "d_weight_kernel"), k.name
             assert ("cp.async.ca" in k.ptx or "cp.async.cg" in k.ptx) == gathers, k.name
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def coded(format: str, rows: int, columns: int, parts: int = 1) -> Coded:
+    sizes = FORMATS[format].sizes(rows, columns)
+    codes, scales = (meta(EXPERTS, parts * size[0], size[1], dtype=dtype) for size, dtype in sizes)
+    return Coded(codes, scales, format, parts)
+
+
+@pytest.mark.parametrize(("format", "rows"), [*((name, "few") for name in FORMATS), ("mxfp4", "some")])
+def test_codes_are_copied_as_they_are_and_decoded_two_at_a_time(
+    imagine: Callable[[int], list[Compiled]], format: str, rows: str, tmp_path: Path
+) -> None:
+    (D, F), T, seen = WIDTHS[rows], ROWS[rows] * EXPERTS, imagine(90)
+    weight, index = meta(T, dtype=torch.float32), meta(T, dtype=torch.int64)
+    routed = (index, meta(EXPERTS + 1, dtype=torch.int32), "swiglu_clamped")
+    shared = (meta(T, D), coded(format, F, D, 2), coded(format, D, F), meta(EXPERTS, 2 * F), meta(EXPERTS, D), weight)
+    _, pre = kernels.forward(*shared, *routed, True)
+    if rows == "some":
+        kernels.backward(meta(T, D), *shared, pre, *routed, [True, *[False] * 4, True])
+    products = [k for k in seen if "BLOCK_K" in k.options]
+    assert len(products) == (4 if rows == "some" else 2)
+    for k in products:
+        use = resources(k.cubin, tmp_path)
+        assert use["STACK"] == use["LOCAL"] == 0, f"{k.name} {k.options} spills: {use}"
+        assert k.shared <= SHARED_MEMORY[90]
+        assert "fma.rn.bf16x2" in k.ptx, k.name
+        assert ("wgmma.mma_async" if rows == "some" else "mma.sync") in k.ptx, k.name
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[.*?\], \[.*?\], 0x(\w+)", k.ptx)
+        assert set(copies) <= {"8", "10"}, k.name
+
+
+@pytest.mark.parametrize("few_bits", [False, True], ids=["whole", "codes"])
+def test_a_hidden_width_of_one_compiles(imagine: Callable[[int], list[Compiled]], few_bits: bool) -> None:
+    seen, T = imagine(90), 4
+    weights = (
+        (coded("int8", 1, 33, 2), coded("int8", 33, 1)) if few_bits else (meta(EXPERTS, 2, 33), meta(EXPERTS, 33, 1))
+    )
+    routed = (meta(T, dtype=torch.int64), meta(EXPERTS + 1, dtype=torch.int32), "swiglu")
+    kernels.forward(meta(T, 33), *weights, None, None, meta(T, dtype=torch.float32), *routed, False)
+    assert len([k for k in seen if "BLOCK_K" in k.options]) == 2
+
+
+@pytest.mark.parametrize("key", plans.CODED, ids=str)
+def test_a_block_of_codes_has_one_scale_of_float8(key: tuple[str, int, str]) -> None:
+    plan = plans.CODED[key]
+    assert plan.up.m == plan.down.m
+    assert plan.d_hidden.m == plan.d_x.m
+    assert all(128 % tile.n == 128 % tile.k == 0 for name, tile in vars(plan).items() if name != "d_weight")
 
 
 @pytest.mark.parametrize(

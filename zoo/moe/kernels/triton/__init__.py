@@ -7,6 +7,7 @@
     backward   d_hidden  gathered dy @ w_out; epilogue gives d_pre, w * hidden and the combine weights' gradient
                d_x, d_w_in, d_w_out, biases, and the same gather-and-sum for dx
 
+Weights are tensors, or codes of few bits with scales, which are decoded in registers (`weights`, `decode`).
 No atomics, so results repeat bit for bit; no host synchronisation; offsets in memory are 64 bit.
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .activation import constants, hidden_grads, hidden_units
 from .combine import combine, d_combine, token_lists
-from .descriptors import described_weight
+from .decode import rescaled
 from .expert_grads import d_bias, d_weight
 from .forward import unit_stride
 from .gemm import grouped_gemm, product
@@ -21,6 +21,7 @@ from .numerics import quarters, store
 from .plans import Tile
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
 from .tiles import input_precision, plan_for
+from .weights import Coded, weight_arguments
 
 
 @triton.jit
@@ -59,7 +60,6 @@ def epilogue(
 @triton.jit
 def d_hidden_kernel(
     dy: tl.tensor,
-    w: tl.tensor,
     pre: tl.tensor,
     weight: tl.tensor,
     token_index: tl.tensor,
@@ -75,12 +75,18 @@ def d_hidden_kernel(
     D: tl.tensor,
     F: tl.tensor,
     stride_yt: tl.tensor,
+    w: tl.tensor,
+    scales: tl.tensor,
     stride_we: tl.tensor,
-    stride_wk: tl.tensor,
     stride_wn: tl.tensor,
+    stride_wk: tl.tensor,
+    stride_se: tl.tensor,
+    stride_sn: tl.tensor,
+    stride_sk: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
     CLAMPED: tl.constexpr,
+    FORMAT: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ALONG_K: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -100,17 +106,23 @@ def d_hidden_kernel(
     # Rows past the expert's end read token 0 instead of a mask: what they compute is not stored.
     token = tl.load(token_index + m, mask=live, other=0).to(tl.int64)
     left = dy + token[:, None] * stride_yt + tl.arange(0, BLOCK_K)[None, :]
-    first_n = tile_n * BLOCK_N
+    if FORMAT is not None:
+        scales += e.to(tl.int64) * stride_se
     acc = product(
         left,
-        w,
+        tl.zeros([BLOCK_M, BLOCK_N], tl.float32),
         e,
-        first_n,
+        tile_n * BLOCK_N,
         F,
         D,
+        w,
+        scales,
         stride_we,
         stride_wn,
         stride_wk,
+        stride_sn,
+        stride_sk,
+        FORMAT,
         DESCRIBED,
         ALONG_K,
         EVEN_K,
@@ -119,6 +131,8 @@ def d_hidden_kernel(
         BLOCK_N,
         BLOCK_K,
     )
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = rescaled(acc, scales, n, F, stride_sn, dy.dtype.element_ty, FORMAT, ALONG_K)
     row = m.to(tl.int64)
     scale = tl.load(weight + m, mask=live, other=0.0).to(tl.float32)[:, None]
     # A quarter of the columns at a time: the registers of all would not fit beside the accumulator.
@@ -133,7 +147,7 @@ def d_hidden_kernel(
 
 def d_hidden(
     dy: Tensor,
-    w_out: Tensor,
+    w_out: Tensor | Coded,
     pre: Tensor,
     weight: Tensor,
     token_index: Tensor,
@@ -146,10 +160,8 @@ def d_hidden(
 ) -> None:
     """Fill those that are given: d_pre [A, H], weight * hidden [A, F], and <dA', hidden> by column tile, [*, A]."""
     experts, depth, width = w_out.shape
-    weight_out, along_k = described_weight(w_out.transpose(1, 2), tile)
     d_hidden_kernel[(len(tiles) * triton.cdiv(width, tile.n),)](
         dy,
-        weight_out,
         pre,
         weight,
         token_index,
@@ -165,10 +177,8 @@ def d_hidden(
         depth,
         width,
         dy.stride(0),
-        *w_out.stride(),
+        **weight_arguments(w_out.transpose(1, 2), tile),
         **constants(activation),
-        DESCRIBED=tile.described,
-        ALONG_K=along_k,
         EVEN_K=depth % tile.k == 0,
         PRECISION=input_precision(dy),
         **tile.options(),
@@ -178,8 +188,8 @@ def d_hidden(
 def backward(
     dy: Tensor,
     x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    w_in: Tensor | Coded,
+    w_out: Tensor | Coded,
     b_in: Tensor | None,
     b_out: Tensor | None,
     weight: Tensor,
@@ -196,7 +206,10 @@ def backward(
         n and t is not None for n, t in zip(needs, given)
     )
     # Filled below, but for dx, which is the last step's own output.
-    grads = [torch.empty_like(t) if t is not None and n else x.new_empty(0) for t, n in zip(given, (False, *needs[1:]))]
+    grads = [
+        torch.empty_like(t) if isinstance(t, Tensor) and n else x.new_empty(0)
+        for t, n in zip(given, (False, *needs[1:]))
+    ]
     _, dw_in, dw_out, db_in, db_out, dweight = grads
     assignments = token_index.shape[0]
     if assignments == 0:

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from .activation import constants, hidden_units
 from .combine import combine, token_lists
-from .descriptors import described_weight, weight_block
+from .decode import rescaled, scale_block, scale_rows, times
+from .descriptors import weight_block
 from .gemm import grouped_gemm
 from .numerics import dot, quarters, store
 from .plans import Tile
 from .schedule import RowTiles, grouped_order, on_device, row_tiles
 from .tiles import input_precision, plan_for
+from .weights import Coded, weight_arguments
 
 
 @triton.jit
@@ -49,7 +51,6 @@ def epilogue(
 @triton.jit
 def up_kernel(
     x: tl.tensor,
-    w: tl.tensor,
     bias: tl.tensor,
     token_index: tl.tensor,
     tile_expert: tl.tensor,
@@ -62,12 +63,18 @@ def up_kernel(
     D: tl.tensor,
     F: tl.tensor,
     stride_xt: tl.tensor,
+    w: tl.tensor,
+    scales: tl.tensor,
     stride_we: tl.tensor,
     stride_wn: tl.tensor,
     stride_wk: tl.tensor,
+    stride_se: tl.tensor,
+    stride_sn: tl.tensor,
+    stride_sk: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
     CLAMPED: tl.constexpr,
+    FORMAT: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ALONG_K: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -102,21 +109,44 @@ def up_kernel(
                 up = dot(u, weight_block(w, e, F + tile_n * BLOCK_N, k0, ALONG_K, BLOCK_N, BLOCK_K), up, PRECISION)
             left += BLOCK_K
     else:
-        right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + k[:, None] * stride_wk
-        right_up = right + F.to(tl.int64) * stride_wn
+        # Two numbers of MXFP4 are a byte.
+        BYTES: tl.constexpr = 2 if FORMAT == "mxfp4" else 1
+        at = tl.arange(0, BLOCK_K // BYTES)
+        right = w + e.to(tl.int64) * stride_we + n.to(tl.int64)[None, :] * stride_wn + at[:, None] * stride_wk
+        right_up = right + tl.cast(F, tl.int64) * stride_wn
+        scales_up = scales
+        if FORMAT is not None:
+            scales += e.to(tl.int64) * stride_se
+            scales_up = scales + scale_rows(F, FORMAT) * stride_sn
+        first_n = tile_n * BLOCK_N
+        scale = scale_block(scales, first_n, 0, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K)
+        scale_up = scale_block(scales_up, first_n, 0, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K)
         for k0 in range(0, D, BLOCK_K):
+            ahead = scale_block(
+                scales, first_n, k0 + BLOCK_K, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K
+            )
             if EVEN_K:
                 u = tl.load(left)
                 inside = (n < F)[None, :]
             else:
                 u = tl.load(left, mask=(k < D - k0)[None, :], other=0.0)
-                inside = (n < F)[None, :] & (k < D - k0)[:, None]
-            gate = dot(u, tl.load(right, mask=inside, other=0.0), gate, PRECISION)
+                inside = (n < F)[None, :] & (at < (D - k0) // BYTES)[:, None]
+            v = tl.load(right, mask=inside, other=0)
+            gate = times(u, v, gate, scale, FORMAT, ALONG_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
             if GATED:
-                up = dot(u, tl.load(right_up, mask=inside, other=0.0), up, PRECISION)
-                right_up += BLOCK_K * stride_wk
+                ahead_up = scale_block(
+                    scales_up, first_n, k0 + BLOCK_K, F, D, stride_sn, stride_sk, FORMAT, ALONG_K, BLOCK_N, BLOCK_K
+                )
+                v = tl.load(right_up, mask=inside, other=0)
+                up = times(u, v, up, scale_up, FORMAT, ALONG_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+                scale_up = ahead_up
+                right_up += BLOCK_K // BYTES * stride_wk
+            scale = ahead
             left += BLOCK_K
-            right += BLOCK_K * stride_wk
+            right += BLOCK_K // BYTES * stride_wk
+        gate = rescaled(gate, scales, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
+        if GATED:
+            up = rescaled(up, scales_up, n, F, stride_sn, x.dtype.element_ty, FORMAT, ALONG_K)
     gates, ups = quarters(gate, BLOCK_M, BLOCK_N), quarters(up, BLOCK_M, BLOCK_N)
     row = m.to(tl.int64)
     for i in tl.static_range(4):
@@ -126,7 +156,7 @@ def up_kernel(
 
 def up_projection(
     x: Tensor,
-    w_in: Tensor,
+    w_in: Tensor | Coded,
     b_in: Tensor | None,
     token_index: Tensor,
     tiles: RowTiles,
@@ -137,10 +167,8 @@ def up_projection(
 ) -> None:
     """Fill hidden [A, F] and, if given, the pre-activations [A, H]."""
     width, depth = hidden.shape[1], x.shape[1]
-    weight, along_k = described_weight(w_in, tile)
     up_kernel[(len(tiles) * triton.cdiv(width, tile.n),)](
         x,
-        weight,
         b_in,
         token_index,
         tiles.expert,
@@ -153,10 +181,8 @@ def up_projection(
         depth,
         width,
         x.stride(0),
-        *w_in.stride(),
+        **weight_arguments(w_in, tile),
         **constants(activation),
-        DESCRIBED=tile.described,
-        ALONG_K=along_k,
         EVEN_K=depth % tile.k == 0,
         PRECISION=input_precision(x),
         **tile.options(),
@@ -170,8 +196,8 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def forward(
     x: Tensor,
-    w_in: Tensor,
-    w_out: Tensor,
+    w_in: Tensor | Coded,
+    w_out: Tensor | Coded,
     b_in: Tensor | None,
     b_out: Tensor | None,
     weight: Tensor,

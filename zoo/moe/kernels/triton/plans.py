@@ -111,3 +111,47 @@ _FLOAT32 = Plan(
 )
 PLANS |= {(arch, 2, "odd"): _ODD for arch in ("80", "90")}
 PLANS |= {(arch, 4, rows): _FLOAT32 for arch in ("80", "90") for rows in ("few", "some", "many", "odd")}
+
+# For weights in few bits: n and k divide 128, as a block has one scale of float8. Many stages, as a block has few
+# bytes. Weights that stay as they are need no gradient.
+_FROZEN = Tile(64, 64, 16, 4, 3)
+CODED: dict[tuple[str, int, str], Plan] = {
+    ("90", 2, "few"): Plan(
+        up=Tile(16, 64, 128, 4, 4),
+        down=Tile(16, 64, 128, 4, 4),
+        d_hidden=Tile(16, 64, 128, 4, 4),
+        d_x=Tile(16, 64, 64, 4, 4),
+        d_weight=_FROZEN,
+    ),
+    ("90", 2, "some"): Plan(
+        up=Tile(64, 64, 128, 4, 3),
+        down=Tile(64, 64, 128, 4, 3),
+        d_hidden=Tile(64, 64, 128, 4, 3),
+        d_x=Tile(64, 64, 64, 4, 4),
+        d_weight=_FROZEN,
+    ),
+    ("80", 2, "few"): Plan(
+        up=Tile(16, 64, 128, 4, 3),
+        down=Tile(16, 64, 128, 4, 4),
+        d_hidden=Tile(16, 64, 64, 4, 4),
+        d_x=Tile(16, 64, 64, 4, 4),
+        d_weight=_FROZEN,
+    ),
+    ("80", 2, "some"): Plan(
+        up=Tile(64, 64, 64, 4, 3),
+        down=Tile(64, 64, 64, 4, 3),
+        d_hidden=Tile(64, 64, 64, 4, 3),
+        d_x=Tile(64, 64, 64, 4, 3),
+        d_weight=_FROZEN,
+    ),
+}
+# Rows or widths off 16, whose loads go element by element, and float32.
+_CODED_SMALL = Plan(
+    up=Tile(16, 32, 32, 4, 2),
+    down=Tile(16, 64, 32, 4, 2),
+    d_hidden=Tile(16, 64, 32, 4, 2),
+    d_x=Tile(16, 64, 32, 4, 2),
+    d_weight=_FROZEN,
+)
+CODED |= {(arch, 2, "odd"): _CODED_SMALL for arch in ("80", "90")}
+CODED |= {(arch, 4, rows): _CODED_SMALL for arch in ("80", "90") for rows in ("few", "some", "odd")}

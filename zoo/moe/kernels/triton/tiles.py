@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .plans import PLANS, ROWS, Plan
+from .plans import CODED, PLANS, ROWS, Plan
 from .tuned import Key, tuned
+from .weights import Coded
 
 
 def architecture(device: torch.device) -> str:
@@ -26,10 +27,15 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
-def plan_for(assignments: int, w_in: Tensor, w_out: Tensor, *tokens: Tensor) -> Plan:
+def plan_for(assignments: int, w_in: Tensor | Coded, w_out: Tensor | Coded, *tokens: Tensor) -> Plan:
     """The tiles for so many assignments to experts w_in [E, H, D] and w_out [E, D, F] of tokens [T, D]."""
     experts, width, hidden = w_out.shape
     rows = rows_name(assignments / experts)
+    if isinstance(w_in, Coded) or isinstance(w_out, Coded):
+        rows = rows if rows == "few" else "some"
+        if width % 16 or hidden % 16 or not aligned(*(w.codes for w in (w_in, w_out) if isinstance(w, Coded)), *tokens):
+            rows = "odd"
+        return CODED[architecture(w_in.device), tokens[0].element_size(), rows]
     if width % 16 or hidden % 16 or not aligned(w_in, w_out, *tokens):
         rows = "odd"
     elif w_in.shape[1] == 2 * hidden:
