@@ -1,15 +1,19 @@
 """Experts that come when tokens meet them, against a float64 loop over all of them."""
 
 import copy
+import gc
+import multiprocessing
 import pickle
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from zoo.moe import Experts, MoE, OffloadedExperts, QuantisedExperts, Routing
-from zoo.moe.offloaded import OnHost
+from zoo.moe.expert_sources import OnHost
 from zoo.moe.routers import TopKRouter
 
 D, F = 24, 20
@@ -216,3 +220,117 @@ def test_nothing_is_guessed_in_training_or_for_more_tokens_than_there_is_room() 
     second.train()
     first(torch.randn(1, D))
     assert second.experts.guessed == 0
+
+
+def test_activation_checkpointing_around_it() -> None:
+    """What is there when a forward is repeated is not what was there the first time."""
+    experts = experts_of(7)
+    layer = offloaded(experts, 4)
+    for _ in range(6):
+        tokens = int(torch.randint(1, 9, ()))
+        routing = random_routing(tokens, 7, 2)
+        x = torch.randn(tokens, D, requires_grad=True)
+        routing.weight.requires_grad_()
+        y = checkpoint(layer, x, routing, use_reentrant=False)
+        layer(torch.randn(5, D), random_routing(5, 7, 1))
+        g = torch.randn_like(y)
+        dx, dw = torch.autograd.grad(y, [x, routing.weight], g)
+        x64, weight64 = x.detach().double().requires_grad_(), routing.weight.detach().double().requires_grad_()
+        expected = loop(experts, x64, routing, weight64)
+        ex, ew = torch.autograd.grad(expected, [x64, weight64], g.double())
+        assert error(dx, ex) < 2e-6
+        assert torch.allclose(dw.double(), ew, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_call_it_at_once() -> None:
+    experts = experts_of(7)
+    layer = offloaded(experts, 2)
+    given = [(torch.randn(6, D), random_routing(6, 7, 2)) for _ in range(40)]
+    expected = [loop(experts, x.double(), r, r.weight.double()) for x, r in given]
+    errors: list[float] = []
+
+    def call(first: int) -> None:
+        for n in range(first, len(given), 4):
+            errors.append(error(layer(*given[n]), expected[n]))
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == len(given)
+    assert max(errors) < 1e-6
+
+
+def while_experts_come() -> tuple[Experts, Slow, MoE]:
+    """A layer whose experts have been asked for on a guess, and do not come."""
+    experts = experts_of(8)
+    slow = Slow(experts)
+    first, second = layers([OnHost(experts), slow], 4)
+    first.experts.follow(second.router, second.experts)  # type: ignore[operator, arg-type]
+    with torch.no_grad():
+        first(torch.randn(2, D))
+    assert slow.asked.wait(20)
+    return experts, slow, second
+
+
+def test_it_is_copied_while_experts_come() -> None:
+    experts, slow, layer = while_experts_come()
+    copied, again = copy.deepcopy(layer), copy.deepcopy(layer.experts)
+    slow.may.set()
+    x = torch.randn(5, D)
+    routing = layer.router(x)
+    expected = loop(experts, x.double(), routing, routing.weight.double())
+    for y in (layer(x), copied(x), again(x, routing)):
+        assert error(y, expected) < 1e-6
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_process_waits_for_none_of_its_parents_reads() -> None:
+    experts, slow, layer = while_experts_come()
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        routing = layer.router(x)
+        expected = loop(experts, x.double(), routing, routing.weight.double())
+
+    def child() -> None:
+        slow.may = threading.Event()
+        slow.may.set()
+        with torch.no_grad():
+            assert error(layer(x), expected) < 1e-6
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    slow.may.set()
+    process.kill()
+    assert process.exitcode == 0
+
+
+def test_made_and_called_in_inference_mode() -> None:
+    experts = experts_of(5)
+    with torch.inference_mode():
+        layer = offloaded(experts, 2)
+        x, routing = torch.randn(6, D), random_routing(6, 5, 2)
+        assert error(layer(x, routing), loop(experts, x.double(), routing, routing.weight.double())) < 1e-6
+
+
+def test_pages_are_locked_as_long_as_their_memory_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own calls are stood in for: no GPU is needed to see when they are made."""
+    locked: dict[int, int] = {}
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda at, size, flags: locked.setdefault(at, size) and 0, cudaHostUnregister=locked.pop
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    experts = Experts(4, 512, 256, bias=True).requires_grad_(False)
+    matrices = (experts.gate_up_proj, experts.down_proj)
+    expected = {w.data_ptr(): w.numel() * w.itemsize for w in matrices}
+    source = OnHost(experts, lock=True)
+    assert locked == expected  # and no biases, which share their pages with others
+    del source
+    gc.collect()
+    assert locked == expected
+    del experts, matrices
+    gc.collect()
+    assert not locked

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Experts, MoE, OffloadedExperts, QuantisedExperts
+from ..moe.expert_sources import OnHost, tensors_of
 from ..moe.experts import check_sizes
-from ..moe.offloaded import OnHost, tensors_of
 from ..moe.routers import TopKRouter
 from ..pretrained.adopt import materialize
 from ..pretrained.sharded import views

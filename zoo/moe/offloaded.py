@@ -6,15 +6,19 @@ T tokens, D width, E experts, S slots for them where tokens are, A assignments s
 from __future__ import annotations
 
 import os
+import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .expert_sources import Held, Source, tensors_of
 from .experts import Experts
 from .quantised import Compute, QuantisedExperts
 from .routers.base import Router
@@ -22,43 +26,7 @@ from .routing import Routing
 
 READERS = 4  # threads that read experts while others are computed
 
-Held = Experts | QuantisedExperts
-Slots = Callable[[Tensor, Routing, Tensor], Tensor]
-
-
-class Source(Protocol):
-    """Where experts stay."""
-
-    def read(self, expert: int, held: Held, slot: int) -> None:
-        """Fill one slot of `held` with an expert."""
-
-
-class OnHost:
-    """Experts that stay in the host's memory, `experts` being all of them. Copies of this share them.
-
-    With `lock` their pages are locked in memory, so that a GPU reads them while it computes.
-    """
-
-    def __init__(self, experts: Held, lock: bool = False) -> None:
-        self.tensors = {name: tensor.detach() for name, tensor in tensors_of(experts).items()}
-        for tensor in self.tensors.values() if lock else ():
-            if tensor.device.type == "cpu" and tensor.numel() and not tensor.is_pinned():
-                # In place: pin_memory() would need as much memory again.
-                size = tensor.numel() * tensor.itemsize
-                torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), size, 0))
-
-    def read(self, expert: int, held: Held, slot: int) -> None:
-        """Fill one slot of `held` with an expert."""
-        for name, tensor in tensors_of(held).items():
-            tensor[slot].copy_(self.tensors[name][expert], non_blocking=True)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OnHost:
-        return self
-
-
-def tensors_of(experts: Held) -> dict[str, Tensor]:
-    """Parameters and buffers, stacked by expert, by name."""
-    return {**dict(experts.named_parameters()), **dict(experts.named_buffers())}
+Slots = Callable[[Tensor, Routing, list[int]], Tensor]
 
 
 class OffloadedExperts(nn.Module):
@@ -73,6 +41,8 @@ class OffloadedExperts(nn.Module):
     With `follow`, what the next layer's gate would choose for this layer's tokens comes as soon as this layer's own
     experts have been asked for (2312.17238, section 3.2): a guess, which changes no output. It is made in eval mode for
     as few tokens as leave the next layer's slots free for its own choice.
+
+    Several threads may call it at once, but none while another one's backward runs.
 
     `met`, `read` and `guessed` count experts met by tokens, those read for that, and those read on a guess. The
     experts are no parameters, and not in the state_dict.
@@ -120,20 +90,24 @@ class OffloadedExperts(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        wait(self._coming.values())
-        return {**self.__dict__, "_stream": None}
+        # A copy's slots hold nothing.
+        return {name: value for name, value in self.__dict__.items() if name not in _PASSING}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
 
-    def _forget(self) -> None:
+    def _forget(self, forked: bool = False) -> None:
         """Let no slot hold any expert."""
-        wait(self.__dict__.get("_coming", {}).values())
+        if not forked:  # a forked process has none of its parent's threads
+            wait(self.__dict__.get("_coming", {}).values())
+        self._lock = threading.RLock()  # held while slots are chosen, and while what is in them is computed
         self._slot: OrderedDict[int, int] = OrderedDict()  # of each expert that is there, the one met last in the end
         self._free = list(range(self.slots))
         self._coming: dict[int, Future[Any]] = {}
         self._stream: Any = None
+        self._users: set[Any] = set()  # streams that have computed with the slots
+        _layers.add(self)
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
@@ -142,7 +116,8 @@ class OffloadedExperts(nn.Module):
     def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:
         """The same, compute(weights, experts [G], x, part) saying what some experts add, as `QuantisedExperts`'."""
 
-        def of_slots(x: Tensor, part: Routing, experts: Tensor) -> Tensor:
+        def of_slots(x: Tensor, part: Routing, there: list[int]) -> Tensor:
+            experts = _sent(np.array(there), x.device)
             if isinstance(self.held, Experts):
                 return compute(self.held.held, experts, x, part)
             return self.held.in_groups(x, part, lambda w, slots, x, p: compute(w, experts[slots], x, p), learns)
@@ -152,14 +127,14 @@ class OffloadedExperts(nn.Module):
     # Which experts are needed the host decides.
     @torch.compiler.disable
     def _by_turns(self, x: Tensor, routing: Routing, compute: Slots, learns: bool = False) -> Tensor:
-        """The sum of compute(x, part, experts [S]) for parts of a decision that refer to slots, which hold experts."""
+        """The sum of compute(x, part, there) for parts of a decision that refer to slots; which experts these hold."""
         if not routing.token_index.numel():
             return x * routing.weight.sum().to(x.dtype)  # no assignments, but gradients go back all the same
         bounds, likely = self._bounds(x, routing)
         busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
         self.met += len(busy)
-        groups = self._groups(busy)
         kept = torch.is_grad_enabled() and (learns or x.requires_grad or routing.weight.requires_grad)
+        groups = self._groups(busy, kept)
         total = None
         for n, group in enumerate(groups):
             # The next ones come while these are computed, into other slots.
@@ -167,7 +142,11 @@ class OffloadedExperts(nn.Module):
             if self._next is not None and n + 1 == len(groups):
                 self._next[1].guessed += self._next[1]._bring(likely)
             given = (x, routing.weight, routing.token_index, bounds, group, compute)
-            y = checkpoint(self._some, *given, use_reentrant=False) if kept else self._some(*given)
+            y = (
+                checkpoint(self._some, *given, use_reentrant=False, preserve_rng_state=learns)
+                if kept
+                else self._some(*given)
+            )
             total = y if total is None else total + y
         assert total is not None
         return total
@@ -186,12 +165,17 @@ class OffloadedExperts(nn.Module):
     def _may_guess(self, routing: Routing) -> bool:
         assert self._next is not None
         router, experts = self._next
-        return not router.training and routing.num_tokens * (getattr(router, "k", None) or 1) <= experts.slots
+        if router.training or len(experts._slot) == experts.num_experts:
+            return False
+        return routing.num_tokens * (getattr(router, "k", None) or 1) <= experts.slots
 
-    def _groups(self, busy: list[int]) -> list[list[int]]:
-        """Experts that are computed together: those that are there, then others in halves of the slots."""
-        here = [e for e in busy if e in self._slot]
-        away = [e for e in busy if e not in self._slot]
+    def _groups(self, busy: list[int], kept: bool) -> list[list[int]]:
+        """Experts that are computed together: those that are there, then others in halves of the slots.
+
+        For a backward they do not depend on what is there: under activation checkpointing they are found once more.
+        """
+        here = busy if kept else [e for e in busy if e in self._slot]
+        away = [] if kept else [e for e in busy if e not in self._slot]
         if len(busy) <= self.slots:
             return [group for group in (here, away) if group]
         size = max(1, self.slots // 2)
@@ -202,56 +186,71 @@ class OffloadedExperts(nn.Module):
         self, x: Tensor, weight: Tensor, token: Tensor, bounds: list[int], experts: list[int], compute: Slots
     ) -> Tensor:
         """What some experts, no more than there are slots, add."""
-        self.read += self._bring(experts)  # none but in a backward, where others may have come since
-        self._wait(experts)
-        order = sorted(experts, key=self._slot.__getitem__)
-        ends = [0] * (self.slots + 1)
-        for e in order:
-            ends[self._slot[e] + 1] = bounds[e + 1] - bounds[e]
-        spans = torch.cat([torch.arange(bounds[e], bounds[e + 1]) for e in order]).to(token.device)
-        offsets = torch.tensor(ends, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(token.device)
-        part = Routing(token.index_select(0, spans), offsets, weight.index_select(0, spans), x.shape[0])
-        there = [0] * self.slots
-        for e in order:
-            there[self._slot[e]] = e
-        return compute(x, part, torch.tensor(there, device=token.device))
+        with self._lock:
+            self.read += self._bring(experts)  # others may have come since, in a backward or for another thread
+            self._wait(experts)
+            order = sorted(experts, key=self._slot.__getitem__)
+            ends, there = np.zeros(self.slots + 1, np.int32), [0] * self.slots
+            for e in order:
+                ends[self._slot[e] + 1] = bounds[e + 1] - bounds[e]
+                there[self._slot[e]] = e
+            spans = _sent(np.concatenate([np.arange(bounds[e], bounds[e + 1]) for e in order]), token.device)
+            offsets = _sent(ends.cumsum(dtype=np.int32), token.device)
+            part = Routing(token.index_select(0, spans), offsets, weight.index_select(0, spans), x.shape[0])
+            y = compute(x, part, there)
+            if self._stream is not None:
+                self._users.add(torch.cuda.current_stream(self._stream.device))
+            return y
 
     def _bring(self, experts: Sequence[int], more: Sequence[int] = ()) -> int:
         """Ask for experts that are not there, and for more that come after them; returns how many of them all."""
-        wanted = [*experts, *more][: self.slots]
-        for e in wanted:
-            if e in self._slot:
-                self._slot.move_to_end(e)
-        away = [e for e in wanted if e not in self._slot]
-        done = self._done() if away else None
-        for e in away:
-            if not self._free:
-                old = next(other for other in self._slot if other not in wanted)
-                if old in self._coming:
-                    wait([self._coming.pop(old)])
-                self._free.append(self._slot.pop(old))
-            self._slot[e] = self._free.pop()
-            self._coming[e] = _readers().submit(self._fetch, e, self._slot[e], done)
-        return len(away)
+        with self._lock:
+            wanted = [*experts, *more][: self.slots]
+            for e in wanted:
+                if e in self._slot:
+                    self._slot.move_to_end(e)
+            away = [e for e in wanted if e not in self._slot]
+            done = self._done() if away else []
+            for e in away:
+                if not self._free:
+                    old = next(other for other in self._slot if other not in wanted)
+                    if old in self._coming and not self._coming[old].cancel():
+                        wait([self._coming[old]])
+                    self._coming.pop(old, None)
+                    self._free.append(self._slot.pop(old))
+                self._coming[e] = _readers().submit(self._fetch, e, self._free[-1], done)
+                self._slot[e] = self._free.pop()
+            return len(away)
 
-    def _done(self) -> Any:
-        """When all that was computed with the slots so far is done, None where the host computes itself."""
-        device = self.held.w_out.device if isinstance(self.held, Experts) else self.held.down_proj_codes.device
+    @property
+    def _any(self) -> Tensor:
+        """One of the slots' tensors."""
+        found: Tensor = getattr(self.held, "down_proj" if isinstance(self.held, Experts) else "down_proj_codes")
+        return found
+
+    def _done(self) -> list[Any]:
+        """When all that was computed with the slots so far is done; nothing where the host computes itself."""
+        device = self._any.device
         if device.type != "cuda":
-            return None
+            return []
+        current = torch.cuda.current_stream(device)
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
-        return torch.cuda.current_stream(device).record_event()
+            for tensor in tensors_of(self.held).values():
+                tensor.record_stream(self._stream)  # its memory is nobody else's before what comes has come
+        return [stream.record_event() for stream in {current, *self._users}]
 
-    @torch.no_grad()
-    def _fetch(self, expert: int, slot: int, done: Any) -> Any:
+    def _fetch(self, expert: int, slot: int, done: list[Any]) -> Any:
         """Fill a slot, on a stream of its own on a GPU: when that is done there."""
-        if done is None:
-            return self.source.read(expert, self.held, slot)
-        with torch.cuda.stream(self._stream):
-            self._stream.wait_event(done)
-            self.source.read(expert, self.held, slot)
-            return self._stream.record_event()
+        # What was made in inference mode is written to in it alone.
+        with torch.inference_mode() if self._any.is_inference() else torch.no_grad():
+            if not done:
+                return self.source.read(expert, self.held, slot)
+            with torch.cuda.stream(self._stream):
+                for event in done:
+                    self._stream.wait_event(event)
+                self.source.read(expert, self.held, slot)
+                return self._stream.record_event()
 
     def _wait(self, experts: Sequence[int]) -> None:
         """Let what is computed from now on find these experts in their slots; raises what reading them raised."""
@@ -274,6 +273,14 @@ class OffloadedExperts(nn.Module):
         return f"{self.num_experts}, slots={self.slots}, dim={self.dim}, hidden_dim={self.hidden_dim}, {kind}"
 
 
+def _sent(numbers: Any, device: torch.device) -> Tensor:
+    """Numbers where tokens are; the host does not wait for a GPU, which may be waiting for experts."""
+    found = torch.from_numpy(numbers)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
+
+
+_PASSING = ("_lock", "_slot", "_free", "_coming", "_stream", "_users")
+_layers: weakref.WeakSet[OffloadedExperts] = weakref.WeakSet()
 _pool: ThreadPoolExecutor | None = None
 
 
@@ -286,7 +293,9 @@ def _readers() -> ThreadPoolExecutor:
 
 def _forget_readers() -> None:
     global _pool
-    _pool = None  # a forked process has none of its parent's threads
+    _pool = None
+    for layer in list(_layers):
+        layer._forget(forked=True)
 
 
 if hasattr(os, "register_at_fork"):
