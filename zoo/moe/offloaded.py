@@ -35,8 +35,9 @@ class OffloadedExperts(nn.Module):
     held: `Experts` or `QuantisedExperts` of S experts, the slots; source: where all of them stay. An expert that tokens
     meet and that no slot holds takes the place of the one that was met longest ago. It comes while those that are there
     are computed; where tokens meet more experts than there are slots, these come by turns. Outputs, and gradients of
-    tokens and combine weights, are those of all E experts in `held`'s kind; for the backward nothing is kept but the
-    tokens, experts come again.
+    tokens and combine weights, are those of all E experts in `held`'s kind, up to rounding: a token's experts are added
+    in parts, without gradients in those that what was there makes. For the backward nothing is kept but the tokens,
+    experts come again.
 
     With `follow`, what the next layer's gate would choose for this layer's tokens comes as soon as this layer's own
     experts have been asked for (2312.17238, section 3.2): a guess, which changes no output. It is made in eval mode for
