@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import threading
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.moe import Experts, MoE, OffloadedExperts, QuantisedExperts, Routing
+from zoo.moe.capacity import Capacity
 from zoo.moe.expert_sources import OnHost
 from zoo.moe.routers import TopKRouter
 
@@ -334,3 +336,49 @@ def test_pages_are_locked_as_long_as_their_memory_lives(monkeypatch: pytest.Monk
     del experts, matrices
     gc.collect()
     assert not locked
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"capacity": Capacity(1.0), "group_size": "sequence"}, {"losses": {"sequence": 1.0}, "eval_losses": True}],
+)
+def test_a_guess_needs_no_more_than_tokens(options: dict[str, Any]) -> None:
+    """What a gate is told besides, as which tokens make a sequence, is not known yet; and hooks see decisions alone."""
+    experts = experts_of(8)
+    first, second = layers([OnHost(experts), OnHost(experts)], 4)
+    second.router = TopKRouter(D, 8, k=2, **options).eval()
+    first.experts.follow(second.router, second.experts)  # type: ignore[operator, arg-type]
+    calls: list[int] = []
+    second.router.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(1, 2, D)
+    with torch.no_grad():
+        first(x)
+        assert second.experts.guessed == len({*(x[0] @ second.router.weight.T).topk(2).indices.flatten().tolist()})
+        assert not calls
+        second(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_likeliest_experts_are_those_a_gate_chooses(score: str, groups: int) -> None:
+    given: dict[str, Any] = {
+        "score": score,
+        "num_groups": groups,
+        "group_topk": min(2, groups),
+        "normalize_logits": 1.0,
+    }
+    router = TopKRouter(D, 16, k=3, selection_bias=True, bias=True, **given).eval()
+    router.selection_bias.normal_(std=0.1)  # type: ignore[union-attr]
+    x = torch.randn(30, D, dtype=torch.bfloat16)
+    routing = router(x)
+    chosen = sorted(zip(routing.token_index.tolist(), routing.expert_index.tolist()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sorted((t, e) for t, row in enumerate(router.likeliest(x).tolist()) for e in row) == chosen
+
+
+def test_no_assignments_have_the_type_of_others_under_autocast() -> None:
+    layer, x = offloaded(experts_of(4), 2), torch.randn(3, D)
+    none = Routing.from_choices(torch.zeros(3, 1).long(), torch.rand(3, 1), 4, keep=torch.zeros(3, 1).bool())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x, none).dtype == layer(x, random_routing(3, 4, 1)).dtype == torch.bfloat16

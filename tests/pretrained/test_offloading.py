@@ -227,3 +227,22 @@ def test_experts_that_are_offloaded_already_are_named():
             change(away)
     with pytest.raises(ValueError, match=r"quantise: model\.layers\.0\.mlp\.experts are in few bits already"):
         zoo.quantise(few)
+
+
+@pytest.mark.parametrize("option", [{"offload": 2}, {"quantise": "int8"}])
+@pytest.mark.parametrize("name", ["vision/vmoe_tiny_test", "vision_language/limoe_tiny", "recommendation/mmoe"])
+def test_folders_that_are_read_whole_say_what_to_do(name, option, tmp_path):
+    zoo.save_pretrained(zoo.create_model(name), tmp_path / "model")
+    (key,) = option
+    with pytest.raises(
+        ValueError, match=rf"from_pretrained: {key} is for transformers' layout; .* zoo\.{key}\(model\)"
+    ):
+        zoo.from_pretrained(tmp_path / "model", **option)
+
+
+def test_a_state_with_experts_is_not_loaded_beside_offloaded_ones():
+    model = zoo.create_model("language/mixtral_tiny")
+    found = zoo.offload(model, 2)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is experts'; those .* are offloaded"):
+        found.load_state_dict(model.state_dict())
+    assert not found.load_state_dict(found.state_dict()).missing_keys

@@ -11,7 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .expert_sources import Held, Source, tensors_of
 from .experts import Experts
-from .quantised import Compute, QuantisedExperts
-from .routers.base import Router
+from .quantised import Compute, QuantisedExperts, computed_in
 from .routing import Routing
+
+if TYPE_CHECKING:
+    from .routers import TopKRouter
 
 READERS = 4  # threads that read experts while others are computed
 
@@ -60,7 +62,7 @@ class OffloadedExperts(nn.Module):
         # No submodule: what is in the slots is no state of the model.
         object.__setattr__(self, "held", held.requires_grad_(False).eval())
         self.met = self.read = self.guessed = 0
-        self._next: tuple[Router, OffloadedExperts] | None = None
+        self._next: tuple[TopKRouter, OffloadedExperts] | None = None
         self._forget()
 
     held: Held
@@ -79,7 +81,7 @@ class OffloadedExperts(nn.Module):
         )
         return count // self.slots * self.num_experts
 
-    def follow(self, router: Router, experts: OffloadedExperts) -> None:
+    def follow(self, router: TopKRouter, experts: OffloadedExperts) -> None:
         """Guess, by the gate of the next layer, which of its experts will be met."""
         self._next = router, experts
 
@@ -130,7 +132,8 @@ class OffloadedExperts(nn.Module):
     def _by_turns(self, x: Tensor, routing: Routing, compute: Slots, learns: bool = False) -> Tensor:
         """The sum of compute(x, part, there) for parts of a decision that refer to slots; which experts these hold."""
         if not routing.token_index.numel():
-            return x * routing.weight.sum().to(x.dtype)  # no assignments, but gradients go back all the same
+            dtype = computed_in(x)
+            return x.to(dtype) * routing.weight.sum().to(dtype)  # no assignments, but gradients go back all the same
         bounds, likely = self._bounds(x, routing)
         busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
         self.met += len(busy)
@@ -156,19 +159,17 @@ class OffloadedExperts(nn.Module):
         """Where each expert's assignments begin, and the experts that the next layer's tokens will probably meet."""
         if self._next is None or not self._may_guess(routing):
             return routing.offsets.tolist(), []
-        with torch.no_grad():
-            offsets = self._next[0](x).offsets
+        chosen = self._next[0].likeliest(x).flatten()
         # One wait for both.
-        found = torch.cat([routing.offsets, offsets]).tolist()
-        own, others = found[: self.num_experts + 1], found[self.num_experts + 1 :]
-        return own, [e for e in range(len(others) - 1) if others[e] < others[e + 1]]
+        found = torch.cat([routing.offsets, chosen.to(routing.offsets.dtype)]).tolist()
+        return found[: self.num_experts + 1], sorted({*found[self.num_experts + 1 :]})
 
     def _may_guess(self, routing: Routing) -> bool:
         assert self._next is not None
         router, experts = self._next
         if router.training or len(experts._slot) == experts.num_experts:
             return False
-        return routing.num_tokens * (getattr(router, "k", None) or 1) <= experts.slots
+        return routing.num_tokens * router.k <= experts.slots
 
     def _groups(self, busy: list[int], kept: bool) -> list[list[int]]:
         """Experts that are computed together: those that are there, then others in halves of the slots.

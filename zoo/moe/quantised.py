@@ -30,7 +30,7 @@ def _waits(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
     """The type that products of x have."""
     rounded = x.dtype != torch.float64 and autocast.is_on(x)
     return torch.get_autocast_dtype(x.device.type) if rounded else x.dtype
@@ -164,7 +164,7 @@ class QuantisedExperts(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
-        dtype, count = _computed_in(x), routing.token_index.numel()
+        dtype, count = computed_in(x), routing.token_index.numel()
         kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
         if not kept and _waits(x) and count and count <= FEW * self.num_experts and dtype != torch.float64:
             return self._few(x, routing, dtype)
@@ -175,7 +175,7 @@ class QuantisedExperts(nn.Module):
 
         `part` is of their assignments alone. `learns` where what `compute` holds itself has gradients.
         """
-        dtype = _computed_in(x)
+        dtype = computed_in(x)
         kept = torch.is_grad_enabled() and (learns or x.requires_grad or routing.weight.requires_grad)
         total = None
         for experts, part in self._groups(x, routing):
