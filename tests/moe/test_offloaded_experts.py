@@ -221,6 +221,9 @@ def test_nothing_is_guessed_in_training_or_for_more_tokens_than_there_is_room() 
     first(torch.randn(3, D))
     second.train()
     first(torch.randn(1, D))
+    second.eval()
+    second.router.to("meta")  # another device than the tokens'
+    first(torch.randn(1, D))
     assert second.experts.guessed == 0
 
 

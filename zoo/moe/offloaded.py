@@ -157,17 +157,18 @@ class OffloadedExperts(nn.Module):
 
     def _bounds(self, x: Tensor, routing: Routing) -> tuple[list[int], list[int]]:
         """Where each expert's assignments begin, and the experts that the next layer's tokens will probably meet."""
-        if self._next is None or not self._may_guess(routing):
+        if self._next is None or not self._may_guess(x, routing):
             return routing.offsets.tolist(), []
         chosen = self._next[0].likeliest(x).flatten()
         # One wait for both.
         found = torch.cat([routing.offsets, chosen.to(routing.offsets.dtype)]).tolist()
         return found[: self.num_experts + 1], sorted({*found[self.num_experts + 1 :]})
 
-    def _may_guess(self, routing: Routing) -> bool:
+    def _may_guess(self, x: Tensor, routing: Routing) -> bool:
         assert self._next is not None
         router, experts = self._next
-        if router.training or len(experts._slot) == experts.num_experts:
+        elsewhere = router.weight.device != x.device  # as where layers are spread over devices
+        if router.training or elsewhere or len(experts._slot) == experts.num_experts:
             return False
         return routing.num_tokens * router.k <= experts.slots
 
