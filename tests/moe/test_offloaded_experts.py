@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from zoo.moe import Experts, MoE, OffloadedExperts, QuantisedExperts, Routing
+from zoo.moe import Experts, LoRAOfExperts, MoE, OffloadedExperts, QuantisedExperts, Routing
 from zoo.moe.capacity import Capacity
 from zoo.moe.expert_sources import OnHost
 from zoo.moe.routers import TopKRouter
@@ -385,3 +385,47 @@ def test_no_assignments_have_the_type_of_others_under_autocast() -> None:
     none = Routing.from_choices(torch.zeros(3, 1).long(), torch.rand(3, 1), 4, keep=torch.zeros(3, 1).bool())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x, none).dtype == layer(x, random_routing(3, 4, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", ["float8", "int8", "mxfp4"])
+@pytest.mark.parametrize("decoded", [1, 1 << 27])  # one expert at a time, all of them
+def test_gradients_through_few_bits_when_experts_come_to_other_slots(
+    format: str, decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.moe.quantised.DECODED", decoded)
+    whole = Experts(12, 64, 32, bias=True)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    few = QuantisedExperts.of(whole, format)
+    exact = Experts(12, 64, 32, bias=True)
+    for name, value in zip(("gate_up_proj", "down_proj"), (few.w_in, few.w_out)):
+        getattr(exact, name).data.copy_(value)
+    exact.gate_up_proj_bias.data.copy_(few.b_in)  # type: ignore[union-attr, arg-type]
+    exact.down_proj_bias.data.copy_(few.b_out)  # type: ignore[union-attr, arg-type]
+    for slots in (3, 5, 11):
+        layer = OffloadedExperts(QuantisedExperts(slots, 64, 32, bias=True, format=format), 12, OnHost(few))
+        tuned = LoRAOfExperts(layer, 2, parts=["gate", "down"])
+        for pair in tuned.lora.parameters():
+            torch.nn.init.normal_(pair, std=0.3)
+        merged = copy.deepcopy(exact)
+        with torch.no_grad():
+            a, b = tuned.lora["gate"].a, tuned.lora["gate"].b
+            merged.gate_up_proj[:, :32] += 8.0 * b @ a
+            merged.down_proj += 8.0 * tuned.lora["down"].b @ tuned.lora["down"].a
+        for experts, reference in ((layer, exact), (tuned, merged), (layer, exact)):
+            routing = random_routing(20, 12, 7)
+            x = torch.randn(20, 64, requires_grad=True)
+            routing.weight.requires_grad_()
+            y = experts(x, routing)
+            g = torch.randn_like(y)
+            x64, weight64 = x.detach().double().requires_grad_(), routing.weight.detach().double().requires_grad_()
+            rows = []
+            for n, (t, e) in enumerate(zip(routing.token_index.tolist(), routing.expert_index.tolist())):
+                into = reference.gate_up_proj[e].double() @ x64[t] + reference.gate_up_proj_bias[e].double()
+                hidden = torch.nn.functional.silu(into[:32]) * into[32:]
+                rows.append(weight64[n] * (reference.down_proj[e].double() @ hidden + reference.down_proj_bias[e]))
+            expected = torch.zeros(20, 64, dtype=torch.float64).index_add(0, routing.token_index, torch.stack(rows))
+            assert error(y, expected) < 1e-5
+            found = torch.autograd.grad(y, [x, routing.weight], g)
+            wanted = torch.autograd.grad(expected, [x64, weight64], g.double())
+            assert all(error(a, b) < 1e-4 for a, b in zip(found, wanted))

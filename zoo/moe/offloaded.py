@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 READERS = 4  # threads that read experts while others are computed
 
-Slots = Callable[[Tensor, Routing, list[int]], Tensor]
+Slots = Callable[[Tensor, Routing, list[int], list[int]], Tensor]
 
 
 class OffloadedExperts(nn.Module):
@@ -114,23 +114,35 @@ class OffloadedExperts(nn.Module):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
-        return self._by_turns(x, routing, lambda x, part, _: self.held(x, part))
+
+        def of_slots(x: Tensor, part: Routing, there: list[int], slots: list[int]) -> Tensor:
+            if isinstance(self.held, Experts):
+                return self.held(x, part)
+            return self.held(x, part, _sent(np.array(slots), x.device))
+
+        return self._by_turns(x, routing, of_slots)
 
     def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:
         """The same, compute(weights, experts [G], x, part) saying what some experts add, as `QuantisedExperts`'."""
 
-        def of_slots(x: Tensor, part: Routing, there: list[int]) -> Tensor:
+        def of_slots(x: Tensor, part: Routing, there: list[int], slots: list[int]) -> Tensor:
             experts = _sent(np.array(there), x.device)
             if isinstance(self.held, Experts):
                 return compute(self.held.held, experts, x, part)
-            return self.held.in_groups(x, part, lambda w, slots, x, p: compute(w, experts[slots], x, p), learns)
+            which = _sent(np.array(slots), x.device)
+            return self.held.in_groups(x, part, lambda w, n, x, p: compute(w, experts[n], x, p), learns, which)
 
         return self._by_turns(x, routing, of_slots, learns)
 
     # Which experts are needed the host decides.
     @torch.compiler.disable
     def _by_turns(self, x: Tensor, routing: Routing, compute: Slots, learns: bool = False) -> Tensor:
-        """The sum of compute(x, part, there) for parts of a decision that refer to slots; which experts these hold."""
+        """The sum of compute(x, part, there, slots) for parts of a decision.
+
+        A part refers to the experts `there`, in these slots: in all of them for `Experts`, whose weights are a stack.
+        In few bits experts have an order of their own. As they are decoded by a checkpoint inside ours, all but the
+        slots must be in a backward what it was before.
+        """
         if not routing.token_index.numel():
             dtype = computed_in(x)
             return x.to(dtype) * routing.weight.sum().to(dtype)  # no assignments, but gradients go back all the same
@@ -192,15 +204,15 @@ class OffloadedExperts(nn.Module):
         with self._lock:
             self.read += self._bring(experts)  # others may have come since, in a backward or for another thread
             self._wait(experts)
-            order = sorted(experts, key=self._slot.__getitem__)
-            ends, there = np.zeros(self.slots + 1, np.int32), [0] * self.slots
-            for e in order:
-                ends[self._slot[e] + 1] = bounds[e + 1] - bounds[e]
-                there[self._slot[e]] = e
-            spans = _sent(np.concatenate([np.arange(bounds[e], bounds[e + 1]) for e in order]), token.device)
-            offsets = _sent(ends.cumsum(dtype=np.int32), token.device)
+            there, slots = experts, [self._slot[e] for e in experts]
+            if isinstance(self.held, Experts):
+                holders, slots = dict(zip(slots, experts)), list(range(self.slots))
+                there = [holders.get(slot, -1) for slot in slots]
+            ends = np.cumsum([0, *(bounds[e + 1] - bounds[e] if e >= 0 else 0 for e in there)], dtype=np.int32)
+            spans = _sent(np.concatenate([np.arange(bounds[e], bounds[e + 1]) for e in there if e >= 0]), token.device)
+            offsets = _sent(ends, token.device)
             part = Routing(token.index_select(0, spans), offsets, weight.index_select(0, spans), x.shape[0])
-            y = compute(x, part, there)
+            y = compute(x, part, [max(e, 0) for e in there], slots)
             if self._stream is not None:
                 self._users.add(torch.cuda.current_stream(self._stream.device))
             return y

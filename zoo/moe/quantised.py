@@ -162,15 +162,21 @@ class QuantisedExperts(nn.Module):
 
     # Which experts are decoded the host decides.
     @torch.compiler.disable
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
+    def forward(self, x: Tensor, routing: Routing, which: Tensor | None = None) -> Tensor:
+        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D].
+
+        which: of the experts that `routing` refers to, which they are here; None where they are the same.
+        """
         dtype, count = computed_in(x), routing.token_index.numel()
         kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
         if not kept and _waits(x) and count and count <= FEW * self.num_experts and dtype != torch.float64:
-            return self._few(x, routing, dtype)
-        return self.in_groups(x, routing, lambda weights, _, x, part: self.compute_with(weights, x, part))
+            return self._few(x, routing, dtype, which)
+        compute: Compute = lambda weights, _, x, part: self.compute_with(weights, x, part)  # noqa: E731
+        return self.in_groups(x, routing, compute, which=which)
 
-    def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:
+    def in_groups(
+        self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False, which: Tensor | None = None
+    ) -> Tensor:
         """The same, a few experts decoded at a time: compute(weights, experts [G], x, part) says what these add.
 
         `part` is of their assignments alone. `learns` where what `compute` holds itself has gradients.
@@ -179,7 +185,8 @@ class QuantisedExperts(nn.Module):
         kept = torch.is_grad_enabled() and (learns or x.requires_grad or routing.weight.requires_grad)
         total = None
         for experts, part in self._groups(x, routing):
-            given = (x, part.weight, experts, part, dtype, compute)
+            # An argument: where experts come and go it is another one in a backward.
+            given = (x, part.weight, experts if which is None else which[experts], experts, part, dtype, compute)
             y = checkpoint(self._some, *given, use_reentrant=False) if kept else self._some(*given)
             total = y if total is None else total + y
         if total is None:
@@ -187,32 +194,39 @@ class QuantisedExperts(nn.Module):
         return total
 
     def _some(
-        self, x: Tensor, weight: Tensor, experts: Tensor, part: Routing, dtype: torch.dtype, compute: Compute
+        self,
+        x: Tensor,
+        weight: Tensor,
+        which: Tensor,
+        experts: Tensor,
+        part: Routing,
+        dtype: torch.dtype,
+        compute: Compute,
     ) -> Tensor:
         """What some experts add."""
         with torch.no_grad():
-            w_in, w_out = (self.decoded(name, experts, dtype) for name in self._shapes)
-            b_in, b_out = (b if b is None else b[experts].to(dtype) for b in (self.b_in, self.b_out))
+            w_in, w_out = (self.decoded(name, which, dtype) for name in self._shapes)
+            b_in, b_out = (b if b is None else b[which].to(dtype) for b in (self.b_in, self.b_out))
         routing = Routing(part.token_index, part.offsets, weight, part.num_tokens)
         return compute(Weights(w_in, w_out, b_in, b_out), experts, x, routing)
 
-    def _few(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    def _few(self, x: Tensor, routing: Routing, dtype: torch.dtype, which: Tensor | None) -> Tensor:
         """The same on the CPU for a few tokens, without gradients: nothing decoded leaves the cache."""
         act, form, bounds = get_activation(self.activation), FORMATS[self.format], routing.offsets.tolist()
         rows = x.index_select(0, routing.token_index).to(dtype)
         weight = routing.weight[:, None].to(dtype)
         if self.weigh_input:
             rows = rows * weight
-        out = torch.empty_like(rows)
-        for e in (e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]):
-            hidden, span = rows[bounds[e] : bounds[e + 1]], slice(bounds[e], bounds[e + 1])
+        out, here = torch.empty_like(rows), range(self.num_experts) if which is None else which.tolist()
+        for n, e in ((n, e) for n, e in enumerate(here) if bounds[n] < bounds[n + 1]):
+            hidden, span = rows[bounds[n] : bounds[n + 1]], slice(bounds[n], bounds[n + 1])
             for name, bias in zip(self._shapes, (self.b_in, self.b_out)):
                 codes, scales = (
                     getattr(self, f"{name}_{kind}")[e].unflatten(0, (self.parts[name], -1)) for kind in KINDS
                 )
                 product = hidden.new_empty(len(hidden), len(codes), codes.shape[1])
-                for n in range(len(codes)):
-                    form.linear(hidden, codes[n], scales[n], product[:, n])
+                for part in range(len(codes)):
+                    form.linear(hidden, codes[part], scales[part], product[:, part])
                 product = product.flatten(1)
                 if bias is not None:
                     product += bias[e].to(dtype)
@@ -234,7 +248,7 @@ class QuantisedExperts(nn.Module):
             yield routing.expert_index, Routing(routing.token_index, starts, routing.weight, tokens)
             return
         bounds = routing.offsets.tolist()
-        busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
+        busy = [e for e in range(routing.num_experts) if bounds[e] < bounds[e + 1]]
         size = max(1, (DECODED // 4 if _waits(x) else DECODED) // each)
         for group in (busy[n : n + size] for n in range(0, len(busy), size)):
             first, last = bounds[group[0]], bounds[group[-1] + 1]
