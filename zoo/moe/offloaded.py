@@ -270,16 +270,22 @@ class OffloadedExperts(nn.Module):
     def _wait(self, experts: Sequence[int]) -> None:
         """Let what is computed from now on find these experts in their slots; raises what reading them raised."""
         for e in experts:
-            coming = self._coming.pop(e, None)
-            if coming is not None and coming.exception() is not None:
+            coming = self._coming.get(e)
+            if coming is None:
+                continue
+            if coming.exception() is not None:
                 # It may be long ago that this was asked for, and the reason may have gone.
+                del self._coming[e]
                 self._free.append(self._slot.pop(e))
                 self._bring([e])
-                coming = self._coming.pop(e)
+                coming = self._coming[e]
                 if coming.exception() is not None:
+                    del self._coming[e]
                     self._free.append(self._slot.pop(e))
-            event = coming.result() if coming is not None else None
-            if event is not None:
+            event = coming.result()
+            if event is None or event.query():
+                del self._coming[e]
+            else:  # kept: another stream may ask for it before it is there
                 torch.cuda.current_stream(self._stream.device).wait_event(event)
 
     def extra_repr(self) -> str:
