@@ -1,15 +1,21 @@
 """Experts that come when tokens meet them, against a float64 loop over all of them."""
 
 import copy
+import gc
+import multiprocessing
 import pickle
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from zoo.moe import Experts, MoE, OffloadedExperts, QuantisedExperts, Routing
-from zoo.moe.offloaded import OnHost
+from zoo.moe import Experts, LoRAOfExperts, MoE, OffloadedExperts, QuantisedExperts, Routing
+from zoo.moe.capacity import Capacity
+from zoo.moe.expert_sources import OnHost
 from zoo.moe.routers import TopKRouter
 
 D, F = 24, 20
@@ -215,4 +221,211 @@ def test_nothing_is_guessed_in_training_or_for_more_tokens_than_there_is_room() 
     first(torch.randn(3, D))
     second.train()
     first(torch.randn(1, D))
+    second.eval()
+    second.router.to("meta")  # another device than the tokens'
+    first(torch.randn(1, D))
     assert second.experts.guessed == 0
+
+
+def test_activation_checkpointing_around_it() -> None:
+    """What is there when a forward is repeated is not what was there the first time."""
+    experts = experts_of(7)
+    layer = offloaded(experts, 4)
+    for _ in range(6):
+        tokens = int(torch.randint(1, 9, ()))
+        routing = random_routing(tokens, 7, 2)
+        x = torch.randn(tokens, D, requires_grad=True)
+        routing.weight.requires_grad_()
+        y = checkpoint(layer, x, routing, use_reentrant=False)
+        layer(torch.randn(5, D), random_routing(5, 7, 1))
+        g = torch.randn_like(y)
+        dx, dw = torch.autograd.grad(y, [x, routing.weight], g)
+        x64, weight64 = x.detach().double().requires_grad_(), routing.weight.detach().double().requires_grad_()
+        expected = loop(experts, x64, routing, weight64)
+        ex, ew = torch.autograd.grad(expected, [x64, weight64], g.double())
+        assert error(dx, ex) < 2e-6
+        assert torch.allclose(dw.double(), ew, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_call_it_at_once() -> None:
+    experts = experts_of(7)
+    layer = offloaded(experts, 2)
+    given = [(torch.randn(6, D), random_routing(6, 7, 2)) for _ in range(40)]
+    expected = [loop(experts, x.double(), r, r.weight.double()) for x, r in given]
+    errors: list[float] = []
+
+    def call(first: int) -> None:
+        for n in range(first, len(given), 4):
+            errors.append(error(layer(*given[n]), expected[n]))
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == len(given)
+    assert max(errors) < 1e-6
+
+
+def while_experts_come() -> tuple[Experts, Slow, MoE]:
+    """A layer whose experts have been asked for on a guess, and do not come."""
+    experts = experts_of(8)
+    slow = Slow(experts)
+    first, second = layers([OnHost(experts), slow], 4)
+    first.experts.follow(second.router, second.experts)  # type: ignore[operator, arg-type]
+    with torch.no_grad():
+        first(torch.randn(2, D))
+    assert slow.asked.wait(20)
+    return experts, slow, second
+
+
+def test_it_is_copied_while_experts_come() -> None:
+    experts, slow, layer = while_experts_come()
+    copied, again = copy.deepcopy(layer), copy.deepcopy(layer.experts)
+    slow.may.set()
+    x = torch.randn(5, D)
+    routing = layer.router(x)
+    expected = loop(experts, x.double(), routing, routing.weight.double())
+    for y in (layer(x), copied(x), again(x, routing)):
+        assert error(y, expected) < 1e-6
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_a_forked_process_waits_for_none_of_its_parents_reads() -> None:
+    experts, slow, layer = while_experts_come()
+    x = torch.randn(5, D)
+    with torch.no_grad():
+        routing = layer.router(x)
+        expected = loop(experts, x.double(), routing, routing.weight.double())
+
+    def child() -> None:
+        slow.may = threading.Event()
+        slow.may.set()
+        with torch.no_grad():
+            assert error(layer(x), expected) < 1e-6
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    slow.may.set()
+    process.kill()
+    assert process.exitcode == 0
+
+
+def test_made_and_called_in_inference_mode() -> None:
+    experts = experts_of(5)
+    with torch.inference_mode():
+        layer = offloaded(experts, 2)
+        x, routing = torch.randn(6, D), random_routing(6, 5, 2)
+        assert error(layer(x, routing), loop(experts, x.double(), routing, routing.weight.double())) < 1e-6
+
+
+def test_pages_are_locked_as_long_as_their_memory_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's own calls are stood in for: no GPU is needed to see when they are made."""
+    locked: dict[int, int] = {}
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda at, size, flags: locked.setdefault(at, size) and 0, cudaHostUnregister=locked.pop
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
+    experts = Experts(4, 512, 256, bias=True).requires_grad_(False)
+    matrices = (experts.gate_up_proj, experts.down_proj)
+    expected = {w.data_ptr(): w.numel() * w.itemsize for w in matrices}
+    source = OnHost(experts, lock=True)
+    assert locked == expected  # and no biases, which share their pages with others
+    del source
+    gc.collect()
+    assert locked == expected
+    del experts, matrices
+    gc.collect()
+    assert not locked
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"capacity": Capacity(1.0), "group_size": "sequence"}, {"losses": {"sequence": 1.0}, "eval_losses": True}],
+)
+def test_a_guess_needs_no_more_than_tokens(options: dict[str, Any]) -> None:
+    """What a gate is told besides, as which tokens make a sequence, is not known yet; and hooks see decisions alone."""
+    experts = experts_of(8)
+    first, second = layers([OnHost(experts), OnHost(experts)], 4)
+    second.router = TopKRouter(D, 8, k=2, **options).eval()
+    first.experts.follow(second.router, second.experts)  # type: ignore[operator, arg-type]
+    calls: list[int] = []
+    second.router.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(1, 2, D)
+    with torch.no_grad():
+        first(x)
+        assert second.experts.guessed == len({*(x[0] @ second.router.weight.T).topk(2).indices.flatten().tolist()})
+        assert not calls
+        second(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid"])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_likeliest_experts_are_those_a_gate_chooses(score: str, groups: int) -> None:
+    given: dict[str, Any] = {
+        "score": score,
+        "num_groups": groups,
+        "group_topk": min(2, groups),
+        "normalize_logits": 1.0,
+    }
+    router = TopKRouter(D, 16, k=3, selection_bias=True, bias=True, **given).eval()
+    router.selection_bias.normal_(std=0.1)  # type: ignore[union-attr]
+    x = torch.randn(30, D, dtype=torch.bfloat16)
+    routing = router(x)
+    chosen = sorted(zip(routing.token_index.tolist(), routing.expert_index.tolist()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert sorted((t, e) for t, row in enumerate(router.likeliest(x).tolist()) for e in row) == chosen
+
+
+def test_no_assignments_have_the_type_of_others_under_autocast() -> None:
+    layer, x = offloaded(experts_of(4), 2), torch.randn(3, D)
+    none = Routing.from_choices(torch.zeros(3, 1).long(), torch.rand(3, 1), 4, keep=torch.zeros(3, 1).bool())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x, none).dtype == layer(x, random_routing(3, 4, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("format", ["float8", "int8", "mxfp4"])
+@pytest.mark.parametrize("decoded", [1, 1 << 27])  # one expert at a time, all of them
+def test_gradients_through_few_bits_when_experts_come_to_other_slots(
+    format: str, decoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("zoo.moe.quantised.DECODED", decoded)
+    whole = Experts(12, 64, 32, bias=True)
+    for parameter in whole.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    few = QuantisedExperts.of(whole, format)
+    exact = Experts(12, 64, 32, bias=True)
+    for name, value in zip(("gate_up_proj", "down_proj"), (few.w_in, few.w_out)):
+        getattr(exact, name).data.copy_(value)
+    exact.gate_up_proj_bias.data.copy_(few.b_in)  # type: ignore[union-attr, arg-type]
+    exact.down_proj_bias.data.copy_(few.b_out)  # type: ignore[union-attr, arg-type]
+    for slots in (3, 5, 11):
+        layer = OffloadedExperts(QuantisedExperts(slots, 64, 32, bias=True, format=format), 12, OnHost(few))
+        tuned = LoRAOfExperts(layer, 2, parts=["gate", "down"])
+        for pair in tuned.lora.parameters():
+            torch.nn.init.normal_(pair, std=0.3)
+        merged = copy.deepcopy(exact)
+        with torch.no_grad():
+            a, b = tuned.lora["gate"].a, tuned.lora["gate"].b
+            merged.gate_up_proj[:, :32] += 8.0 * b @ a
+            merged.down_proj += 8.0 * tuned.lora["down"].b @ tuned.lora["down"].a
+        for experts, reference in ((layer, exact), (tuned, merged), (layer, exact)):
+            routing = random_routing(20, 12, 7)
+            x = torch.randn(20, 64, requires_grad=True)
+            routing.weight.requires_grad_()
+            y = experts(x, routing)
+            g = torch.randn_like(y)
+            x64, weight64 = x.detach().double().requires_grad_(), routing.weight.detach().double().requires_grad_()
+            rows = []
+            for n, (t, e) in enumerate(zip(routing.token_index.tolist(), routing.expert_index.tolist())):
+                into = reference.gate_up_proj[e].double() @ x64[t] + reference.gate_up_proj_bias[e].double()
+                hidden = torch.nn.functional.silu(into[:32]) * into[32:]
+                rows.append(weight64[n] * (reference.down_proj[e].double() @ hidden + reference.down_proj_bias[e]))
+            expected = torch.zeros(20, 64, dtype=torch.float64).index_add(0, routing.token_index, torch.stack(rows))
+            assert error(y, expected) < 1e-5
+            found = torch.autograd.grad(y, [x, routing.weight], g)
+            wanted = torch.autograd.grad(expected, [x64, weight64], g.double())
+            assert all(error(a, b) < 1e-4 for a, b in zip(found, wanted))

@@ -175,3 +175,74 @@ def test_a_file_that_goes_is_named_when_an_expert_is_read(tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors"):
         found(torch.randint(0, 256, TOKENS))
+
+
+def test_the_working_directory_may_change(tmp_path, monkeypatch):
+    model = theirs("mixtral")
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    found = zoo.from_pretrained("model", offload=2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    tokens = torch.randint(0, 256, TOKENS)
+    with torch.no_grad():
+        assert error(found(tokens).logits, model(tokens).logits) < 1e-5
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_a_file_that_is_written_to_is_named_when_an_expert_is_read(scales, tmp_path):
+    """Another model's experts of the same shapes would be computed with."""
+    theirs("deepseek_v3").save_pretrained(tmp_path / "model", **({} if scales else {"max_shard_size": "200KB"}))
+    folder = tmp_path / "model"
+    if scales:
+        quantise_fp8(folder, tmp_path / "fp8")
+        folder = tmp_path / "fp8"
+    found = zoo.from_pretrained(folder, offload=2)
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"safetensors has changed since model\.layers\.\d\.mlp\.experts was found"):
+        found(torch.randint(0, 256, TOKENS))
+
+
+@pytest.mark.parametrize("format", ["int8", "mxfp4"])
+def test_adapters_remember_the_format_of_offloaded_experts(format, tmp_path):
+    zoo.save_pretrained(zoo.create_model("language/mixtral_tiny"), tmp_path / "model")
+    base = zoo.from_pretrained(tmp_path / "model", offload=3, quantise=format)
+    tuned = zoo.adapt(base, "LoRA", rank=2, targets=["gate", "down"]).eval()
+    zoo.save_pretrained(tuned, tmp_path / "adapters")
+    tokens = torch.randint(0, 256, TOKENS)
+    for options in ({}, {"offload": 2}):
+        read = zoo.from_pretrained(tmp_path / "adapters", **options)
+        with torch.no_grad():
+            assert error(read(tokens).logits, tuned(tokens).logits) < 1e-4
+
+
+def test_experts_that_are_offloaded_already_are_named():
+    model = zoo.create_model("language/mixtral_tiny")
+    with pytest.raises(ValueError, match="slots must be a whole number, got True"):
+        zoo.offload(model, True)
+    away, few = zoo.offload(model, 2), zoo.quantise(model)
+    for change in (zoo.quantise, lambda m: zoo.offload(m, 2)):
+        with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts are offloaded already"):
+            change(away)
+    with pytest.raises(ValueError, match=r"quantise: model\.layers\.0\.mlp\.experts are in few bits already"):
+        zoo.quantise(few)
+
+
+@pytest.mark.parametrize("option", [{"offload": 2}, {"quantise": "int8"}])
+@pytest.mark.parametrize("name", ["vision/vmoe_tiny_test", "vision_language/limoe_tiny", "recommendation/mmoe"])
+def test_folders_that_are_read_whole_say_what_to_do(name, option, tmp_path):
+    zoo.save_pretrained(zoo.create_model(name), tmp_path / "model")
+    (key,) = option
+    with pytest.raises(
+        ValueError, match=rf"from_pretrained: {key} is for transformers' layout; .* zoo\.{key}\(model\)"
+    ):
+        zoo.from_pretrained(tmp_path / "model", **option)
+
+
+def test_a_state_with_experts_is_not_loaded_beside_offloaded_ones():
+    model = zoo.create_model("language/mixtral_tiny")
+    found = zoo.offload(model, 2)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.gate_up_proj is experts'; those .* are offloaded"):
+        found.load_state_dict(model.state_dict())
+    assert not found.load_state_dict(found.state_dict()).missing_keys

@@ -61,7 +61,7 @@ def save(
         "base": {
             "class": type(model).__name__,
             "name": str(getattr(model, "name_or_path", "") or ""),
-            "quantise": next((m.format for m in model.modules() if isinstance(m, QuantisedExperts)), None),
+            "quantise": next((m.format for m in map(_kept, model.modules()) if isinstance(m, QuantisedExperts)), None),
             "tensors": dict(sorted(_shapes(model, state).items())),
             "weights": _fingerprint(model, state, more),
         },
@@ -158,6 +158,11 @@ def _learnt_beside(model: nn.Module) -> list[str]:
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, Router)):
             names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
     return sorted(names & model.state_dict().keys() - adapters.keys())
+
+
+def _kept(module: nn.Module) -> nn.Module:
+    """A module, of offloaded experts those that stand for them where tokens are."""
+    return module.held if isinstance(module, OffloadedExperts) else module
 
 
 def _matrices(model: nn.Module) -> dict[str, list[int]]:

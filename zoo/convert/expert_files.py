@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from ..moe import Experts, QuantisedExperts
 from ..moe.kernels.codes import BLOCK
 from ..moe.quantised import KINDS
-from ..pretrained.quantised import Fp8
+from ..pretrained.quantised import Fp8, Quantised
 from ..pretrained.sharded import View, fill, part_of
 from ..pretrained.tensorfile import Entry
 
@@ -34,6 +36,9 @@ class ExpertFiles:
                 for e in range(view.origin[0], view.origin[0] + count):
                     self.parts[e][own][key] = entry, view
         self.parts = {e: dict(parts) for e, parts in self.parts.items()}
+        self.files = {
+            path: _state(path) for tensors in found.values() for entry, _ in tensors.values() for path in _paths(entry)
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertFiles:
         return self
@@ -42,9 +47,14 @@ class ExpertFiles:
     def read(self, expert: int, held: Experts | QuantisedExperts, slot: int) -> None:
         """Fill one slot of `held` with an expert, rounded to its kind; one matrix is held as it was at a time.
 
-        Raises ValueError naming layer, matrix and expert for numbers that few bits cannot hold, and file and tensor
-        for a file that has changed.
+        Raises ValueError naming layer, matrix and expert for numbers that few bits cannot hold, and the file where one
+        was written to since.
         """
+        for path in {
+            p for found in self.parts.get(expert, {}).values() for entry, _ in found.values() for p in _paths(entry)
+        }:
+            if _state(path) != self.files[path]:
+                raise ValueError(f"{path} has changed since {self.name} was found in it; read the model again")
         for own, found in self.parts.get(expert, {}).items():
             if isinstance(held, QuantisedExperts) and not own.endswith("_bias"):
                 try:
@@ -71,6 +81,17 @@ class ExpertFiles:
         for entry, view in found.values():
             if part := part_of(view, (1, *self.shapes[own][1:]), offset, one):
                 entry.read_part(*part)
+
+
+def _paths(entry: Entry) -> set[Path]:
+    """The files that a tensor is read from: its scales may be in another."""
+    return {entry.path, entry.scale.path} if isinstance(entry, Quantised) else {entry.path}
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes with a file's content."""
+    found = os.stat(path)
+    return found.st_mtime_ns, found.st_size
 
 
 def _in_our_blocks(found: Found, held: QuantisedExperts, own: str) -> bool:

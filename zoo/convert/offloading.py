@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Experts, MoE, OffloadedExperts, QuantisedExperts
+from ..moe.expert_sources import OnHost, tensors_of
 from ..moe.experts import check_sizes
-from ..moe.offloaded import OnHost, tensors_of
 from ..moe.routers import TopKRouter
 from ..pretrained.adopt import materialize
 from ..pretrained.sharded import views
@@ -27,8 +27,9 @@ def offload(model: nn.Module, slots: int, device: torch.device | str | None = No
     The experts stay where the given model has them, usually the host's memory, in numbers of few bits too
     (`zoo.quantise`), and copy when tokens meet them; those met last stay. All else is copied to `device`, by default
     where the model is. With `ahead` each layer lets those come that the next layer's gate would choose for its tokens
-    (Mixtral offloading, arXiv 2312.17238), where that is a `TopKRouter`. Experts are frozen from then on, and must
-    not be changed in the given model. `zoo.from_pretrained(folder, offload=slots)` leaves experts in their files.
+    (Mixtral offloading, arXiv 2312.17238), where that is a `TopKRouter`. Experts are frozen and without dropout from
+    then on, and must not be changed in the given model. `zoo.from_pretrained(folder, offload=slots)` leaves experts in
+    their files, which must not be changed either.
 
     Raises ValueError for fewer slots than one, a model without experts, experts spread over processes or merged by
     their gate, naming the layer.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import Experts, MoE, QuantisedExperts
+from ..moe import Experts, MoE, OffloadedExperts, QuantisedExperts
 from ..pretrained.adopt import materialize
 from ..pretrained.sharded import views
 from ..pretrained.tensorfile import Entry
@@ -63,6 +63,10 @@ def stacks_of(model: nn.Module, what: str, kinds: tuple[type, ...] = (Experts,))
     """Experts of some kinds by name; raises ValueError where there are none, or a gate needs them whole."""
     stacks = {name: module for name, module in model.named_modules() if type(module) in kinds}
     if not stacks:
+        for name, module in model.named_modules():
+            if isinstance(module, (OffloadedExperts, QuantisedExperts)):
+                how = "offloaded" if isinstance(module, OffloadedExperts) else "in few bits"
+                raise ValueError(f"{what}: {name} are {how} already; give the model that they are from")
         raise ValueError(f"{what}: {type(model).__name__} has no experts of ours (zoo.moe.Experts)")
     for name, module in model.named_modules():
         if isinstance(module, MoE) and module.router.merges and type(module.experts) in kinds:

@@ -23,7 +23,7 @@ from .routing import Routing
 def check_sizes(kind: str, **sizes: int) -> None:
     """Raise ValueError naming the first size that is no whole number, or below one."""
     for name, value in sizes.items():
-        if not isinstance(value, (Integral, torch.SymInt)):
+        if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
             raise ValueError(f"{kind}: {name} must be a whole number, got {value!r}")
         if value < 1:
             raise ValueError(f"{kind}: {name} must be at least 1, got {value}")

@@ -16,7 +16,7 @@ from . import autocast
 from .experts import Experts, Weights, check_sizes
 from .kernels import coded, get_activation
 from .kernels.codes import FORMATS
-from .routing import Routing
+from .routing import Routing, count_experts
 
 DECODED = 1 << 27  # numbers that are decoded at a time on a GPU, on the CPU a quarter
 FEW = 32  # rows an expert has on average up to which the CPU multiplies what it decodes at once
@@ -30,7 +30,7 @@ def _waits(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
     """The type that products of x have."""
     rounded = x.dtype != torch.float64 and autocast.is_on(x)
     return torch.get_autocast_dtype(x.device.type) if rounded else x.dtype
@@ -164,26 +164,31 @@ class QuantisedExperts(nn.Module):
 
     # Which experts are decoded the host decides.
     @torch.compiler.disable
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
-        dtype, count = _computed_in(x), routing.token_index.numel()
+    def forward(self, x: Tensor, routing: Routing, which: Tensor | None = None) -> Tensor:
+        """Weighted sum [T, D] of what each token's experts make of tokens x [T, D].
+
+        which: of the experts that `routing` refers to, which they are here; None where they are the same.
+        """
+        dtype, count = computed_in(x), routing.token_index.numel()
         kept = torch.is_grad_enabled() and (x.requires_grad or routing.weight.requires_grad)
         if not kept and _waits(x) and count and count <= FEW * self.num_experts and dtype != torch.float64:
-            return self._few(x, routing, dtype)
+            return self._few(x, routing, dtype, which)
         if not _waits(x) and count <= coded.FUSED * self.num_experts and self.unfused(x) is None:
-            return self.fused(x, routing)
-        return self.decoded_first(x, routing)
+            return self.fused(x, routing, which)
+        return self.decoded_first(x, routing, which)
 
     def unfused(self, x: Tensor) -> str | None:
         """Why `fused` cannot compute tokens x; None where it can."""
         if self.backend not in ("auto", "triton"):
             return f"backend {self.backend!r} multiplies whole weights"
-        return coded.unsupported(x, _computed_in(x), self.activation)
+        return coded.unsupported(x, computed_in(x), self.activation)
 
-    def fused(self, x: Tensor, routing: Routing) -> Tensor:
+    def fused(self, x: Tensor, routing: Routing, which: Tensor | None = None) -> Tensor:
         """The same by kernels that read codes: nothing decoded reaches memory."""
+        if which is not None:
+            routing = _in_order(routing, which, self.num_experts)
         token, weight, place = routing.token_index, routing.weight, routing.place
-        rows = x.to(_computed_in(x))
+        rows = x.to(computed_in(x))
         if self.weigh_input:
             # Every assignment is a token of its own, weighed before the experts.
             rows = rows.index_select(0, token) * weight[:, None].to(rows.dtype)
@@ -194,20 +199,24 @@ class QuantisedExperts(nn.Module):
         y = coded.moe_mlp_coded(rows, w_in, w_out, b_in, b_out, weight, *how)
         return y.new_zeros(x.shape).index_add(0, routing.token_index, y) if self.weigh_input else y
 
-    def decoded_first(self, x: Tensor, routing: Routing) -> Tensor:
+    def decoded_first(self, x: Tensor, routing: Routing, which: Tensor | None = None) -> Tensor:
         """The same by whole weights, a few experts decoded at a time."""
-        return self.in_groups(x, routing, lambda weights, _, x, part: self.compute_with(weights, x, part))
+        compute: Compute = lambda weights, _, x, part: self.compute_with(weights, x, part)  # noqa: E731
+        return self.in_groups(x, routing, compute, which=which)
 
-    def in_groups(self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False) -> Tensor:
+    def in_groups(
+        self, x: Tensor, routing: Routing, compute: Compute, learns: bool = False, which: Tensor | None = None
+    ) -> Tensor:
         """The same, a few experts decoded at a time: compute(weights, experts [G], x, part) says what these add.
 
         `part` is of their assignments alone. `learns` where what `compute` holds itself has gradients.
         """
-        dtype = _computed_in(x)
+        dtype = computed_in(x)
         kept = torch.is_grad_enabled() and (learns or x.requires_grad or routing.weight.requires_grad)
         total = None
         for experts, part in self._groups(x, routing):
-            given = (x, part.weight, experts, part, dtype, compute)
+            # An argument: where experts come and go it is another one in a backward.
+            given = (x, part.weight, experts if which is None else which[experts], experts, part, dtype, compute)
             y = checkpoint(self._some, *given, use_reentrant=False) if kept else self._some(*given)
             total = y if total is None else total + y
         if total is None:
@@ -215,32 +224,39 @@ class QuantisedExperts(nn.Module):
         return total
 
     def _some(
-        self, x: Tensor, weight: Tensor, experts: Tensor, part: Routing, dtype: torch.dtype, compute: Compute
+        self,
+        x: Tensor,
+        weight: Tensor,
+        which: Tensor,
+        experts: Tensor,
+        part: Routing,
+        dtype: torch.dtype,
+        compute: Compute,
     ) -> Tensor:
         """What some experts add."""
         with torch.no_grad():
-            w_in, w_out = (self.decoded(name, experts, dtype) for name in self._shapes)
-            b_in, b_out = (b if b is None else b[experts].to(dtype) for b in (self.b_in, self.b_out))
+            w_in, w_out = (self.decoded(name, which, dtype) for name in self._shapes)
+            b_in, b_out = (b if b is None else b[which].to(dtype) for b in (self.b_in, self.b_out))
         routing = Routing(part.token_index, part.offsets, weight, part.num_tokens)
         return compute(Weights(w_in, w_out, b_in, b_out), experts, x, routing)
 
-    def _few(self, x: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    def _few(self, x: Tensor, routing: Routing, dtype: torch.dtype, which: Tensor | None) -> Tensor:
         """The same on the CPU for a few tokens, without gradients: nothing decoded leaves the cache."""
         act, form, bounds = get_activation(self.activation), FORMATS[self.format], routing.offsets.tolist()
         rows = x.index_select(0, routing.token_index).to(dtype)
         weight = routing.weight[:, None].to(dtype)
         if self.weigh_input:
             rows = rows * weight
-        out = torch.empty_like(rows)
-        for e in (e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]):
-            hidden, span = rows[bounds[e] : bounds[e + 1]], slice(bounds[e], bounds[e + 1])
+        out, here = torch.empty_like(rows), range(self.num_experts) if which is None else which.tolist()
+        for n, e in ((n, e) for n, e in enumerate(here) if bounds[n] < bounds[n + 1]):
+            hidden, span = rows[bounds[n] : bounds[n + 1]], slice(bounds[n], bounds[n + 1])
             for name, bias in zip(self._shapes, (self.b_in, self.b_out)):
                 codes, scales = (
                     getattr(self, f"{name}_{kind}")[e].unflatten(0, (self.parts[name], -1)) for kind in KINDS
                 )
                 product = hidden.new_empty(len(hidden), len(codes), codes.shape[1])
-                for n in range(len(codes)):
-                    form.linear(hidden, codes[n], scales[n], product[:, n])
+                for part in range(len(codes)):
+                    form.linear(hidden, codes[part], scales[part], product[:, part])
                 product = product.flatten(1)
                 if bias is not None:
                     product += bias[e].to(dtype)
@@ -262,7 +278,7 @@ class QuantisedExperts(nn.Module):
             yield routing.expert_index, Routing(routing.token_index, starts, routing.weight, tokens)
             return
         bounds = routing.offsets.tolist()
-        busy = [e for e in range(self.num_experts) if bounds[e] < bounds[e + 1]]
+        busy = [e for e in range(routing.num_experts) if bounds[e] < bounds[e + 1]]
         size = max(1, (DECODED // 4 if _waits(x) else DECODED) // each)
         for group in (busy[n : n + size] for n in range(0, len(busy), size)):
             first, last = bounds[group[0]], bounds[group[-1] + 1]
@@ -276,3 +292,12 @@ class QuantisedExperts(nn.Module):
         """Sizes for `print(model)`."""
         sizes = f"{self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}"
         return f"{sizes}, activation={self.activation!r}, format={self.format!r}"
+
+
+def _in_order(routing: Routing, which: Tensor, num_experts: int) -> Routing:
+    """A decision about the experts `which`, in any order, as one about all, in theirs."""
+    expert = which[routing.expert_index]
+    order = expert.argsort(stable=True)
+    offsets = torch.zeros(num_experts + 1, dtype=routing.offsets.dtype, device=expert.device)
+    offsets[1:] = count_experts(expert, num_experts).cumsum(0)
+    return Routing(routing.token_index[order], offsets, routing.weight[order], routing.num_tokens)

@@ -28,7 +28,8 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     recommendation model (`zoo.pretrained.recommendation.load`), a LIMoE (`zoo.pretrained.vision_language.load`) or
     adapters (`zoo.convert.adapter_folder.load`; `base` is the model they stand beside); or the prefix of an original
     V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but recommendation and adapters router, losses,
-    capacity and backend. Raises what these do, naming file and tensor.
+    capacity and backend. Raises what these do, naming file and tensor, and ValueError for quantise and offload of
+    another layout than transformers'.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
@@ -36,6 +37,13 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     path = hub.local_folder(source, **{key: options.pop(key) for key in HUB if key in options})
     if adapter_folder.is_adapted(path):
         return adapter_folder.load(path, **options)
+    expert_by_expert = [key for key in ("quantise", "offload") if options.get(key) is not None]
+    other = _is_timm(path) or recommendation.is_recommendation(path) or vision_language.is_vision_language(path)
+    if expert_by_expert and (other or moe_llava.is_moe_llava(path)):
+        key = expert_by_expert[0]
+        raise ValueError(
+            f"from_pretrained: {key} is for transformers' layout; read {path} whole, then zoo.{key}(model)"
+        )
     if _is_timm(path):
         return _named(_vision().from_timm(path, **options), source)
     if recommendation.is_recommendation(path):

@@ -220,7 +220,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def entries_of(folder: Path, raw: Mapping[str, Any]) -> dict[str, Entry]:
     """Every tensor of a checkpoint by name, quantised ones as the numbers they mean; `raw` is its configuration."""
     method_of(raw, folder / CONFIG)  # refused before any weights are looked for
-    return dequantised(_entries(folder), raw, folder / CONFIG)
+    # What stays in its files is read when the working directory may be another.
+    return dequantised(_entries(folder.absolute()), raw, folder / CONFIG)
 
 
 def _entries(folder: Path) -> dict[str, Entry]:

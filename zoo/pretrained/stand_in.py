@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import QuantisedExperts
+from ..moe import OffloadedExperts, QuantisedExperts
 from ..moe.grown import joined_state
 from .language import RELATIVES, TABLES, tensors_on_disk
 
@@ -61,7 +61,7 @@ def stand_in(model: Any) -> None:
 def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Copy tensors under published names, of which a stacked one of ours has many, into the model.
 
-    Raises ValueError for experts under names that are not the model's and not known here.
+    Raises ValueError for experts under names that are not the model's and not known here, or that are offloaded.
     """
     held: dict[str, Tensor] = {} if prefix else model.state_dict()
     foreign = [name for name in state if ".experts." in name and name not in held]
@@ -80,6 +80,8 @@ def _take_published(model: nn.Module, state: dict[str, Any], prefix: str, *_: An
                     part.copy_(state.pop(key))
                     state[name] = tensor
     if left := [name for name in foreign if name in state]:
+        if any(isinstance(module, OffloadedExperts) for module in model.modules()):
+            raise ValueError(f"load_state_dict: {left[0]} is experts'; those of this model are offloaded, and no state")
         raise ValueError(
             f"load_state_dict: {left[0]} and {len(left) - 1} more are named as {config.model_type} is published; read "
             "the checkpoint with zoo.from_pretrained"

@@ -70,7 +70,7 @@ class Entry:
         """Fill `target`, converting dtype and device where they differ; raises as `check`, and at an early end."""
         self.check(target)
         dtype, target = DTYPES[self.dtype], target.detach()
-        direct = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+        direct = _direct(target, dtype)
         buffer = target if direct else torch.empty(self.shape, dtype=dtype, device="cpu")
         if buffer.numel():
             # Unbuffered: Python's own buffer would copy every byte once more.
@@ -93,12 +93,15 @@ class Entry:
             numbers = range(box[0].start, box[0].stop)
             return sum(self.at(n).read_part(part, box[1:]) for n, part in zip(numbers, target))
         rows, row = box[0], math.prod(self.shape[1:]) * dtype.itemsize
-        buffer = torch.empty((rows.stop - rows.start, *self.shape[1:]), dtype=dtype, device="cpu")
+        shape = (rows.stop - rows.start, *self.shape[1:])
+        direct = _direct(target, dtype) and target.shape == shape
+        buffer = target if direct else torch.empty(shape, dtype=dtype, device="cpu")
         if buffer.numel():
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(self.start + rows.start * row)
                 self._fill(file, buffer.reshape(-1).view(torch.uint8).numpy().data)
-        target.copy_(buffer[(slice(None), *box[1:])])
+        if not direct:
+            target.copy_(buffer[(slice(None), *box[1:])])
         return buffer.numel() * dtype.itemsize
 
     def _fill(self, file: Any, view: memoryview) -> None:
@@ -108,6 +111,11 @@ class Entry:
             if not count:
                 raise ValueError(f"{self.path}: truncated: tensor {self.key} ends after {done} of {len(view)} bytes")
             done += count
+
+
+def _direct(target: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a file's bytes can be read into a tensor's memory as they are."""
+    return target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
 
 
 @dataclass(frozen=True)

@@ -146,5 +146,5 @@ def _pieces(key: str, target: Tensor, entry: Entry, label: str) -> Iterator[tupl
 def _unknown_part(label: str, what: str) -> ValueError:
     return ValueError(
         f"{label} cannot be read in parts: transformers' conversions do not say which part of the model a tensor of "
-        f"its files is ({what}). Read it whole, without mesh, and spread it with zoo.parallel.parallelize"
+        f"its files is ({what}). Read it whole, and then zoo.parallel.parallelize, zoo.quantise or zoo.offload"
     )

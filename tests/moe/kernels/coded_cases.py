@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.moe import LoRAOfExperts, QuantisedExperts, Routing, quantised
+from zoo.moe import LoRAOfExperts, OffloadedExperts, QuantisedExperts, Routing, quantised
+from zoo.moe.expert_sources import OnHost
 from zoo.moe.kernels import coded, moe_mlp
 from zoo.moe.kernels.codes import FORMATS
 from zoo.moe.kernels.triton import forward
@@ -181,3 +182,23 @@ def test_pairs_beside_experts_are_as_before():
     x = torch.randn(4, 32, device=DEVICE)
     beside = LoRAOfExperts(few, rank=2).to(DEVICE)  # which adds nothing yet
     torch.testing.assert_close(beside(x, routing), few(x, routing), rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_experts_are_read_where_they_are():
+    """Two of four slots, in another order than that of the experts, and experts that come again in the backward."""
+    few = made("float8", 32, 32, 5)
+    layer = OffloadedExperts(made("float8", 32, 32, 4), 5, OnHost(few))
+    x = torch.randn(6, 32, device=DEVICE)
+    for last in (4, 2, 0):
+        layer(x, routing_of([[last]] * 6, 5))
+    routing = routing_of(some_of(6, 5, 3), 5)
+    routing.weight.requires_grad_()
+    x.requires_grad_()
+    for _ in range(2):
+        dy = torch.randn_like(x)
+        found = layer(x, routing)
+        grads = torch.autograd.grad(found, [x, routing.weight], dy)
+        y, *exact = by_loop(few, x, routing, dy)
+        assert (found - y).norm() <= EXACT[x.dtype] * y.norm()
+        assert (grads[0] - exact[0]).norm() <= EXACT[x.dtype] * exact[0].norm()
+        assert (grads[1] - exact[1]).norm() <= EXACT[x.dtype] * torch.maximum(exact[1].norm(), y.norm())

@@ -9,7 +9,7 @@ from itertools import cycle
 import torch
 
 from ...moe import Experts, OffloadedExperts, Routing
-from ...moe.offloaded import OnHost
+from ...moe.expert_sources import OnHost
 from ..contestants import Shape
 from .setting import Row, Setting, distance, text, tried
 from .times import seconds

@@ -168,6 +168,15 @@ class TopKRouter(Router):
             context["noise_std"] = F.softplus(F.linear(x, self.noise_weight.to(x.dtype))) + NOISE_FLOOR
         return self.route(logits, **context)
 
+    @torch.no_grad()
+    def likeliest(self, x: Tensor) -> Tensor:
+        """The experts [T, K] of tokens x [T, D] by score alone: without noise, capacity and losses, best first."""
+        with autocast.off(x):
+            logits = self._logits(x if x.dtype == torch.float64 else x.to(self.dtype or x.dtype))
+            if self.normalize_logits is not None:
+                logits = standardized(logits, self.normalize_logits)
+            return self._choose(self._scores(logits), self._preference(logits, None))[0]
+
     def _logits(self, x: Tensor, **context: Any) -> Tensor:
         """Logits [.., E] of tokens x [.., D]."""
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
