@@ -33,11 +33,13 @@ class Capacity:
         position      earliest tokens first, whichever of their choices it is (Megatron, DeepSpeed's top-k gate)
         probability   by score within each expert, highest first (Megatron's and DeepSpeed's `probs`)
         priority      batch priority routing: tokens by their largest score, first choices first (V-MoE)
-        priority_sum  the same with tokens ordered by the sum of their K scores (the paper's variant)
+        priority_sum  the same with tokens ordered by the sum of their K scores (the paper's variant); sums are equal
+                      where only rounding tells them apart
         random        tokens in random order, first choices first (random token selection, Z-code M3)
         unordered     whichever C of an expert's tokens torch.topk finds in a column of equal ones: as many, not the
                       earliest (DeepSpeed's top-1 gate without random token selection; Megatron's `position` as it
                       runs on a CPU, and its `probs` where all weights are 1)
+    Equals go in token order, `random` and `unordered` aside.
     `renormalize` divides what is left of a token's weights by their sum (DeepSpeed's GShard; not V-MoE, not Switch).
 
     How many choices are kept is known only when they are: torch.compile breaks the graph there, once a layer, unless
@@ -131,11 +133,19 @@ class Capacity:
         elif self.drop == "priority":
             by_token = weight.amax(-1).argsort(dim=1, descending=True, stable=True)
         elif self.drop == "priority_sum":
-            by_token = weight.sum(-1).argsort(dim=1, descending=True, stable=True)
+            by_token = _sum_without_noise(weight).argsort(dim=1, descending=True, stable=True)
         else:
             return flat.transpose(1, 2).reshape(groups, -1)
         ordered = flat.gather(1, by_token.unsqueeze(-1).expand(-1, -1, k))
         return ordered.transpose(1, 2).reshape(groups, -1)
+
+
+def _sum_without_noise(weight: Tensor) -> Tensor:
+    """Sums [G, N] of weights [G, N, K], without the last bits, in which those of distributions over k = E differ."""
+    bits = round(-math.log2(torch.finfo(weight.dtype).eps))
+    bits -= 4 if bits > 16 else 0  # a softmax is off by up to eight times the last bit; one in half precision by half
+    mantissa, exponent = torch.frexp(weight.double().sum(-1))
+    return torch.ldexp((mantissa * 2.0**bits).round(), exponent)
 
 
 def as_capacity(said: Any, **defaults: Any) -> Capacity:
