@@ -5,9 +5,10 @@ N tokens in a routing group, K choices a token, E experts, C places an expert ha
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -151,12 +152,35 @@ def _sum_without_noise(weight: Tensor) -> Tensor:
 def as_capacity(said: Any, **defaults: Any) -> Capacity:
     """A capacity from one, from its arguments over those given as defaults, or from its factor.
 
+    Arguments may come as {"class_path": "zoo.moe.Capacity", "init_args": {...}} too, the class a full path or ours.
+
     Raises ValueError for anything else, and as `Capacity`.
     """
     if isinstance(said, Capacity):
         return said
     if isinstance(said, Mapping):
-        return Capacity(**{**defaults, **said})
+        made, given = _class_and_arguments(said)
+        known = [field.name for field in fields(made) if field.init]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{made.__name__}: unknown argument {name!r}; known: {', '.join(known)}")
+        return made(**{**defaults, **given})
     if isinstance(said, bool) or not isinstance(said, Real):
         raise ValueError(f"capacity must be a factor, arguments of a Capacity, or one itself, got {said!r}")
     return Capacity(**{**defaults, "factor": float(said)})
+
+
+def _class_and_arguments(said: Mapping[str, Any]) -> tuple[type[Capacity], Mapping[str, Any]]:
+    if "class_path" not in said:
+        return Capacity, said
+    path, beside = said["class_path"], set(said) - {"class_path", "init_args"}
+    if beside:
+        raise ValueError(f"capacity: {', '.join(sorted(beside))} beside class_path; arguments belong in init_args")
+    module, _, name = str(path).rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name) if module else globals()[name]
+    except (ImportError, AttributeError, KeyError):
+        made = None
+    if not (isinstance(made, type) and issubclass(made, Capacity)):
+        raise ValueError(f"capacity: class_path {path!r} is no zoo.moe.Capacity")
+    return made, said.get("init_args") or {}
