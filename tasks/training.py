@@ -89,6 +89,9 @@ class Task(LightningModule):
         non_finite: Literal["stop", "skip", "ignore"] = "stop",
     ) -> None:
         super().__init__()
+        for name, value in (("lr", lr), ("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         self._conversions = conversions.parse(convert or [])
         self.decided: dict[int, dict[str, Any]] = {}
         if convert and isinstance(network, nn.Module):
