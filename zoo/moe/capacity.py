@@ -75,6 +75,11 @@ class Capacity:
         if absolute is None and factor == math.inf:
             absolute = tokens  # asked of the factor: of a product with a symbolic size torch.compile does not know it
         elif absolute is None:
+            if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting() and not _is_known(tokens):
+                raise ValueError(
+                    "Capacity: a graph for any number of tokens has no share of them; make groups of a fixed size "
+                    "(group_images=1 of a vision model), or set tokens, or an infinite factor"
+                )
             # Rounded to nine digits first, so that an error in the last bit does not add a place.
             share = round(tokens * (k if self.count_choices else 1) * factor / num_experts, 9) if tokens else 0.0
             absolute = int(ROUNDING[self.rounding](share))
@@ -139,6 +144,13 @@ class Capacity:
             return flat.transpose(1, 2).reshape(groups, -1)
         ordered = flat.gather(1, by_token.unsqueeze(-1).expand(-1, -1, k))
         return ordered.transpose(1, 2).reshape(groups, -1)
+
+
+def _is_known(size: Any) -> bool:
+    """Whether a symbolic size is the same whatever the others are, such as B * N // B."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+    return is_concrete_int(size)
 
 
 def _sum_without_noise(weight: Tensor) -> Tensor:
