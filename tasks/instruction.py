@@ -124,6 +124,8 @@ class InstructionTask(Task):
 
     def configure_model(self) -> None:
         """Build the model, and let the data fit its processor to it; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         data = getattr(self._trainer, "datamodule", None)
         built: Any = self.build() if self.model is None else None
         model = self.model if built is None else built

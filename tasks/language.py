@@ -195,6 +195,8 @@ class LanguageTask(Task):
 
     def configure_model(self) -> None:
         """Build the model once the tokenizer is known; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         trainer = self._trainer
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if self.model is None:

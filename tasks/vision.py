@@ -209,6 +209,8 @@ class VisionTask(Task):
 
     def configure_model(self) -> None:
         """Build the model once the classes are known; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         data = getattr(self._trainer, "datamodule", None)
         if self.model is None:
             if data is not None:
