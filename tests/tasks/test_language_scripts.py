@@ -22,7 +22,7 @@ def run(monkeypatch, name, *args):
         ("generate.py", ["model", "x", "--tokens", 0], "max_new_tokens must be at least 1, got 0"),
         ("generate.py", ["model", "x", "--temperature", -1], "temperature must be at least 0, got -1.0"),
         ("generate.py", ["nowhere", "x"], "nowhere: no such folder"),
-        ("generate.py", ["empty", "x"], "empty: no config.json"),
+        ("generate.py", ["empty", "x"], "empty/config.json: no such file"),
         ("train_language.py", ["empty.txt", "--out", "made"], "nothing to train on; give more text"),
         ("train_language.py", ["short.txt", "--out", "made"], "nothing to val on; give more text"),
         ("split_dense.py", ["vit_tniy"], "unknown model of timm 'vit_tniy'; did you mean"),

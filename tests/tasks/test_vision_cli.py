@@ -235,7 +235,7 @@ def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):
     ("config", "args", "told"),
     [
         ("vmoe_digits", ["--model.pretrained", "nowhere"], "nowhere: no such folder, and no repository id"),
-        ("vmoe_digits", ["--model.pretrained", "."], "no config.json"),
+        ("vmoe_digits", ["--model.pretrained", "."], "config.json: no such file"),
         ("vmoe_digits", ["--model.capacity", "-1"], "factor=-1.0 leave 0 places an expert"),
         (
             "soft_moe_digits",

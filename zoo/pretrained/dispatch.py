@@ -47,7 +47,9 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     if image_text.is_image_text(path):
         return image_text.from_pretrained(path, **options)
     if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json; expected a folder that save_pretrained wrote, or the hub's")
+        raise FileNotFoundError(
+            f"{path / 'config.json'}: no such file; expected a folder of save_pretrained's, or the hub's"
+        )
     if switch.is_switch(path):
         return switch.from_pretrained(path, **options)
     if language.has_table(path):
