@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from tasks.cli import run_script
 from zoo.convert.adapter_kinds import KINDS, PARTS
 from zoo.data.corpus import open_corpus
 from zoo.moe import balance, record
@@ -166,4 +167,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import zoo
+from tasks.cli import run_script
 from zoo.analysis import analyse
 from zoo.data import open_tokenizer
 from zoo.report.analysis import build_analysis
@@ -93,4 +94,4 @@ def weights(name: str) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

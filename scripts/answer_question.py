@@ -9,6 +9,7 @@ import torch
 
 import zoo
 from tasks.answering import answer, open_image, open_processor
+from tasks.cli import run_script
 
 
 def main() -> None:
@@ -26,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

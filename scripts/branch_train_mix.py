@@ -22,6 +22,7 @@ import torch
 import transformers
 
 import zoo
+from tasks.cli import run_script
 from zoo.models import DomainEnsemble
 from zoo.moe import MoE, record
 
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

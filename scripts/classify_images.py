@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import zoo
+from tasks.cli import run_script
 from tasks.vision_data import VisionData, channels_of
 from zoo.data.images import image_files
 from zoo.data.images_rows import ImageRows, unlabelled
@@ -23,6 +24,8 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = zoo.from_pretrained(args.model, device=device)
+    if not hasattr(model, "pretrained_cfg"):
+        parser.error(f"{args.model} is a {type(model).__name__}; expected a model of images")
     names = model.pretrained_cfg.get("label_names")
     files = image_files(args.images)
     wanted = VisionData(channels=channels_of(model)).preparation(model)
@@ -34,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import zoo
+from tasks.cli import run_script
 from tasks.language import LanguageData, LanguageTask
 
 
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

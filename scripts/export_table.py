@@ -6,6 +6,7 @@ python scripts/export_table.py my-model --out served
 import argparse
 
 import zoo
+from tasks.cli import run_script
 from zoo.models.recommendation_export import GRAPH, export_graph
 
 
@@ -20,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,6 +7,7 @@ import argparse
 
 import lightning.pytorch as pl
 
+from tasks.cli import run_script
 from tasks.vision import VisionData, VisionTask
 from zoo.data.images_transforms import Augment
 
@@ -39,4 +40,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

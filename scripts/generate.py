@@ -8,7 +8,8 @@ import argparse
 import torch
 
 import zoo
-from tasks.generation import generate, prompt_ids
+from tasks.cli import run_script
+from tasks.generation import check_sampling, generate, prompt_ids
 from zoo.data import open_tokenizer
 
 
@@ -25,6 +26,7 @@ def main() -> None:
     )
     args = parser.parse_args()
 
+    check_sampling(args.tokens, args.temperature)
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {name: value for name in ("quantise", "offload") if (value := getattr(args, name)) is not None}
@@ -37,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import zoo
 from tasks.capacity import FACTORS, trade_off
+from tasks.cli import run_script
 from tasks.vision_data import VisionData, channels_of
 from zoo.report.chart import Series
 from zoo.report.picture import picture
@@ -45,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 import zoo
+from tasks.cli import run_script
 from zoo.data.tables import open_files
 from zoo.data.tables_stream import Stream
 
@@ -31,6 +32,8 @@ def main() -> None:
         parser.error(f"{out} exists; name another file")
 
     model = zoo.from_pretrained(args.model)
+    if not hasattr(model, "preparation"):
+        parser.error(f"{args.model} is a {type(model).__name__}; expected a recommendation model")
     draft, writer = out.with_name(f".{out.name}.partial"), None  # named OUT once it is whole
     for batch in Stream(open_files(args.input), model.preparation, args.batch_size):
         with torch.inference_mode():
@@ -45,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

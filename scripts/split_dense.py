@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 import zoo
+from tasks.cli import run_script
+from tasks.vision import check_timm
 from zoo.convert import set_k
 from zoo.convert.split_predictor import oracle
 
@@ -86,6 +88,7 @@ def vision(args: argparse.Namespace) -> tuple[Any, list[torch.Tensor]]:
     from PIL import Image
     from timm.data import create_transform, resolve_data_config
 
+    check_timm(args.model)
     model = timm.create_model(args.model, pretrained=not args.scratch).eval()
     config = resolve_data_config({}, model=model)
     if args.images is None:
@@ -127,4 +130,4 @@ def error(sparse: Any, batches: list[torch.Tensor], expected: list[torch.Tensor]
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -7,6 +7,7 @@ import argparse
 
 import lightning.pytorch as pl
 
+from tasks.cli import run_script
 from tasks.language import LanguageData, LanguageTask
 
 
@@ -37,4 +38,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

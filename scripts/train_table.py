@@ -9,6 +9,7 @@ import argparse
 
 import lightning.pytorch as pl
 
+from tasks.cli import run_script
 from tasks.recommendation import RecommendationData, RecommendationTask
 
 
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import zoo
+from tasks.cli import run_script
 from tasks.zero_shot import class_embeddings
 from zoo.data import open_tokenizer
 from zoo.data.images import image_files
@@ -40,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -6,7 +6,7 @@ What needs no library is done first: help, misspelt subcommands, config files th
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -69,6 +69,15 @@ def _classes(domain: str, args: Sequence[str], configs: Sequence[dict[str, Any]]
     if name not in TASKS[domain]:
         raise unknown(f"task of zoo {domain}", name, TASKS[domain])
     return TASKS[domain][name]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`; what is wrong with its arguments and files is one line, with exit status 2."""
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 def usage(domain: str) -> str:

@@ -117,6 +117,11 @@ def _losses(task: Any, batches: int, model: nn.Module) -> Iterator[Tensor]:
         task.model = before
 
 
+def looks_at_data(conversions: Iterable[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Whether one of these conversions does."""
+    return any(CALIBRATE in inspect.signature(getattr(zoo, name)).parameters for name, _ in conversions)
+
+
 def decided_in(checkpoint: str | Path) -> dict[int, dict[str, Any]]:
     """What data decided in the run that a checkpoint is of, a file or a folder of parts; its weights are not read."""
     path = store.found(Path(checkpoint))

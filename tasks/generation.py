@@ -16,6 +16,16 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> Tensor:
     return torch.tensor([[tokenizer.start, *ids.tolist()]])
 
 
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float = 1.0) -> None:
+    """Raise ValueError for what nothing can be generated with."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -25,7 +35,11 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
 ) -> str:
-    """Text that continues prompt ids [1, S], prompt included; temperature 0 takes the likeliest token each time."""
+    """Text that continues prompt ids [1, S], prompt included; temperature 0 takes the likeliest token each time.
+
+    Raises ValueError as `check_sampling`.
+    """
+    check_sampling(max_new_tokens, temperature, top_p)
     training = model.training
     model.eval()
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}

@@ -65,6 +65,8 @@ class InstructionTask(Task):
     ) -> None:
         super().__init__(network, **training)
         self.overrides: dict[str, Any] = dict(overrides or {})
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._subcommand = "fit"
         self._shares = ModalityShares()
         if isinstance(pretrained, dict) and set(pretrained) != {"language_model", "vision_tower"}:
@@ -122,6 +124,8 @@ class InstructionTask(Task):
 
     def configure_model(self) -> None:
         """Build the model, and let the data fit its processor to it; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         data = getattr(self._trainer, "datamodule", None)
         built: Any = self.build() if self.model is None else None
         model = self.model if built is None else built

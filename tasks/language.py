@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import zoo
-from tasks.generation import generate, prompt_ids
+from tasks.generation import check_sampling, generate, prompt_ids
 from tasks.teacher import Teacher
 from tasks.training import Overrides, Task, share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
@@ -177,6 +177,7 @@ class LanguageTask(Task):
         **training: Any,
     ) -> None:
         super().__init__(network, **training)
+        check_sampling(max_new_tokens, temperature, top_p)
         self.overrides: dict[str, Any] = dict(overrides or {})
         self._teacher = Teacher(teacher) if teacher else None
 
@@ -194,6 +195,8 @@ class LanguageTask(Task):
 
     def configure_model(self) -> None:
         """Build the model once the tokenizer is known; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         trainer = self._trainer
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         if self.model is None:

@@ -7,7 +7,8 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -75,6 +76,20 @@ def quiet() -> None:
     messages.addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)  # torchrec asks it whether it traces
+
+
+MISTAKES = (ValueError, OSError, ImportError, AssertionError, MisconfigurationException)  # timm asserts
+
+
+@contextmanager
+def _one_line(*kinds: type[Exception], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Turn these exceptions into an ArgumentMistake, but where `unless` says otherwise."""
+    try:
+        yield
+    except kinds as error:
+        if unless():
+            raise
+        raise ArgumentMistake(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 class ArgumentMistake(Exception):
@@ -213,6 +228,16 @@ class TaskCLI(LightningCLI):
                 again += [option, *values]
         self.config = self.parser.parse_args(again, namespace=self.config)
 
+    def _set_seed(self) -> None:
+        with _one_line(ValueError):
+            super()._set_seed()
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run; what is wrong with data or options and shows before the first batch is one line, not a traceback."""
+        loop = self.trainer.fit_loop.epoch_loop if subcommand == "fit" else getattr(self.trainer, f"{subcommand}_loop")
+        with _one_line(*MISTAKES, unless=lambda: loop.batch_progress.total.ready > 0):
+            super()._run_subcommand(subcommand)
+
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
         config = self.config[self._only]
@@ -221,7 +246,7 @@ class TaskCLI(LightningCLI):
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
         if checkpoint and Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
             raise ArgumentMistake(f"{checkpoint} is no checkpoint, or not a whole one")
-        try:
+        with _one_line(*MISTAKES, TypeError, RuntimeError):
             if self._only == "fit" and (root := config["trainer"]["default_root_dir"]):
                 check_writable("trainer.default_root_dir", root)
             super().instantiate_classes()
@@ -238,8 +263,6 @@ class TaskCLI(LightningCLI):
                     "that a fit would start from",
                     stacklevel=2,
                 )
-        except (ValueError, TypeError, ImportError, OSError, MisconfigurationException) as error:
-            raise ArgumentMistake(str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with CSV and TensorBoard logs and checkpoints, unless the config names its own."""

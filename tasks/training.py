@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +90,9 @@ class Task(LightningModule):
         non_finite: Literal["stop", "skip", "ignore"] = "stop",
     ) -> None:
         super().__init__()
+        for name, value in (("lr", lr), ("warmup_steps", warmup_steps), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
         self._conversions = conversions.parse(convert or [])
         self.decided: dict[int, dict[str, Any]] = {}
         if convert and isinstance(network, nn.Module):
@@ -166,6 +170,11 @@ class Task(LightningModule):
     def check_model(self, model: Any, data: Any) -> None:
         """Raise ValueError when a model does not fit the data."""
 
+    def waits_for_checkpoint(self) -> bool:
+        """Whether a model cannot be built, since only a checkpoint, with `load_from_checkpoint`, tells its shape."""
+        alone = self._trainer is None and self.model is None and not self.decided
+        return alone and not torch.empty(0).is_meta and conversions.looks_at_data(self._conversions)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Let the data object first: with other classes or another tokenizer the weights' shapes fail less clearly.
 
@@ -176,12 +185,12 @@ class Task(LightningModule):
         if (name := type(data).__qualname__) in checkpoint and data is not None:
             data.load_state_dict(checkpoint[name])
         decided = checkpoint.get(conversions.DECIDED, {})
-        if decided and decided != self.decided and trainer is not None:
-            # Other data, or other weights to start from, decided otherwise here.
+        if decided and decided != self.decided:
+            # Other data, or other weights to start from, decided otherwise here; or nothing has yet.
             self.decided, self.model, self._compiled = decided, None, False
-            with trainer.init_module():
+            with trainer.init_module() if trainer is not None else nullcontext():
                 self.configure_model()
-            for callback in trainer.callbacks if trainer.training else ():
+            for callback in trainer.callbacks if trainer is not None and trainer.training else ():
                 if isinstance(callback, WeightAveraging):
                     callback.setup(trainer, self, "fit")  # the copy that it has is of the model before
 

@@ -25,6 +25,7 @@ from tasks.training import Overrides, Task
 from tasks.vision_data import VisionData, channels_of
 from zoo.data.images_rows import IGNORE
 from zoo.distillation import soft_loss
+from zoo.nearest import unknown
 
 __all__ = ["VisionData", "VisionTask"]
 
@@ -38,6 +39,14 @@ def takes_any_size(name: str) -> bool:
     register_models()
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     return known is not None and not known.fixed_input_size
+
+
+def check_timm(name: Any) -> None:
+    """Raise ValueError, with the nearest ones, for no model of timm's, which may also be "hf-hub:..." and the like."""
+    import timm
+
+    if not isinstance(name, str) or (":" not in name and not timm.is_model(name)):
+        raise unknown("model of timm", str(name), timm.list_models())
 
 
 def image_size_of(model: Any) -> tuple[int, ...] | None:
@@ -106,6 +115,11 @@ class VisionTask(Task):
         self._classes: tuple[str, ...] | None = None  # of a pretrained model that only predicts; else those of the data
         if pretrained and upcycle:
             raise ValueError("pretrained and upcycle exclude each other: both say where the weights come from")
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing is a share of the target, from 0 to 1, got {label_smoothing}")
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+            if alpha < 0:
+                raise ValueError(f"{name} must be at least 0, got {alpha}")
         self._mix = self._mixing() if mixup or cutmix else None
 
     def _mixing(self) -> Any:
@@ -126,6 +140,7 @@ class VisionTask(Task):
             import timm
 
             how = dict(h["upcycle"])
+            check_timm(how.get("model"))
             weights = how.pop("pretrained", False) and not torch.empty(0).is_meta
             if takes_any_size(how["model"]):
                 sizes.pop("img_size", None)
@@ -194,6 +209,8 @@ class VisionTask(Task):
 
     def configure_model(self) -> None:
         """Build the model once the classes are known; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         data = getattr(self._trainer, "datamodule", None)
         if self.model is None:
             if data is not None:

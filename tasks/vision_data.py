@@ -73,12 +73,13 @@ class VisionData(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("image_size", image_size or 1)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        Preparation(image_size or 1, channels)  # raises for what does not fit
         self.source, self.root, self.download, self.held_out = source, root, download, held_out
         self.image_size, self.channels, self.batch_size = image_size, channels, batch_size
         self.num_workers, self.seed, self.on_corrupt = num_workers, seed, on_corrupt
         self.augment, self.to_predict = augment, images or []
         self.given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
+        said = {name: value for name, value in self.given.items() if value is not None}
+        Preparation(image_size or 1, channels, **said)  # raises for what does not fit
 
     @cached_property
     def images(self) -> Images:

@@ -121,6 +121,8 @@ class ContrastiveTask(Task):
 
     def configure_model(self) -> None:
         """Build the model once the vocabulary is known; Lightning calls this."""
+        if self.waits_for_checkpoint():
+            return
         data = getattr(self._trainer, "datamodule", None)
         if self.model is None:
             if data is not None:

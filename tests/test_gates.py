@@ -11,7 +11,7 @@ from torch import Tensor
 import zoo
 from zoo.gates import layer_gates
 from zoo.moe import Capacity, MoE, Router, Routing
-from zoo.moe.routers import TopKRouter
+from zoo.moe.routers import ExpertChoiceRouter, TopKRouter
 
 
 class EveryOther(Router):
@@ -77,10 +77,59 @@ def test_losses_and_capacity_reach_the_familys_own_gate():
     assert (router.normalize, router.k, router.capacity) == (True, 4, Capacity(factor=1.0))
 
 
-@pytest.mark.parametrize("capacity", [1.5, {"factor": 1.5}, Capacity(factor=1.5)])
-def test_capacity_may_be_a_factor_arguments_or_an_object(capacity):
-    assert gates(None, capacity=capacity)[0].capacity == Capacity(factor=1.5)
-    assert gates({"name": "TopKRouter", "capacity": capacity if not isinstance(capacity, float) else {"factor": 1.5}})
+class Roomy(Capacity):
+    """A capacity of one's own: a place more than asked."""
+
+    def places(self, *args, **kwargs):
+        return super().places(*args, **kwargs) + 1
+
+
+@pytest.mark.parametrize(
+    "capacity",
+    [
+        1.5,
+        {"factor": 1.5},
+        Capacity(factor=1.5),
+        {"class_path": "zoo.moe.Capacity", "init_args": {"factor": 1.5}},
+        {"class_path": "Capacity", "init_args": {"factor": 1.5}},
+        {"class_path": f"{__name__}.Roomy", "init_args": {"factor": 1.5}},
+    ],
+)
+def test_capacity_may_be_a_factor_arguments_an_object_or_a_class_path(capacity):
+    expected = (Roomy if "Roomy" in str(capacity) else Capacity)(factor=1.5)
+    assert gates(None, capacity=capacity)[0].capacity == expected
+    assert gates({"name": "TopKRouter", "capacity": capacity})[0].capacity == expected
+    assert TopKRouter(8, 4, capacity=capacity).capacity == expected
+    assert ExpertChoiceRouter(8, 4, capacity=capacity).capacity == expected
+
+
+def test_a_capacity_of_ones_own_is_saved_by_its_class_path(tmp_path):
+    model = zoo.create_model("vision/vmoe_tiny_test", router={"name": "TopKRouter", "capacity": Roomy(2.0)})
+    zoo.save_pretrained(model, tmp_path / "model")
+    read = zoo.from_pretrained(tmp_path / "model")
+    assert {m.router.capacity for m in read.modules() if isinstance(m, MoE)} == {Roomy(2.0)}
+    assert isinstance(next(m.router.capacity for m in read.modules() if isinstance(m, MoE)), Roomy)
+
+
+@pytest.mark.parametrize(
+    ("capacity", "message"),
+    [
+        ({"class_path": "zoo.moe.Capacity", "factor": 1.5}, "factor beside class_path; arguments belong in init_args"),
+        ({"class_path": "zoo.moe.Router"}, "class_path 'zoo.moe.Router' is no zoo.moe.Capacity"),
+        ({"class_path": "nowhere.Capacity"}, "class_path 'nowhere.Capacity' is no zoo.moe.Capacity"),
+        ({"class_path": None}, "class_path None is no zoo.moe.Capacity"),
+        ({"facto": 1.5}, "Capacity: unknown argument 'facto'; known: factor, eval_factor"),
+        ({"class_path": "Capacity", "init_args": {"facto": 1.5}}, "Capacity: unknown argument 'facto'; known: factor"),
+    ],
+)
+def test_a_wrong_capacity_is_explained(capacity, message):
+    for make in (
+        lambda: gates(None, capacity=capacity),
+        lambda: gates({"name": "TopKRouter", "capacity": capacity}),
+        lambda: zoo.create_model("vision/vmoe_tiny_test", capacity=capacity),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
 
 
 def test_losses_are_handed_to_another_gate_as_well():

@@ -9,7 +9,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .moe import Capacity, Router, routers
+from .moe import Router, routers
+from .moe.capacity import as_capacity
 from .nearest import unknown
 
 
@@ -38,7 +39,7 @@ def gate_factory(
     optional = {**(defaults or {}), **({} if k is None else {"k": k})}
     arguments = {**{name: v for name, v in optional.items() if name in accepted}, **given, **arguments}
     if isinstance(arguments.get("capacity"), Mapping):
-        arguments["capacity"] = Capacity(**arguments["capacity"])
+        arguments["capacity"] = as_capacity(arguments["capacity"])
     for name in arguments:
         if name not in accepted and not anything:
             raise unknown(f"argument of {label}", name, accepted - {"dim", "num_experts"})

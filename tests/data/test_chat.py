@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -197,6 +198,49 @@ def test_a_packed_row_gives_each_conversation_the_logits_it_has_alone(processor,
             assert (batch["labels"][row, at:] == -100).all()
             assert batch["real"][row].sum() == at
     assert len(rows.rows[0]) > 1
+
+
+class Said:
+    """Texts without images, as a source."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def conversation(self, number: int) -> Conversation:
+        return talk("Why?", self.texts[number])
+
+    def load(self, number: int) -> list[Image.Image]:
+        return []
+
+
+def test_a_conversation_that_begins_with_its_answer_is_not_foretold_by_the_one_before(processor) -> None:
+    """In the plain template a text alone is all answer: packed or not, its first token follows nothing."""
+    gate = {"name": "TopKRouter", "k": 2}
+    model = zoo.create_model("vision_language/moe_llava_tiny", router=gate, text_config={"vocab_size": 320})
+    model = model.double().eval()
+    source, chat = Said("So it is.", "Or so.", "It is otherwise, one hears."), Chat(processor, "plain")
+    examples = [chat.encode(source.conversation(n), []) for n in range(3)]
+    rows = ConversationRows(source, chat, sizes=np.array([len(e.ids) for e in examples]), limit=64)
+    assert len(rows) == 1
+    batch = rows.collate([rows[0]])
+    told = {"position_ids": batch["position_ids"], "moe_context": {"mask": batch["real"].bool()}}
+    parameters = list(model.parameters())
+
+    def nats(ids: torch.Tensor, labels: torch.Tensor, **more) -> torch.Tensor:
+        logits = model(input_ids=ids[None], use_cache=False, **more).logits[0].log_softmax(-1)
+        return -sum(logits[at - 1, labels[at]] for at in range(1, len(ids)) if labels[at] >= 0)
+
+    found = nats(batch["input_ids"][0], batch["labels"][0], **told)
+    expected = sum(nats(example.ids, example.ids) for example in examples)
+    assert int((batch["labels"] >= 0).sum()) == sum(len(example.ids) - 1 for example in examples)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    mine, theirs = (torch.autograd.grad(y, parameters, materialize_grads=True) for y in (found, expected))
+    scale = max(slope.abs().max().item() for slope in theirs)
+    for one, other in zip(mine, theirs):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * scale)
 
 
 def test_what_is_too_long_is_named_or_left_out(processor, drawn) -> None:

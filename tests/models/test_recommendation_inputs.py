@@ -1,6 +1,7 @@
 """What a model sees of a row: every feature's vector from its ids one by one, in float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,22 @@ def test_every_feature_is_what_its_ids_say(name, rows, most):
         scale = max(0.01, *(slope.abs().max().item() for slope in theirs))
         for one, other in zip(mine, theirs):
             close(one, other, scale)
+
+
+@pytest.mark.parametrize("name", ["weighted", "weighted_mean", "beside_mean", "shares", "shares_mean", "all"])
+def test_a_float64_encoder_takes_the_same_weights(name):
+    """To float32, in which torchrec sums bags."""
+    schema = schema_of(name)
+    encoder, batch = FeatureEncoder(schema).double(), random_batch(schema, 6, most=4)
+    batch = replace(batch, dense=batch.dense.double())
+    x, expected = encoder(batch), by_loop(encoder, batch, [])
+    assert x.dtype == torch.float64
+    close(x, expected)
+    upstream, inputs = torch.randn_like(x), list(encoder.tables().values())
+    mine = torch.autograd.grad(x, inputs, upstream, materialize_grads=True)
+    theirs = torch.autograd.grad(expected, inputs, upstream, materialize_grads=True)
+    for one, other in zip(mine, theirs):
+        close(one, other)
 
 
 def test_columns_part_the_vector_by_feature_with_dense_ones_last():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,6 +39,31 @@ def test_a_model_that_drops_nothing_is_exported_as_one_graph(name: str) -> None:
     model, x = make(name).eval(), images()
     with torch.no_grad():
         assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))
+
+
+@pytest.mark.parametrize("how", [{}, {"capacity": {"factor": 0.5}}, {"router": "ExpertChoiceRouter"}])
+@pytest.mark.parametrize("name", ["vmoe_tiny_test", "convnext_moe_tiny_test", "swin_moe_tiny_test"])
+def test_one_graph_serves_any_number_of_images_in_groups_of_one(name: str, how: dict, tmp_path: Path) -> None:
+    """Whatever capacity drops; each image as if it were alone."""
+    zoo.save_pretrained(make(name, **how), tmp_path / "model")
+    model = zoo.from_pretrained(tmp_path / "model", group_images=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    batch = {0: torch.export.Dim("batch")}
+    with torch.no_grad():
+        graph = torch.export.export(model, (images(),), dynamic_shapes=(batch,)).module()
+        for number in (1, 2, 11):
+            x = images(number)
+            alone = torch.cat([model(image) for image in x.split(1)])
+            torch.testing.assert_close(graph(x), alone, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["vmoe_tiny_test", "convnext_moe_tiny_test", "swin_moe_tiny_test"])
+def test_a_graph_for_any_number_of_images_needs_groups_that_do_not_hang_on_it(name: str) -> None:
+    batch = {0: torch.export.Dim("batch")}
+    with pytest.raises(ValueError, match="group_images=1 of a vision model"):
+        torch.export.export(make(name).eval(), (images(),), dynamic_shapes=(batch,))
 
 
 def test_timm_and_zoo_list_the_same_models() -> None:

@@ -78,6 +78,26 @@ def test_equal_weights_give_way_in_token_order() -> None:
         assert keep.flatten().tolist() == [True] * 4 + [False] * 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_sums_that_only_rounding_tells_apart_give_way_in_token_order(dtype: torch.dtype) -> None:
+    # With k = E a token's weights are a whole distribution: every sum is one, and a place short drops the last token.
+    for tokens, num_experts in ((40, 2), (200, 8), (100, 64)):
+        logits = torch.randn(1, tokens, num_experts, dtype=torch.float64) * 3
+        weight, expert = logits.to(dtype).softmax(-1).sort(descending=True)
+        keep = Capacity(drop="priority_sum").keep(expert, weight, num_experts, tokens - 3)
+        expected = kept_by_loop(expert[0], torch.ones_like(weight[0]), num_experts, tokens - 3, "priority_sum")
+        assert torch.equal(keep[0], expected)
+
+
+def test_small_differences_between_sums_still_count() -> None:
+    # Three tokens, one place: the last one's sum is larger by a hundred thousandth.
+    for size in (1e-6, 1.0, 1e4):
+        weight = torch.tensor([[[0.5, 0.25], [0.5, 0.25], [0.5, 0.25]]], dtype=torch.float64) * size
+        weight[0, 2, 1] *= 1 + 3e-5
+        keep = Capacity(drop="priority_sum").keep(torch.tensor([[[0, 1]] * 3]), weight.float(), 2, 1)
+        assert keep[0].all(-1).tolist() == [False, False, True]
+
+
 def test_random_order_follows_the_seed_and_is_fair() -> None:
     expert, weight = torch.zeros(1, 10, 1, dtype=torch.int64), torch.rand(1, 10, 1)
     capacity = Capacity(drop="random")

@@ -44,9 +44,9 @@ def change_shard(folder: Path, key: str, change) -> Path:
     return path
 
 
-def raises(folder: Path, error: type[Exception], *parts: object):
+def raises(folder: Path, error: type[Exception], *parts: object, **options: object):
     with pytest.raises(error) as caught:
-        zoo.from_pretrained(folder)
+        zoo.from_pretrained(folder, **options)
     for part in parts:
         assert str(part) in str(caught.value)
 
@@ -154,8 +154,11 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "file").touch()
     raises(tmp_path / "file", NotADirectoryError, "is a file")
     raises(tmp_path / "nowhere", FileNotFoundError, "no such folder")
-    with pytest.raises(TypeError, match="dtpe"):
-        zoo.from_pretrained(tmp_path, dtpe="float32")
+    raises(tmp_path, FileNotFoundError, tmp_path / "config.json", num_classes=3)  # an option of other folders
+    for kind in ("mixtral", "gemma"):  # a table of ours, and transformers' own
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(TypeError, match="dtpe"):
+            zoo.from_pretrained(tmp_path, dtpe="float32")
 
 
 def test_no_network_is_said_with_the_repository(monkeypatch, tmp_path):

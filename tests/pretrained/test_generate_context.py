@@ -97,3 +97,43 @@ def test_padding_of_a_prompt_has_no_part_in_what_a_gate_averages(cache):
     how.update(cache_implementation=cache, disable_compile=True)
     found = model.generate(tokens, attention_mask=(tokens > 0).long(), **how)
     assert torch.equal(found[1:, 5:], model.generate(short, **how))
+
+
+def by_the_prompt(model, prompt, steps=5):
+    """Greedy, with nothing cached; every layer's experts merged by the mean of what the prompt alone has before it."""
+    tokens = prompt
+    with torch.no_grad():
+        for _ in range(steps):
+            logits = model(tokens, use_cache=False, moe_context={"prompt": prompt.shape[1]}).logits
+            tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+    return tokens
+
+
+def test_lory_decides_once_by_the_prompt():
+    model = lively({"name": "LoryRouter", "segment": 4})
+    long, short = torch.randint(3, 64, (1, 7)), torch.randint(3, 64, (1, 4))
+    tokens = torch.cat([long, torch.cat([torch.zeros(1, 3, dtype=torch.long), short], dim=1)])
+    mask = (tokens > 0).long()
+    how = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    # The layer itself, by hand: a mean over the prompt, one merged expert for prompt and answer alike.
+    moe = model.model.layers[0].mlp
+    x = torch.randn(1, 9, 128)
+    weight = (x[0, :7].mean(0) @ moe.router.weight.T).softmax(-1)
+    w_in, w_out = (torch.einsum("e,eab->ab", weight, w) for w in (moe.experts.gate_up_proj, moe.experts.down_proj))
+    gate, up = (x @ w_in.T).chunk(2, dim=-1)
+    merged = (torch.nn.functional.silu(gate) * up) @ w_out.T
+    torch.testing.assert_close(moe(x, prompt=7), merged, rtol=1e-4, atol=1e-4 * merged.abs().max().item())
+
+    expected = [by_the_prompt(model, long)[0], by_the_prompt(model, short)[0]]
+    for static in ({}, {"cache_implementation": "static", "disable_compile": True}, {"use_cache": False}):
+        found = model.generate(tokens, attention_mask=mask, **how, **static)
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1, 3:], expected[1])
+    guess = copy.deepcopy(model)
+    with torch.no_grad():
+        guess.lm_head.weight.add_(0.1 * torch.randn_like(guess.lm_head.weight))
+    assert torch.equal(model.generate(long, assistant_model=guess, **how)[0], expected[0])
+    several = model.generate(tokens, attention_mask=mask, num_return_sequences=2, num_beams=2, **how)
+    alone = model.generate(short, num_return_sequences=2, num_beams=2, use_cache=False, **how)
+    assert torch.equal(several[2:, 3:], alone)
+    assert torch.equal(model.generate(inputs_embeds=model.model.embed_tokens(long), **how)[0], expected[0][7:])

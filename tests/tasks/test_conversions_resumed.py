@@ -12,6 +12,7 @@ import zoo
 from tasks import conversions
 from tasks.__main__ import main
 from tasks.averaging import RunningAverage
+from tasks.language import LanguageTask
 
 SPLIT = {"num_experts": 4, "calibrate": 1}
 SAID = {
@@ -54,6 +55,23 @@ def test_what_a_checkpoint_has_is_not_looked_for_again(kind, subcommand, make, m
     state = torch.load(path)["state_dict"]
     assert state.keys() == {f"model.{name}" for name in again.model.state_dict()}
     assert all(torch.equal(value, state[f"model.{name}"]) for name, value in again.model.state_dict().items())
+    ids = torch.randint(259, (2, 16))
+    with torch.no_grad():
+        assert torch.equal(again.model.eval()(ids).logits, task.model.eval()(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:prune. .* keeps 1 of")
+@pytest.mark.parametrize("kind", SAID)
+def test_a_checkpoint_is_a_model_again_without_trainer_or_data(kind, make, tmp_path, monkeypatch):
+    task, trainer = make.task(convert=SAID[kind]), make.trainer(max_steps=1)
+    trainer.fit(task, make.data(batch_size=2))
+    trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    monkeypatch.setattr(conversions, "_losses", no_data)
+    torch.manual_seed(1)
+    again = LanguageTask.load_from_checkpoint(tmp_path / "kept.ckpt")
+    state, found = task.state_dict(), again.state_dict()
+    assert state.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in state.items())
     ids = torch.randint(259, (2, 16))
     with torch.no_grad():
         assert torch.equal(again.model.eval()(ids).logits, task.model.eval()(ids).logits)

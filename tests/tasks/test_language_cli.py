@@ -253,6 +253,11 @@ def test_layers_of_other_kinds_are_named_in_a_config(text, tmp_path, capsys):
         (["--ckpt_path", "/nowhere.ckpt"], "/nowhere.ckpt"),
         (["--model.lr", "fast"], "model.lr"),
         (["--model.schedule", "cosin"], "model.schedule"),
+        (["--model.lr", "-1"], "lr must be at least 0, got -1.0"),
+        (["--model.max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+        (["--model.temperature", "-1"], "temperature must be at least 0, got -1.0"),
+        (["--model.top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
+        (["--model.overrides.hidden_size", "-4"], "negative dimension -4"),
         (["--trainer.max_steps=-1", "--trainer.max_time", "00:01:00:00"], "must know its end: set schedule_steps"),
     ],
 )
@@ -306,6 +311,24 @@ def test_a_mistake_in_a_config_file_names_its_key(content, told, tmp_path, capsy
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(content))
     assert cli("fit", tmp_path / "bad.yaml") == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "told"),
+    [
+        ("", [], "text.txt: 1 files, 0 bytes: nothing to train on; give more text"),
+        ("hi", [], "text.txt: 1 files, 2 bytes: nothing to val on; give more text"),
+        ("one, two, three. " * 500, ["--data.batch_size=5000"], "rows do not fill one batch of 5000"),
+        ("one, two, three. " * 500, ["--model.betas", "[2, 3]"], "Invalid beta parameter at index 0: 2.0"),
+    ],
+)
+def test_a_mistake_that_the_data_shows_is_one_line(content, more, told, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(content)
+    args = [*small(tmp_path / "text.txt", tmp_path / "runs"), *more]
+    assert cli("fit", CONFIGS / "mixtral_tiny.yaml", *args) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert told in errors[0]
 
 
 def test_prediction_without_prompts_is_a_mistake(tmp_path, capsys):

@@ -4,12 +4,44 @@ import runpy
 import sys
 from pathlib import Path
 
+import pytest
+
+import zoo
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def run(monkeypatch, name, *args):
     monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
     runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("generate.py", ["model", "x", "--tokens", 0], "max_new_tokens must be at least 1, got 0"),
+        ("generate.py", ["model", "x", "--temperature", -1], "temperature must be at least 0, got -1.0"),
+        ("generate.py", ["nowhere", "x"], "nowhere: no such folder"),
+        ("generate.py", ["empty", "x"], "empty/config.json: no such file"),
+        ("train_language.py", ["empty.txt", "--out", "made"], "nothing to train on; give more text"),
+        ("train_language.py", ["short.txt", "--out", "made"], "nothing to val on; give more text"),
+        ("split_dense.py", ["vit_tniy"], "unknown model of timm 'vit_tniy'; did you mean"),
+        ("classify_images.py", ["model", "empty"], "MixtralForCausalLM; expected a model of images"),
+        ("score_table.py", ["model", "rows.csv", "--out", "x"], "MixtralForCausalLM; expected a recommendation model"),
+        ("export_table.py", ["model", "--out", "x"], "expected a recommendation model, got a MixtralForCausalLM"),
+    ],
+)
+def test_a_mistake_is_one_line(name, args, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("hi")
+    if "model" in args:
+        zoo.save_pretrained(zoo.create_model("language/mixtral_tiny", num_hidden_layers=1), "model")
+    with pytest.raises(SystemExit) as done:
+        run(monkeypatch, name, *args)
+    assert done.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_train_continue_and_generate(text, tmp_path, monkeypatch, capsys):

@@ -208,6 +208,18 @@ def test_an_exported_model_predicts_its_own_classes_without_the_images_it_was_tr
         (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--data.channels", "2"], "channels must be 1 (grey) or 3 (colour), got 2"),
         (["--data.augment.flip", "7"], "augment.flip is a probability, got 7"),
+        (["--data.interpolation", "bicubical"], "unknown interpolation 'bicubical'; did you mean bicubic"),
+        (["--data.mean", "[0.5, 0.5]"], "mean must have a value for all channels or three, got [0.5, 0.5]"),
+        (["--data.std", "[0]"], "std must be above 0, got [0.0]"),
+        (["--data.crop_pct", "0"], "crop_pct must be above 0 and at most 1, got 0.0"),
+        (["--model.label_smoothing", "7"], "label_smoothing is a share of the target, from 0 to 1, got 7.0"),
+        (["--model.mixup", "-1"], "mixup must be at least 0, got -1.0"),
+        (["--model.overrides.num_experts", "0"], "num_experts must be at least 1, got 0"),
+        (["--model.overrides.embed_dim", "7"], "dim should be divisible by num_heads"),
+        (["--model.upcycle", "{model: vit_tniy}"], "unknown model of timm 'vit_tniy'; did you mean"),
+        (["--model.weight_decay", "-1"], "weight_decay must be at least 0, got -1.0"),
+        (["--model.warmup_steps", "-1"], "warmup_steps must be at least 0, got -1"),
+        (["--seed_everything", "-1"], "-1 is not in bounds"),
         (["--data.augment.flp", "0.5"], "did you mean data.augment.flip"),
     ],
 )
@@ -217,6 +229,42 @@ def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):
     assert len(errors) == 1
     assert told in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "args", "told"),
+    [
+        ("vmoe_digits", ["--model.pretrained", "nowhere"], "nowhere: no such folder, and no repository id"),
+        ("vmoe_digits", ["--model.pretrained", "."], "config.json: no such file"),
+        ("vmoe_digits", ["--model.capacity", "-1"], "factor=-1.0 leave 0 places an expert"),
+        (
+            "soft_moe_digits",
+            ["--model.convert", "[{prune: {keep: 4}}]"],
+            "SoftRouter of blocks.2.mlp has no probabilit",
+        ),
+        ("vmoe_digits", ["--data.num_workers", "-1"], "num_workers"),
+    ],
+)
+def test_a_mistake_that_shows_before_the_first_batch_is_one_line(config, args, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli("fit", CONFIGS / f"{config}.yaml", "--trainer.enable_progress_bar=false", *args) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert told in errors[0]
+
+
+def test_what_fails_in_the_middle_of_training_is_told_with_a_traceback(tmp_path, monkeypatch):
+    """Not taken for a mistake in the arguments."""
+    whole = VisionTask.training_step
+
+    def fails(self, batch, batch_idx):
+        if batch_idx == 2:
+            raise ValueError("in the middle")
+        return whole(self, batch, batch_idx)
+
+    monkeypatch.setattr(VisionTask, "training_step", fails)
+    with pytest.raises(ValueError, match="in the middle"):
+        cli("fit", CONFIGS / "vmoe_digits.yaml", *quick(tmp_path, 4))
 
 
 def test_a_class_without_images_is_a_mistake_before_training(tmp_path, capsys):

@@ -212,6 +212,7 @@ def test_shards_train_and_a_resumed_run_goes_on_with_the_next_batch(tmp_path: Pa
         (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--data.digits", "[1, 9]"], "at most 4"),
         (["--data.tokenizer", "wrds"], "unknown tokenizer 'wrds'"),
+        (["--data.pictures", "{trian: 9}"], "unknown split of pictures 'trian'; did you mean train"),
         (["--data.templates", "[a digit]"], "'a digit' has no {}"),
     ],
 )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..nearest import unknown
 from .corpus import SPLITS
 
 if TYPE_CHECKING:
@@ -216,6 +217,9 @@ def digit_scenes(
         raise ValueError(f"digits must be at least 1 and at most {grid**2}, the cells of the grid, got {list(digits)}")
     if not 0 < held_out < 0.5:
         raise ValueError(f"held_out must be above 0 and below 0.5, got {held_out}")
+    for name in pictures or {}:
+        if name not in SPLITS:
+            raise unknown("split of pictures", name, SPLITS)
     counts = {"train": 20_000, "val": 1_000, "test": 1_000, **(pictures or {})}
     images, found = handwriting(held_out), {}
     for split in SPLITS:

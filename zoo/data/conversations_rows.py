@@ -123,9 +123,7 @@ class ConversationRows:
 
         batch = {
             "input_ids": torch.stack([put([e.ids for e in row], self.pad) for _, row in rows]),
-            "labels": torch.stack(
-                [put([e.labels if i >= 0 else torch.full_like(e.ids, IGNORE) for e in row], IGNORE) for i, row in rows]
-            ),
+            "labels": torch.stack([put([_labels(e, i >= 0) for e in row], IGNORE) for i, row in rows]),
             "answers": torch.stack([put(row if i >= 0 else [r * 0 for r in row], 0) for i, row in numbered]),
         }
         real = torch.stack([put([torch.ones_like(e.ids) for e in row], 0) for _, row in rows])
@@ -143,6 +141,13 @@ class ConversationRows:
         for name in dict.fromkeys(name for e in examples for name in e.images):
             batch[name] = _joined(name, [e for e in examples if name in e.images])
         return batch
+
+
+def _labels(example: Example, counts: bool) -> Tensor:
+    """A conversation's labels; its first token has none, for what stands before it in a packed row is another's."""
+    labels = example.labels.clone() if counts else torch.full_like(example.ids, IGNORE)
+    labels[:1] = IGNORE
+    return labels
 
 
 def _renumbered(row: list[Example]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..nearest import unknown
 from .pictures import in_mode
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Transform = Callable[["Image"], "Tensor"]
 MODES = {1: "L", 3: "RGB"}
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,15 @@ class Preparation:
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {self.channels}")
         if self.size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.size}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, 3):
+                raise ValueError(f"{name} must have a value for all channels or three, got {list(getattr(self, name))}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {list(self.std)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
 
     def statistics(self, values: tuple[float, ...]) -> tuple[float, ...]:
         """One value a channel: means of all for a grey image, or the same for every channel."""

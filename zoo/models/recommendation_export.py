@@ -105,8 +105,10 @@ def export_graph(model: Any, folder: str | os.PathLike[str]) -> torch.export.Exp
     """Trace a model's inference into FOLDER/model.pt2, for any number of rows and ids.
 
     The model's preparation.json goes beside it, where it has one. Raises FileExistsError for a folder that is not
-    empty.
+    empty, ValueError for another kind of model.
     """
+    if not hasattr(model, "schema"):
+        raise ValueError(f"export_graph: expected a recommendation model, got a {type(model).__name__}")
     example = random_batch(model.schema, _EXAMPLE_ROWS, torch.Generator().manual_seed(0))
     dense, ids = graph_inputs(model.schema, example)
     graph = Graph(model).eval()

@@ -34,7 +34,8 @@ class FeatureEncoder(nn.Module):
     uses. Either is None or empty where no table is. `columns` says where in x a feature is.
 
     A sum or mean over no ids is 0; the mean of a weighted bag is sum_i w_i e_i / sum_i w_i. Tables start as DLRM's
-    (1906.00091), uniform within 1 / sqrt(rows) of 0: the rows of a large table are seldom seen, and start small.
+    (1906.00091), uniform within 1 / sqrt(rows) of 0: the rows of a large table are seldom seen, and start small. In
+    another precision than float32 a batch's dense features must be in it too, and torchrec still adds in float32.
 
     Raises ValueError for a table without a size, or that features want in two sizes or widths, and for names of tables,
     or of features with attention, that are the same once dots are underscores.
@@ -76,7 +77,7 @@ class FeatureEncoder(nn.Module):
         """x [B, out_dim] of a batch."""
         if not len(batch):  # torchrec cannot part the ids of no rows by feature
             return batch.dense.new_zeros(0, self.out_dim)
-        ids = {place: _ids(batch, tables, place == "weighted") for place, tables in self._places.items()}
+        ids = {place: self._ids_of(batch, place) for place in self._places}
         # All lookups start before the first is waited for: those of sharded tables travel.
         found = {place: self._collection(place)(ids[place]) for place in ids}
         bags = [place for place in found if place not in self.sequences]
@@ -89,6 +90,20 @@ class FeatureEncoder(nn.Module):
             return single[name] if name in single else pooled[:, self.columns[name]]
 
         return torch.cat([pooled, *(self._pool_items(batch, *item, query) for item in items), batch.dense], 1)
+
+    def _ids_of(self, batch: TableBatch, place: str) -> KeyedJaggedTensor:
+        """The ids that a place's features have; weights in the tables' own precision, as torch asks for."""
+        ids = _ids(batch, self._places[place], place == "weighted")
+        weights, dtype = ids.weights_or_none(), self._dtype(place)
+        if weights is None or weights.dtype == dtype:
+            return ids
+        return KeyedJaggedTensor(ids.keys(), ids.values(), weights.to(dtype), ids.lengths(), stride=ids.stride())
+
+    def _dtype(self, place: str) -> torch.dtype:
+        """The precision of a place's tables; of sharded ones float32, whatever they are stored in."""
+        collection = self._collection(place)
+        whole = isinstance(collection, EmbeddingBagCollection | EmbeddingCollection)
+        return next(collection.parameters()).dtype if whole else torch.float32
 
     def domain(self, batch: TableBatch) -> Tensor | None:
         """Which scenario each row [B] is of, as the schema's `domain` numbers them; None where it names none."""
@@ -119,6 +134,7 @@ class FeatureEncoder(nn.Module):
         names = [f.name for f in features]
         in_order = list(found.keys()) == names  # sharded tables come in the order of their pieces
         sums: Tensor = found.values() if in_order else torch.cat([found[name] for name in names], 1)
+        sums = sums.to(self._dtype(place))
         if not any(_is_mean(f) for f in features):
             return sums
         # Sums of row-wise sharded tables are whole, their means would not be: so the tables sum, and we divide.
@@ -129,7 +145,7 @@ class FeatureEncoder(nn.Module):
     def _items(self, place: str, found: Any) -> list[tuple[Categorical, Tensor, Tensor]]:
         """Of each feature of a collection of sequences: lengths [B] and embeddings [ids of all rows, width]."""
         features = [f for table in self._places[place] for f in table.features]
-        return [(f, found[f.name].lengths(), found[f.name].values()) for f in features]
+        return [(f, found[f.name].lengths(), found[f.name].values().to(self._dtype(place))) for f in features]
 
     def _pool_items(
         self, batch: TableBatch, f: Categorical, lengths: Tensor, embedded: Tensor, query: Callable[[str], Tensor]
@@ -143,7 +159,7 @@ class FeatureEncoder(nn.Module):
             queries = query(cast(Sequence, f).target or "").index_select(0, rows)
             embedded = embedded * self.unit(f.name)(embedded, queries)
         elif _part(f) == "weighted":
-            weights = batch.weighted[f.name].weights()  # type: ignore[index]
+            weights = batch.weighted[f.name].weights().to(embedded.dtype)  # type: ignore[index]
             embedded = embedded * weights[:, None]
             total = weights.new_zeros(lengths.shape[0]).index_add(0, rows, weights)
         pooled = embedded.new_zeros(lengths.shape[0], embedded.shape[1]).index_add(0, rows, embedded)

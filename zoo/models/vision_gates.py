@@ -40,8 +40,10 @@ def vision_spec(
     choice; Soft MoE has one slot an expert, and groups of one image. capacity is one, its arguments, or a factor, which
     then holds for evaluation too; it gives Soft MoE its slots. k, capacity, losses and group_images go before what spec
     says, `given` after it and only to gates that have such arguments; k is for gates that have one.
-    Raises as `parse_gate`.
+    Raises ValueError for no expert, and as `parse_gate`.
     """
+    if num_experts < 1:
+        raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     make, chosen = parse_gate(spec)
     kind = make.func if isinstance(make, functools.partial) else make
     capacity = None if capacity is None else as_capacity(capacity, multiple_of=CAPACITY.multiple_of)

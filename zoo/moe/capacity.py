@@ -5,9 +5,10 @@ N tokens in a routing group, K choices a token, E experts, C places an expert ha
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Literal, get_args
 
@@ -33,11 +34,13 @@ class Capacity:
         position      earliest tokens first, whichever of their choices it is (Megatron, DeepSpeed's top-k gate)
         probability   by score within each expert, highest first (Megatron's and DeepSpeed's `probs`)
         priority      batch priority routing: tokens by their largest score, first choices first (V-MoE)
-        priority_sum  the same with tokens ordered by the sum of their K scores (the paper's variant)
+        priority_sum  the same with tokens ordered by the sum of their K scores (the paper's variant); sums are equal
+                      where only rounding tells them apart
         random        tokens in random order, first choices first (random token selection, Z-code M3)
         unordered     whichever C of an expert's tokens torch.topk finds in a column of equal ones: as many, not the
                       earliest (DeepSpeed's top-1 gate without random token selection; Megatron's `position` as it
                       runs on a CPU, and its `probs` where all weights are 1)
+    Equals go in token order, `random` and `unordered` aside.
     `renormalize` divides what is left of a token's weights by their sum (DeepSpeed's GShard; not V-MoE, not Switch).
 
     How many choices are kept is known only when they are: torch.compile breaks the graph there, once a layer, unless
@@ -72,6 +75,11 @@ class Capacity:
         if absolute is None and factor == math.inf:
             absolute = tokens  # asked of the factor: of a product with a symbolic size torch.compile does not know it
         elif absolute is None:
+            if isinstance(tokens, torch.SymInt) and torch.compiler.is_exporting() and not _is_known(tokens):
+                raise ValueError(
+                    "Capacity: a graph for any number of tokens has no share of them; make groups of a fixed size "
+                    "(group_images=1 of a vision model), or set tokens, or an infinite factor"
+                )
             # Rounded to nine digits first, so that an error in the last bit does not add a place.
             share = round(tokens * (k if self.count_choices else 1) * factor / num_experts, 9) if tokens else 0.0
             absolute = int(ROUNDING[self.rounding](share))
@@ -131,22 +139,60 @@ class Capacity:
         elif self.drop == "priority":
             by_token = weight.amax(-1).argsort(dim=1, descending=True, stable=True)
         elif self.drop == "priority_sum":
-            by_token = weight.sum(-1).argsort(dim=1, descending=True, stable=True)
+            by_token = _sum_without_noise(weight).argsort(dim=1, descending=True, stable=True)
         else:
             return flat.transpose(1, 2).reshape(groups, -1)
         ordered = flat.gather(1, by_token.unsqueeze(-1).expand(-1, -1, k))
         return ordered.transpose(1, 2).reshape(groups, -1)
 
 
+def _is_known(size: Any) -> bool:
+    """Whether a symbolic size is the same whatever the others are, such as B * N // B."""
+    from torch.fx.experimental.symbolic_shapes import is_concrete_int
+
+    return is_concrete_int(size)
+
+
+def _sum_without_noise(weight: Tensor) -> Tensor:
+    """Sums [G, N] of weights [G, N, K], without the last bits, in which those of distributions over k = E differ."""
+    bits = round(-math.log2(torch.finfo(weight.dtype).eps))
+    bits -= 4 if bits > 16 else 0  # a softmax is off by up to eight times the last bit; one in half precision by half
+    mantissa, exponent = torch.frexp(weight.double().sum(-1))
+    return torch.ldexp((mantissa * 2.0**bits).round(), exponent)
+
+
 def as_capacity(said: Any, **defaults: Any) -> Capacity:
     """A capacity from one, from its arguments over those given as defaults, or from its factor.
+
+    Arguments may come as {"class_path": "zoo.moe.Capacity", "init_args": {...}} too, the class a full path or ours.
 
     Raises ValueError for anything else, and as `Capacity`.
     """
     if isinstance(said, Capacity):
         return said
     if isinstance(said, Mapping):
-        return Capacity(**{**defaults, **said})
+        made, given = _class_and_arguments(said)
+        known = [field.name for field in fields(made) if field.init]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{made.__name__}: unknown argument {name!r}; known: {', '.join(known)}")
+        return made(**{**defaults, **given})
     if isinstance(said, bool) or not isinstance(said, Real):
         raise ValueError(f"capacity must be a factor, arguments of a Capacity, or one itself, got {said!r}")
     return Capacity(**{**defaults, "factor": float(said)})
+
+
+def _class_and_arguments(said: Mapping[str, Any]) -> tuple[type[Capacity], Mapping[str, Any]]:
+    if "class_path" not in said:
+        return Capacity, said
+    path, beside = said["class_path"], set(said) - {"class_path", "init_args"}
+    if beside:
+        raise ValueError(f"capacity: {', '.join(sorted(beside))} beside class_path; arguments belong in init_args")
+    module, _, name = str(path).rpartition(".")
+    try:
+        made = getattr(importlib.import_module(module), name) if module else globals()[name]
+    except (ImportError, AttributeError, KeyError):
+        made = None
+    if not (isinstance(made, type) and issubclass(made, Capacity)):
+        raise ValueError(f"capacity: class_path {path!r} is no zoo.moe.Capacity")
+    return made, said.get("init_args") or {}

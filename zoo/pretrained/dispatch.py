@@ -54,6 +54,10 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         return moe_llava.from_pretrained(path, **options)
     if image_text.is_image_text(path):
         return image_text.from_pretrained(path, **options)
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path / 'config.json'}: no such file; expected a folder of save_pretrained's, or the hub's"
+        )
     if switch.is_switch(path):
         return switch.from_pretrained(path, **options)
     if language.has_table(path):

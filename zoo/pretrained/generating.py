@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..moe.routers import HashRouter
+from ..moe.routers import HashRouter, LoryRouter
 
 KEY = "moe_context"
 
@@ -17,7 +17,8 @@ def take_context(model: Any) -> None:
     """Let model.generate(..., moe_context={"task": ...}) tell gates what model(..., moe_context=...) tells them.
 
     Labels of sequences [B] are repeated for the beams of each, or its several answers. Gates hear of padding with any
-    kind of cache, and hash layers of the token before those that are computed.
+    kind of cache, hash layers of the token before those that are computed, and Lory's, which decide once, of where the
+    prompt ends.
     """
     if hasattr(model, "_validate_model_kwargs") and not isinstance(model._validate_model_kwargs, _Validate):
         model._validate_model_kwargs = _Validate(model)
@@ -42,6 +43,11 @@ class _Expand(_Own):
     def __call__(self, expand_size: int = 1, **kwargs: Any) -> Any:
         if expand_size > 1 and kwargs.get(KEY):
             kwargs[KEY] = {name: _repeated(value, expand_size) for name, value in kwargs[KEY].items()}
+        if any(isinstance(module, LoryRouter) for module in self.model.modules()):
+            embeds = kwargs.get("inputs_embeds")
+            prompt = (kwargs["input_ids"] if embeds is None else embeds).shape[1]
+            # transformers hands this on to every step: what the first one decides, the others find there.
+            kwargs[KEY] = {"prompt": prompt, "decided": {}, **(kwargs.get(KEY) or {})}
         # A static method in transformers 5.17.
         theirs = inspect.getattr_static(type(self.model), "_expand_inputs_for_generation")
         return theirs.__get__(self.model, type(self.model))(expand_size=expand_size, **kwargs)

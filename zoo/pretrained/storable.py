@@ -14,7 +14,10 @@ from ..moe import Capacity, Router, routers
 def storable(value: Any, name: str) -> Any:
     """An argument of a model as JSON holds it: a gate's class by its name, a capacity as its arguments."""
     if isinstance(value, Capacity):
-        return dataclasses.asdict(value)
+        arguments, made = dataclasses.asdict(value), type(value)
+        if made is Capacity:
+            return arguments
+        return {"class_path": f"{made.__module__}.{made.__qualname__}", "init_args": arguments}
     if isinstance(value, Mapping):
         return {key: storable(inner, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, (list, tuple, range)):

@@ -44,6 +44,9 @@ def sort_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor 
     if keep is None and _can(expert, num_experts):
         return Sorted(*torch.ops.zoo.sort_choices(expert, weight, num_experts))
     k = expert.shape[1]
+    if keep is not None and torch.compiler.is_exporting():
+        # A graph's sizes hang on no values: dropped choices stay, at the last expert and without weight.
+        expert, weight, keep = expert.where(keep, num_experts - 1), weight.where(keep, 0), None
     # The narrowest integers that hold E: a radix sort takes a pass per byte.
     narrow = torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32768 else torch.int64
     key = expert.reshape(-1).to(narrow)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..capacity import Capacity
+from ..capacity import Capacity, as_capacity
 from ..routing import Routing
 from .capped import capped_plan, within_cap
 from .context import label_sources
@@ -43,7 +43,7 @@ class ExpertChoiceRouter(LinearRouter):
         dim: int,
         num_experts: int,
         *,
-        capacity: Capacity | None = None,
+        capacity: Capacity | float | None = None,
         softmax: Literal["experts", "tokens"] = "experts",
         normalize: bool = False,
         normalize_eps: float = 1e-20,
@@ -58,7 +58,7 @@ class ExpertChoiceRouter(LinearRouter):
         if softmax not in ("experts", "tokens"):
             raise ValueError(f"ExpertChoiceRouter: softmax must be over 'experts' or 'tokens', got {softmax!r}")
         check_groups("ExpertChoiceRouter", group_size, group_sequences)
-        self.capacity = Capacity(2.0) if capacity is None else capacity
+        self.capacity = Capacity(2.0) if capacity is None else as_capacity(capacity)
         if self.capacity.drop != "choice" or self.capacity.renormalize:
             raise ValueError(
                 "ExpertChoiceRouter: capacity.drop and capacity.renormalize have no meaning where experts choose; "

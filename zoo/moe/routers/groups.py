@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 GroupSize = int | Literal["sequence"] | None
 
 
@@ -24,7 +26,8 @@ def group_tokens(router: str, group_size: GroupSize, group_sequences: int, token
 
     None: all; a number: that many consecutive ones; "sequence": those of at most group_sequences consecutive sequences,
     the batch being cut into as few groups as that takes, all of one size but for a shorter last one.
-    Raises ValueError for "sequence" where the tokens came as one list.
+    Raises ValueError for "sequence" where the tokens came as one list, and for several sequences a group where their
+    number is left open in torch.export.
     """
     if group_size is None:
         return tokens
@@ -34,5 +37,12 @@ def group_tokens(router: str, group_size: GroupSize, group_sequences: int, token
         raise ValueError(f"{router}: group_size='sequence' needs tokens as [B, S, D], got one list of tokens")
     if not batch:
         return 0
+    if group_sequences == 1:
+        return tokens // batch
+    if isinstance(batch, torch.SymInt) and torch.compiler.is_exporting():
+        raise ValueError(
+            f"{router}: a graph for any number of sequences cannot have groups of {group_sequences}, which the batch "
+            "is cut into; set group_sequences to 1 (group_images=1 of a vision model)"
+        )
     groups = -(-batch // group_sequences)
     return -(-batch // groups) * (tokens // batch)

@@ -80,7 +80,10 @@ class LoryRouter(Router):
 
     In generation the paper decides once, by the prompt: prompt=n in the context merges every sequence by the mean of
     its first n tokens (padding among them left out), and weights=blend.weight takes the weights [B, E] of that call for
-    tokens that follow. Context: mask. Raises ValueError where tokens come as one list.
+    tokens that follow. With decided={} beside prompt the gate keeps them there itself, for later calls with the same
+    dict; `generate` of a language model does so.
+
+    Context: mask. Raises ValueError where tokens come as one list.
     """
 
     merges = True
@@ -107,12 +110,18 @@ class LoryRouter(Router):
         batch, length, dim = x.shape
         prompt, weight = context.get("prompt"), context.get("weights")
         flat = None if mask is None else mask.flatten()
+        decided = context.get("decided")
         with exact:
+            if decided is not None:
+                weight = decided.get(id(self), weight)
             if weight is not None:
                 return Blend(weight, sequence_offsets(x), batch * length, flat)
             if prompt is not None:
                 pooled, _ = pool(x[:, :prompt], None if mask is None else mask[:, :prompt])
-                return Blend(self._probs(pooled), sequence_offsets(x), batch * length, flat)
+                weight = self._probs(pooled)
+                if decided is not None:
+                    decided[id(self)] = weight
+                return Blend(weight, sequence_offsets(x), batch * length, flat)
             segments = -(-length // self.segment)
             missing = segments * self.segment - length
             real = x.new_ones(batch, length, dtype=torch.bool) if mask is None else mask

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import autocast
 from ..auxiliary import AuxiliaryLosses, choice_sources
-from ..capacity import Capacity
+from ..capacity import Capacity, as_capacity
 from ..kernels.choices import top_k
 from ..routing import Routing, count_experts
 from .base import Router, is_recomputation
@@ -47,9 +47,9 @@ class TopKRouter(Router):
     U(1-jitter, 1+jitter), noise adds N(0, noise_std^2) ("fixed") or N(0, (softplus(x W_n^T) + 0.01)^2) ("learned") to
     the logits; both, and the losses, only in training; with eval_losses those that need no noise are reported in
     evaluation too, as V-MoE does.
-    group_size is the scope of capacity: the whole batch, that many consecutive tokens, or "sequence", at most
-    group_sequences consecutive sequences; the last group is filled up with tokens that ask for nothing. dtype is the
-    arithmetic's, None for the input's; float64 stays.
+    capacity may be the factor alone. group_size is its scope: the whole batch, that many consecutive tokens, or
+    "sequence", at most group_sequences consecutive sequences; the last group is filled up with tokens that ask for
+    nothing. dtype is the arithmetic's, None for the input's; float64 stays.
 
     Raises ValueError when an option is unknown or does not fit the others.
     """
@@ -78,7 +78,7 @@ class TopKRouter(Router):
         jitter: float = 0.0,
         noise: Literal["fixed", "learned"] | None = None,
         noise_std: float = 1.0,
-        capacity: Capacity | None = None,
+        capacity: Capacity | float | None = None,
         group_size: GroupSize = None,
         group_sequences: int = 1,
         losses: Mapping[str, float | Mapping[str, Any]] | None = None,
@@ -91,7 +91,8 @@ class TopKRouter(Router):
         self.num_groups, self.group_topk = num_groups, group_topk
         self.group_score, self.group_fill = group_score, group_fill
         self.dtype, self.jitter, self.noise, self.noise_std = dtype, jitter, noise, noise_std
-        self.capacity, self.group_size, self.group_sequences = capacity, group_size, group_sequences
+        self.capacity = None if capacity is None else as_capacity(capacity)
+        self.group_size, self.group_sequences = group_size, group_sequences
         self.bias_update_rate = bias_update_rate
         self.losses, self.eval_losses = AuxiliaryLosses(losses), eval_losses
         self._check()
