@@ -6,6 +6,7 @@ What needs no library is done first: help, misspelt subcommands, config files th
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
@@ -76,6 +77,10 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("zoo", "tasks", "__main__")
+        if isinstance(error, ValueError) and not ours:
+            raise  # nobody meant it for a user
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
