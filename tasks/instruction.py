@@ -48,6 +48,7 @@ class InstructionTask(Task):
     """
 
     unit = "tokens"
+    generates = True
 
     def __init__(
         self,

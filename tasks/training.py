@@ -67,6 +67,7 @@ class Task(LightningModule):
     """
 
     unit = "samples"  # what throughput counts
+    generates = False  # whether `predict` calls the model until a text ends
     left_alone: Collection[str] = ()  # names of the model's parameters that another optimizer has
     model: Any
 
@@ -147,6 +148,13 @@ class Task(LightningModule):
                         f"{type(callback).__name__} averages whole weights, and {type(trainer.strategy).__name__} lays "
                         "them out in parts: leave out the callback, or use trainer.strategy ddp"
                     )
+        processes = trainer.num_devices * trainer.num_nodes
+        if subcommand == "predict" and self.generates and processes > 1:
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                raise ValueError(
+                    f"predict: {processes} processes with a model in parts cannot generate texts of unequal length; "
+                    "use one, with trainer.devices 1"
+                )
         if subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):  # max_time alone
             learning_rate(self.hparams["schedule"], 0, self.hparams["schedule_steps"] or math.inf)
         data.check(subcommand)
