@@ -32,5 +32,5 @@ def test_a_model_in_parts_is_shown_images_by_all_processes_or_by_none(every: int
     if whole:
         start(2, args)
         return
-    with pytest.raises(mp.ProcessRaisedException, match="step [1-4]: the batches of some processes have images"):
+    with pytest.raises(mp.ProcessRaisedException, match=r"step [1-4]: the batches of some processes have images"):
         start(2, args)
