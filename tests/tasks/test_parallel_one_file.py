@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,38 @@ def test_texts_are_generated_by_one_process(
     assert main([*args, *spread(expert=2), "--trainer.devices=2"]) == 2
     assert "predict: 2 processes with a model in parts cannot generate texts" in capsys.readouterr().err
     start(1, [*args, *spread()])
+
+
+def test_a_recommendation_run_goes_on_from_parts_with_learnt_weights_of_tasks(tmp_path: Path, capsys: Any) -> None:
+    importlib.import_module("tasks.recommendation")  # once, before the processes begin
+    config = CONFIG.parents[1] / "recommendation" / "demo.yaml"
+    args = ["recommendation", "fit", "--config", str(config), "--data.options={rows: 400}", "--trainer.callbacks=null"]
+    args += ["--model.schedule_steps=6", "--trainer.val_check_interval=3", "--trainer.accelerator=cpu"]
+    args += ["--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1", "--model.weighting=uncertainty"]
+
+    def figures(folder: Path) -> list[float]:
+        with (folder / "recommendation" / "version_0" / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        names = ("val/rmse/task_1", "train/weight/task_1", "train/weight/task_2")
+        return [float(row[name]) for name in names for row in rows if row.get(name)]
+
+    whole, half, rest = (tmp_path / name for name in ("whole", "half", "rest"))
+    root = "--trainer.default_root_dir"
+    start(1, [*args, root, str(whole), "--data.batch_size=32", "--trainer.max_steps=6"])
+    start(2, [*args, root, str(half), "--data.batch_size=16", *spread(expert=2), "--trainer.max_steps=3"])
+    saved = half / "recommendation" / "version_0" / "checkpoints" / "last.ckpt"
+    on = [*args, "--data.batch_size=16", *spread(shard=2), "--trainer.max_steps=6", "--ckpt_path", str(saved)]
+    start(2, [*on, root, str(rest)])
+    found = [a for pair in zip(grouped(figures(half)), grouped(figures(rest))) for part in pair for a in part]
+    assert found == pytest.approx(figures(whole), rel=1e-4)
+    mistaken = [*on, root, str(tmp_path), "--model.weighting=gradnorm", "--trainer.devices=2"]
+    assert main(mistaken) == 2
+    assert "gradnorm compares gradients at whole shared parameters" in capsys.readouterr().err
+
+
+def grouped(figures: list[float]) -> list[list[float]]:
+    """An evaluation, and two weights at each of three steps."""
+    return [figures[:1], figures[1:4], figures[4:]]
 
 
 def other_groups(rank: int, folder: str) -> None:
