@@ -21,6 +21,7 @@ from tasks.training import Overrides, Task
 from zoo.convert.upcycling import language_model
 from zoo.data.packing import IGNORE, flash_lengths
 from zoo.models import moe_llava
+from zoo.parallel.parts import is_spread
 from zoo.pretrained import llava
 
 BESIDE = ("labels", "answers", "real")  # what a batch holds besides the model's inputs
@@ -48,6 +49,7 @@ class InstructionTask(Task):
     """
 
     unit = "tokens"
+    generates = True
 
     def __init__(
         self,
@@ -141,7 +143,18 @@ class InstructionTask(Task):
         return batch["input_ids"].numel()
 
     def logits(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits [N, V] float32 before each of the N tokens of answers, and these tokens [N]."""
+        """Logits [N, V] float32 before each of the N tokens of answers, and these tokens [N].
+
+        Raises RuntimeError for a model in parts where some processes' batches have images and others have none.
+        """
+        if is_spread(self.model):
+            shown = torch.tensor(float(any(n.startswith("pixel_values") for n in batch)), device=self.device)
+            if 0 < self.trainer.strategy.reduce(shown, reduce_op="mean") < 1:
+                raise RuntimeError(
+                    f"step {self.global_step + 1}: the batches of some processes have images and those of others none, "
+                    "but a model in parts needs all of them for its vision tower; take a larger data.batch_size, leave "
+                    "out conversations without images, or use trainer.strategy ddp_find_unused_parameters_true"
+                )
         inputs = {name: value for name, value in batch.items() if name not in BESIDE}
         if "real" in batch:  # packed: no attention mask, so gates are told what is padding
             inputs["moe_context"] = {"mask": batch["real"].bool()}  # type: ignore[assignment]

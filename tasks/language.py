@@ -161,6 +161,7 @@ class LanguageTask(Task):
     """
 
     unit = "tokens"
+    generates = True
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import Before, SaveLast
@@ -242,7 +242,7 @@ class TaskCLI(LightningCLI):
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
         config = self.config[self._only]
         checkpoint = config.get("ckpt_path")
-        if checkpoint and checkpoint not in ("auto", "best", "last", "hpc") and not Path(checkpoint).exists():
+        if checkpoint and checkpoint not in ("auto", "best", "last", "hpc") and not found(Path(checkpoint)).exists():
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
         if checkpoint and Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
             raise ArgumentMistake(f"{checkpoint} is no checkpoint, or not a whole one")
@@ -255,7 +255,12 @@ class TaskCLI(LightningCLI):
                 logs = self.trainer.log_dir if self._only == "fit" else Path(root, self.domain, "version_0")
                 checkpoint = newest(Path(logs or root))
                 config["ckpt_path"] = self.config_init[self._only]["ckpt_path"] = checkpoint
-            file = checkpoint if checkpoint and Path(checkpoint).exists() else None
+            file = checkpoint if checkpoint and found(Path(checkpoint)).exists() else None
+            whole = isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy)
+            if whole and file and found(Path(file)).is_dir():
+                raise ValueError(
+                    f"{file} is a checkpoint in parts, which trainer.strategy expert_parallel reads, on one process too"
+                )
             self.model.check_run(self.trainer, self.datamodule, self._only, file)
             if self._only in ("validate", "test") and not checkpoint and not self.model.hparams["pretrained"]:
                 warnings.warn(

@@ -83,13 +83,17 @@ def read(config: Path) -> tuple[Any, Any]:
         raise ValueError(f"{config}: a plan is of models that learn as a whole; convert leaves weights frozen")
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
     sequence = patches or data.get("sequence_length") or 256
-    low = str(trainer.get("precision", "32")).startswith(("bf16", "16"))
+    precision = str(trainer.get("precision", "32"))
+    low, kept = precision.startswith(("bf16", "16")), 2 if precision.endswith("16-true") else 4
     work = Work(
         tokens=sequence * (data.get("batch_size") or 16),
         sequence=sequence,
         accumulate=trainer.get("accumulate_grad_batches") or 1,
         recompute=bool(model.get("activation_checkpointing", False)),
         compute=2 if low else 4,
+        parameter=kept,
+        gradient=kept,
+        state=2 * kept,
     )
     return Facts(network, count_parameters(network)[1]), work
 
@@ -103,14 +107,16 @@ def _has_few_bits(model: Any) -> bool:
 def lines(args: argparse.Namespace, facts: Any, work: Any) -> list[str]:
     """What is printed."""
     from zoo.parallel import Sizes
-    from zoo.parallel.plan import Machine, estimate, ranked
+    from zoo.parallel.plan import Machine, check, estimate, ranked
 
     within, between = INTERCONNECTS[args.interconnect]
     machine = Machine(args.gpus_per_node, args.gpu_memory * 1e9, args.gpu_tflops * 1e12, within, between)
     given = {name: getattr(args, name) for name in ("replicate", "shard", "expert", "tensor")}
     if any(given.values()):
         asked = {name: size for name, size in given.items() if size}
-        found = [estimate(facts, Sizes.of_world(args.gpus, **asked), work, machine)]
+        sizes = Sizes.of_world(args.gpus, **asked)
+        check(facts, sizes)
+        found = [estimate(facts, sizes, work, machine)]
     else:
         found = ranked(facts, args.gpus, work, machine)
         if not found:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
@@ -128,6 +129,12 @@ class RecommendationTask(Task):
         super().check_run(trainer, data, subcommand, checkpoint)
         if subcommand == "fit":
             self._check_monitors(trainer, data.schema)
+            looks = task_weighting(self.hparams["weighting"], []).needs_shared_parameters
+            if looks and isinstance(trainer.strategy, ModelParallelStrategy):
+                raise ValueError(
+                    "weighting: gradnorm compares gradients at whole shared parameters, which "
+                    f"{type(trainer.strategy).__name__} lays out in parts; take another, or trainer.strategy ddp"
+                )
             recommendation_tables.check(self.hparams, data.schema, trainer)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from zoo.data.tables import KNOWN, Preparation, Rows, Table, open_files, open_ta
 from zoo.data.tables_batch import TableBatch
 from zoo.data.tables_schema import Schema
 from zoo.data.tables_stream import Stream
+from zoo.parallel import checkpoint as store
 
 
 class RecommendationData(LightningDataModule):
@@ -195,8 +197,10 @@ class _Told:
 
 
 def of_checkpoint(path: str) -> Preparation:
-    """How the rows of a checkpoint's model are encoded; raises ValueError for a checkpoint of something else."""
-    content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """How the rows of a checkpoint's model are encoded, a file or a folder of parts; ValueError for something else."""
+    place = store.found(Path(path))
+    file = place / store.META if place.is_dir() else place
+    content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     name = RecommendationData.__qualname__
     if name not in content:
         raise ValueError(f"{path} is no checkpoint of a recommendation model: it has no {name}")

@@ -68,6 +68,7 @@ class Task(LightningModule):
     """
 
     unit = "samples"  # what throughput counts
+    generates = False  # whether `predict` calls the model until a text ends
     left_alone: Collection[str] = ()  # names of the model's parameters that another optimizer has
     model: Any
 
@@ -144,13 +145,20 @@ class Task(LightningModule):
         self.setup(subcommand)
         if checkpoint and self._conversions:
             self.decided = conversions.decided_in(checkpoint)
-        if subcommand == "fit" and isinstance(trainer.strategy, ModelParallelStrategy):
+        in_parts = isinstance(trainer.strategy, ModelParallelStrategy)
+        if subcommand == "fit" and in_parts:
             for callback in trainer.callbacks:
                 if isinstance(callback, WeightAveraging):
                     raise ValueError(
                         f"{type(callback).__name__} averages whole weights, and {type(trainer.strategy).__name__} lays "
                         "them out in parts: leave out the callback, or use trainer.strategy ddp"
                     )
+        processes = trainer.num_devices * trainer.num_nodes
+        if subcommand == "predict" and self.generates and in_parts and processes > 1:
+            raise ValueError(
+                f"predict: {processes} processes with a model in parts cannot generate texts of unequal length; use "
+                "one, with trainer.devices 1"
+            )
         if subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):  # max_time alone
             learning_rate(self.hparams["schedule"], 0, self.hparams["schedule_steps"] or math.inf)
         data.check(subcommand)

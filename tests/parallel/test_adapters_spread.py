@@ -31,13 +31,29 @@ def sparse(dtype: torch.dtype) -> Any:
 INSIDE = {"targets": ["query", "up", "down"], "dtype": "float32"}
 
 
+# Attention of which some layers are adapted, beside norms of each head, which a tensor group has in parts.
+ATTENTION = {
+    "query": {"targets": ["query"]},
+    "query, output": {"targets": ["query", "output"]},
+    "experts": {"targets": ["up", "down"]},
+}
+
+
 def made(kind: str) -> Any:
+    if kind in ATTENTION:
+        torch.manual_seed(0)
+        model = zoo.create_model("language/qwen3_moe_tiny", num_hidden_layers=2, hidden_size=32, vocab_size=64)
+        return filled(zoo.adapt(model, "LoRA", **ATTENTION[kind]))
     if kind in ("inside", "inside bfloat16"):
         model = zoo.adapt(sparse(torch.float32 if kind == "inside" else torch.bfloat16), "LoRA", **INSIDE)
     elif kind.endswith("bfloat16"):
         model = zoo.adapt(base().to(torch.bfloat16), kind.split()[0], dtype="float32")
     else:
         model = zoo.adapt(base(), kind)
+    return filled(model)
+
+
+def filled(model: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -72,6 +88,17 @@ def test_pairs_inside_experts_and_adapters_of_another_type_learn_alike(tmp_path:
             for name, gradient in gradients.items():
                 assert grads[name].dtype == torch.float32
                 assert (grads[name] - gradient).norm() < near * gradient.norm(), name
+
+
+def test_a_tensor_group_learns_what_one_process_learns(tmp_path: Path) -> None:
+    told = spread(tmp_path, made, ATTENTION, {"tensor": Sizes(tensor=2)})
+    for kind in ATTENTION:
+        logits, gradients = results(made(kind))
+        for found, grads in (process[kind, "tensor"] for process in told):
+            torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-5)
+            assert grads.keys() == gradients.keys()  # what is frozen stays so
+            for name, gradient in gradients.items():
+                assert (grads[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
 def test_the_folder_is_that_of_the_whole(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Gates in float32 beside weights in bfloat16, as some checkpoints have them, over two processes."""
+"""Gates in float32 beside weights in bfloat16, as some checkpoints have them, and autocast, over two processes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from zoo.moe import MoE
 from zoo.parallel import Sizes
 
 MESHES = {"shard": Sizes(shard=2), "expert": Sizes(expert=2), "tensor": Sizes(tensor=2)}
-NAMES = ("deepseek_v3_tiny", "gpt_oss_tiny")
+AUTOCAST = "under autocast"
+NAMES = ("deepseek_v3_tiny", "gpt_oss_tiny", AUTOCAST)
 
 
 def made(name: str):
     torch.manual_seed(0)
+    if name == AUTOCAST:
+        model = zoo.create_model("language/mixtral_tiny", num_hidden_layers=2, vocab_size=64, initializer_range=0.1)
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+        return model
     model = zoo.create_model(f"language/{name}", num_hidden_layers=2, vocab_size=64, initializer_range=0.1)
     model.to(torch.bfloat16)
     for layer in (module for module in model.modules() if isinstance(module, MoE)):

@@ -91,7 +91,7 @@ def test_published_sizes() -> None:
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 256}
 
 
-def counted(rank: int, world: int, folder: str) -> None:
+def counted(rank: int, world: int, folder: str, mixed: bool) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
@@ -99,22 +99,36 @@ def counted(rank: int, world: int, folder: str) -> None:
     model = parallelize(zoo.create_model("language/mixtral_tiny", **SMALL), Mesh(Sizes(expert=world)))
     torch.manual_seed(rank)
     ids = torch.randint(0, 256, (8, 64))
-    model(ids, labels=ids).loss.backward()
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, gathered = getattr(dist, name), []
+
+    def told(*args: Any, **options: Any) -> Any:
+        part = next(options[n] for n in ("input", "input_tensor") if n in options) if len(args) < 2 else args[1]
+        gathered.append((world - 1) * part.nbytes)
+        return gather(*args, **options)
+
+    setattr(dist, name, told)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    setattr(dist, name, gather)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     optimizer.step()
     rows = sum(e.parallel.traffic.rows for _, e in spreadable(model))  # type: ignore[union-attr]
     kept = sum(local(p).nbytes for p in model.parameters())
     state = sum(local(v).nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
-    torch.save((rows, kept, state), f"{folder}/{rank}.pt")
+    torch.save((rows, kept, state, sum(gathered)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_bytes_sent_and_kept_are_those_of_a_real_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16-mixed"])
+def test_bytes_sent_and_kept_are_those_of_a_real_run(mixed: bool, tmp_path: Path) -> None:
     model = zoo.create_model("language/mixtral_tiny", **SMALL)
-    mp.start_processes(counted, args=(4, str(tmp_path)), nprocs=4, start_method="fork")
+    mp.start_processes(counted, args=(4, str(tmp_path), mixed), nprocs=4, start_method="fork")
     told = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
-    work = Work(tokens=512, sequence=64, recompute=False, compute=4)
+    work = Work(tokens=512, sequence=64, recompute=False, compute=2 if mixed else 4)
     plan = estimate(facts(model), Sizes(expert=4), work, Machine())
+    assert plan.sent["all-gather"] == pytest.approx(told[0][3], rel=1e-6)
     assert plan.memory["parameters"] == told[0][1]
     assert plan.memory["optimizer"] == told[0][2]
     # A fresh gate is nearly even, not quite.
@@ -228,6 +242,9 @@ def test_the_command_ranks_meshes_and_says_what_one_takes(capsys: pytest.Capture
     [
         (["--config", "nothing.yaml", "--gpus", "8"], "nothing.yaml"),
         (["--config", str(CONFIGS / "mixtral_8x7b.yaml"), "--gpus", "6", "--expert", "4"], "6 processes cannot be"),
+        (["--config", str(CONFIGS / "mixtral_8x7b.yaml"), "--gpus", "7", "--expert", "7"], "8 experts leave some"),
+        (["--config", str(CONFIGS / "mixtral_8x7b.yaml"), "--gpus", "5", "--shard", "5"], "28672 rows do not divide"),
+        (["--config", str(CONFIGS / "mixtral_8x7b.yaml"), "--gpus", "16", "--tensor", "16"], "8 heads do not divide"),
     ],
 )
 def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +284,14 @@ def test_a_plan_is_of_the_converted_model(tmp_path: Path) -> None:
     whole, half = models
     assert [stack.experts for stack in half.stacks] == [4] * len(whole.stacks)
     assert half.active == whole.active - len(half.stacks) * 4 * half.width  # a row of each gate an expert
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("32", 4), ("bf16-mixed", 4), ("bf16-true", 2)])
+def test_what_is_kept_of_a_number_is_what_the_precision_says(precision: str, kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(f"model: {{network: language/mixtral_tiny}}\ntrainer: {{precision: {precision}}}")
+    work = read(path)[1]
+    assert (work.parameter, work.gradient, work.state) == (kept, kept, 2 * kept)  # AdamW's two moments
 
 
 @pytest.mark.parametrize("option", ["--gpus", "--expert", "--gpus-per-node", "--top", "--gpu-memory", "--gpu-tflops"])

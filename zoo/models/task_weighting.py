@@ -67,7 +67,9 @@ class UncertaintyWeighting(FixedWeighting):
     @torch.no_grad()
     def factors(self) -> dict[str, float]:
         """What each task's loss is multiplied by now, beside its own weight."""
-        return dict(zip(self.names, (self.scale * torch.exp(-self.log_variance)).tolist()))
+        value: Any = self.log_variance
+        whole = value.full_tensor() if hasattr(value, "full_tensor") else value  # in parts over processes
+        return dict(zip(self.names, (self.scale * torch.exp(-whole)).tolist()))
 
 
 class GradNormWeighting(FixedWeighting):

@@ -17,3 +17,9 @@ def is_on(x: Tensor) -> bool:
 def off(x: Tensor) -> AbstractContextManager[object]:
     """A context in which products of x are not rounded."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def computed(x: Tensor) -> torch.dtype:
+    """The type in which matrix products take x here, which is that of what travels to other processes' experts."""
+    low = is_on(x) and x.dtype == torch.float32
+    return torch.get_autocast_dtype(x.device.type) if low else x.dtype

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -154,31 +156,49 @@ class MixtureOfDepths(Recorded):
         """Apply to tokens x [B, S, D]."""
         routing = self.router(x, **context)
         self._keep(routing)
-        if not routing.token_index.numel():
-            return x + routing.weight.sum().to(x.dtype)
         update = self._updates(x, routing.token_index, context)
         update = update * routing.weight.unsqueeze(-1).to(update.dtype)
         return x.flatten(0, 1).index_add(0, routing.token_index, update.to(x.dtype)).view(x.shape)
 
     def _updates(self, x: Tensor, chosen: Tensor, context: dict[str, Any]) -> Tensor:
         """f of the chosen tokens [A], which are sorted by sequence, [A, D]."""
-        batch, length, _ = x.shape
+        batch, length, dim = x.shape
         masked = context.get("mask") is not None
-        counts = None
-        if masked or not (self.router.training or self.router.sampling is None):
-            counts = torch.bincount(chosen // length, minlength=batch)  # for which the host waits
-        if counts is None or chosen.numel() == batch * int(counts.max()):
+        if not masked and (self.router.training or self.router.sampling is None):
+            if not chosen.numel():
+                return x.new_zeros(0, dim)
             return self._run(x, (chosen % length).view(batch, -1), context, None).flatten(0, 1)
-        rows = (chosen % length).split(counts.tolist())
-        if not masked:
-            parts = []
-            for b, row in enumerate(rows):
-                own = {n: v[b : b + 1] if n in self.per_token and v is not None else v for n, v in context.items()}
-                parts += [self._run(x[b : b + 1], row[None], own, None)[0]] if row.numel() else []
-            return torch.cat(parts)
-        index = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-        here = torch.arange(index.shape[1], device=x.device) < counts[:, None]
-        return self._run(x, index, context, here)[here]
+        counts = torch.bincount(chosen // length, minlength=batch)  # for which the host waits
+        rows, numbers = chosen % length, counts.tolist()
+        runs: list[Callable[[], Tensor]] = []
+        if rows.numel() and rows.numel() == batch * max(numbers):
+            runs = [lambda: self._run(x, rows.view(batch, -1), context, None).flatten(0, 1)]
+        elif rows.numel() and masked:
+            index = nn.utils.rnn.pad_sequence(list(rows.split(numbers)), batch_first=True)
+            here = torch.arange(index.shape[1], device=x.device) < counts[:, None]
+            runs = [lambda: self._run(x, index, context, here)[here]]
+        elif rows.numel():
+            each = enumerate(rows.split(numbers))
+            runs = [partial(self._run_one, x, b, row, context) for b, row in each if row.numel()]
+        # Where experts are spread, processes with fewer runs take part in those of the others, with a token of zeros.
+        nothing = partial(self._run_one, torch.zeros_like(x), 0, rows.new_zeros(1), context)
+        idle = self._most(len(runs), x.device) - len(runs)
+        parts = [run() for run in runs] + [nothing()[:0] for _ in range(idle)]
+        return torch.cat(parts) if parts else x.new_zeros(0, dim)
+
+    def _most(self, runs: int, device: torch.device) -> int:
+        """How many times the block is run on the process that has most; all call it together if experts are spread."""
+        if all(getattr(module, "parallel", None) is None for module in self.block.modules()):
+            return runs
+        most = torch.tensor(runs, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+    def _run_one(self, x: Tensor, b: int, row: Tensor, context: dict[str, Any]) -> Tensor:
+        """f of the tokens at row [C] of sequence b, [C, D]."""
+        names = (*self.per_token, "mask")
+        own = {n: v[b : b + 1] if n in names and v is not None else v for n, v in context.items()}
+        return self._run(x[b : b + 1], row[None], own, None)[0]
 
     def _run(self, x: Tensor, index: Tensor, context: dict[str, Any], here: Tensor | None) -> Tensor:
         """f of the tokens at index [B, C]; here [B, C] is False where one only fills up."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import autocast
 from .routing import Routing
 from .topology import expert_bounds, expert_links
 
@@ -125,7 +126,9 @@ class ExpertParallel:
 
     def _set_out(self, x: Tensor, weight: Tensor, trip: _Trip) -> tuple[tuple[Tensor, _Flight], tuple[Tensor, _Flight]]:
         """Send a chunk's tokens and combine weights."""
-        return self._depart(x.index_select(0, trip.sent), trip.rows), self._depart(weight, trip.assignments)
+        # Rounded here, as the experts would, it is half as many bytes; its gradient is added up in its own type.
+        rows = x.index_select(0, trip.sent).to(autocast.computed(x))
+        return self._depart(rows, trip.rows), self._depart(weight, trip.assignments)
 
     def _depart(self, values: Tensor, splits: _Splits) -> tuple[Tensor, _Flight]:
         flight = _Flight(self, splits)

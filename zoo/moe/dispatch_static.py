@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import autocast
 from .dispatch import ExpertParallel, _Arrive, _Splits
 from .routing import Routing
 
@@ -51,7 +52,8 @@ class StaticExpertParallel(ExpertParallel):
         self.dropped = missed if self.dropped is None else self.dropped + missed
         end = self.num_experts * places  # where what does not fit is put, and not sent
         place = (expert * places + nth).where(fits, end)
-        rows = x.new_zeros(end + 1, x.shape[1]).index_add(0, place, x.index_select(0, token))[:end]
+        own = x.index_select(0, token).to(autocast.computed(x))
+        rows = own.new_zeros(end + 1, x.shape[1]).index_add(0, place, own)[:end]
         each = end // self.size
         splits = _Splits([each] * self.size, [each] * self.size)
         flight = self._depart(rows, splits)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -49,6 +51,15 @@ class Weights(NamedTuple):
     w_out: Tensor
     b_in: Tensor | None
     b_out: Tensor | None
+
+
+@contextmanager
+def _draws_of_its_own(device: torch.device) -> Iterator[None]:
+    """Random numbers of this process alone, however many; those drawn after it are as in step as those before."""
+    seed = int(torch.randint(2**48, ())) + dist.get_rank()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 class Experts(nn.Module):
@@ -185,7 +196,8 @@ class Experts(nn.Module):
         if not weights.w_out.shape[0]:
             return x * routing.weight.sum().to(x.dtype)  # no tokens, but gradients go back all the same
         if self.dropout and self.training:
-            return self._with_dropout(x, routing, weights)
+            with nullcontext() if self.parallel is None else _draws_of_its_own(x.device):
+                return self._with_dropout(x, routing, weights)
         token = routing.token_index
         if self.weigh_input:
             # Every assignment is a token of its own, weighed before the experts.

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import autocast
 from .routing import Routing
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ def _chosen(parallel: ExpertParallel, experts: Experts, x: Tensor, routing: Rout
     rows = alone(chosen, parallel.bounds, parallel.rank)
     dist.all_reduce(rows, group=parallel.group)
     expert = sum(held.shape[1:].numel() * held.element_size() for held in experts.held if held is not None)
-    return worth_lending(rows.cpu(), parallel.shadows, x.shape[1] * x.element_size(), expert, parallel.size)
+    return worth_lending(
+        rows.cpu(), parallel.shadows, x.shape[1] * autocast.computed(x).itemsize, expert, parallel.size
+    )
 
 
 def _split(routing: Routing, lent: Sequence[int]) -> tuple[Routing, Routing]:

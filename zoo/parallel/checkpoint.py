@@ -8,7 +8,7 @@ ends in ".part", or in ".old" where it was interrupted between two moves.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -170,6 +170,53 @@ def load(
     for name, optimizer in optimizers.items():
         set_optimizer_state_dict(model, optimizer, state[name], options=FLAT)
     return meta
+
+
+def load_file(
+    path: Path, model: nn.Module, optimizers: Sequence[Optimizer], strict: bool = True, weights_only: bool | None = None
+) -> dict[str, Any]:
+    """Read one file of Lightning's, of a model in one process or gathered from parts, into parts; returns the rest.
+
+    Every process reads it. Raises ValueError for optimizers of other groups of parameters.
+    """
+    checkpoint = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)
+    options = StateDictOptions(full_state_dict=True, strict=strict)
+    set_model_state_dict(model, checkpoint.pop("state_dict"), options=options)
+    for optimizer, state in zip(optimizers, checkpoint.get("optimizer_states", ())):
+        set_optimizer_state_dict(model, optimizer, _by_name(path, model, optimizer, state), options=options)
+    return checkpoint
+
+
+def _by_name(path: Path, model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state as torch saves it, by the names of parameters, with the groups that there are here."""
+    number: dict[torch.Tensor, int] = {parameter: i for i, parameter in enumerate(model.parameters())}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    saved = [i for group in state["param_groups"] for i in group["params"]]
+    if saved == list(range(len(saved))):
+        # Numbered as they come in groups, of which each may be several here: one for every mesh, in the model's order.
+        groups, known = iter(optimizer.param_groups), []
+        for group in state["param_groups"]:
+            mine: list[torch.Tensor] = []
+            while len(mine) < len(group["params"]) and (part := next(groups, None)) is not None:
+                mine += part["params"]
+            known += sorted(mine, key=number.__getitem__)
+        place = {parameter: i for i, parameter in enumerate(known)}
+    else:
+        place = number  # numbered as they come in the model
+    sizes = [[len(g["params"]) for g in each] for each in (state["param_groups"], optimizer.param_groups)]
+    here = {place.get(p, -1) for group in optimizer.param_groups for p in group["params"]}
+    if here != set(saved):
+        raise ValueError(
+            f"{path}: its optimizer has groups of {sizes[0]} parameters, which are not those of {sizes[1]}"
+        )
+    options = {i: group for group in state["param_groups"] for i in group["params"]}
+    told = []
+    for group in optimizer.param_groups:
+        own = {name: group[name] for name in ("foreach", "fused") if name in group}
+        told.append({**options[place[group["params"][0]]], **own, "params": [names[p] for p in group["params"]]})
+    # Of what has had no gradient yet there is no state.
+    each = {names[p]: state["state"][i] for p, i in place.items() if i in state["state"]}
+    return {"state": each, "param_groups": told}
 
 
 def whole_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -202,7 +202,7 @@ def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estima
     stacks = [_stack_part(stack, sizes) * parts for stack in facts.stacks]
     # Two blocks are whole at a time, the one at work and the next, and one block's gradients; the root stays whole.
     largest = max(units[:-1], default=0) + max(stacks, default=0)
-    whole = units[-1] * itemsize * 2 + 3 * largest * itemsize
+    whole = (units[-1] * 2 + 3 * largest) * work.parameter
     found.memory = {
         "parameters": found.parameters * work.parameter,
         "gradients": found.parameters * work.gradient,
@@ -217,14 +217,13 @@ def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estima
     # Rows go and come back, and so do gradients; a recomputation goes and comes once more.
     trips = 6 if work.recompute else 4
     exchange = sum(tokens / tensor * remote_processes(s, sizes.expert) for s in facts.stacks) * width * itemsize * trips
-    gathers = 2 * (sum(units[:-1]) * (fsdp - 1) / fsdp + sum(stacks) * (parts - 1) / parts)
-    gathers += units[-1] * (fsdp - 1) / fsdp
     scatter = sum(units) * (fsdp - 1) / fsdp + sum(stacks) * (parts - 1) / parts
+    gathers = 2 * scatter  # forward and backward
     copies = 2 * (sizes.replicate - 1) / sizes.replicate * found.parameters
     reductions = (passes + 1) * facts.layers * 2 * (tensor - 1) / tensor * tokens * width * itemsize
     found.sent = {
         "all-to-all": work.accumulate * exchange,
-        "all-gather": work.accumulate * gathers * itemsize,
+        "all-gather": work.accumulate * gathers * work.parameter,  # autocast casts what has come
         "reduce-scatter": work.accumulate * scatter * work.gradient + copies * work.gradient,
         "tensor": work.accumulate * reductions,
     }
@@ -288,6 +287,20 @@ def meshes(facts: Facts, world: int, per_node: int) -> Iterator[Sizes]:
             for shard in _divisors(world // tensor // expert):
                 if all(shape[1] % (shard * tensor) == 0 for stack in facts.stacks for shape in stack.shapes):
                     yield Sizes(world // tensor // expert // shard, shard, expert, tensor)
+
+
+def check(facts: Facts, sizes: Sizes) -> None:
+    """Raise ValueError for a mesh that `parallelize` refuses."""
+    for stack in facts.stacks:
+        part, parts = -(-stack.experts // sizes.expert), sizes.shard * sizes.tensor
+        if part * (sizes.expert - 1) >= stack.experts:
+            raise ValueError(f"expert={sizes.expert}: {stack.experts} experts leave some processes without any")
+        for rows in (shape[1] for shape in stack.shapes):
+            if rows % parts:
+                raise ValueError(f"experts' {rows} rows do not divide into shard * tensor = {parts} parts")
+    for heads in (facts.heads, facts.kv_heads):
+        if heads % sizes.tensor:
+            raise ValueError(f"tensor={sizes.tensor}: {heads} heads do not divide over so many processes")
 
 
 def _divisors(number: int) -> list[int]:

@@ -39,7 +39,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent; with
     background_checkpoints they are written while training goes on; save_distributed_checkpoint=False gathers them into
-    one file. Under SLURM a job whose time ends is saved after the step it is in, and queued again (`requeue`).
+    one file. Training goes on from either with this strategy, on one process too, and from what one process saved
+    without it. Under SLURM a job whose time ends is saved after the step it is in, and queued again (`requeue`).
 
     Raises ValueError where the sizes do not make the world.
     """
@@ -157,11 +158,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder of parts, written by whatever number of processes, or one file of Lightning's."""
         path = store.found(Path(self.broadcast(checkpoint_path)))
-        if not path.is_dir():
-            return super().load_checkpoint(path, weights_only)
         module: Any = self.lightning_module
-        safe = True if weights_only is None else weights_only
-        meta = store.load(path, self._module, self._named_optimizers(), module.strict_loading, safe)
+        if path.is_dir():
+            safe = True if weights_only is None else weights_only
+            meta = store.load(path, self._module, self._named_optimizers(), module.strict_loading, safe)
+        else:
+            meta = store.load_file(path, self._module, self.optimizers, module.strict_loading, weights_only)
         self._fit_schedules(meta)
         return meta
 
@@ -174,15 +176,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return {f"optimizer_{i}": optimizer for i, optimizer in enumerate(self.optimizers)}
 
     def _fit_schedules(self, meta: Mapping[str, Any]) -> None:
-        """Learning rates of schedules are a list, one a group; with other groups it is another list."""
+        """Learning rates of schedules are a list, one a group; with other groups it is another."""
         for state, config in zip(meta.get("lr_schedulers", ()), self.lr_scheduler_configs):
             scheduler: Any = config.scheduler
-            for name in ("base_lrs", "_last_lr", "lr_lambdas"):
-                mine = getattr(scheduler, name, None)
-                if isinstance(mine, list) and len(state.get(name, mine)) != len(mine):
-                    if len(set(map(str, state[name]))) > 1:
-                        raise ValueError(f"the checkpoint has {len(state[name])} groups of parameters, not {len(mine)}")
-                    state[name] = [state[name][0]] * len(mine)
+            if "base_lrs" not in state or len(state["base_lrs"]) == len(scheduler.base_lrs):
+                continue
+            groups = scheduler.optimizer.param_groups
+            state |= {"base_lrs": [g["initial_lr"] for g in groups], "_last_lr": [g["lr"] for g in groups]}
+            if "lr_lambdas" in state:
+                state["lr_lambdas"] = state["lr_lambdas"][:1] * len(groups)
 
 
 def _warn_of_restarts() -> None:

@@ -59,6 +59,7 @@ def split_tensors(model: Any, mesh: DeviceMesh) -> dict[str, str]:
     for name, style in plan.items():
         _check(name, style, model.get_submodule(name), mesh.size())
     _check_heads(model, plan, mesh.size())
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, style in plan.items():
         if style == SHARED_KEYS:
             first = model.get_submodule(name.rpartition(".")[0]).kv_lora_rank
@@ -66,6 +67,9 @@ def split_tensors(model: Any, mesh: DeviceMesh) -> dict[str, str]:
             continue
         parallelize_module(model, mesh, {name: STYLES[style]()})
         model.get_submodule(name).register_forward_hook(_wait)
+    for name, parameter in model.named_parameters():
+        if name in frozen:  # torch makes some of them anew
+            parameter.requires_grad_(False)
     return plan
 
 
@@ -95,16 +99,23 @@ def planned(model: Any) -> dict[str, str]:
     whole = tuple(f"{p.rpartition('.')[0] if 'proj' in p.rpartition('.')[2] else p}." for p in odd)
     rules = {f"{base}{p}": style for p, style in theirs.items() if style in known and not p.startswith(whole)}
     found: dict[str, str] = {}
+    other: set[str] = set()
     for name, module in model.named_modules():
         for pattern, style in rules.items():
-            if fnmatchcase(name, pattern) and isinstance(module, nn.Linear) == ("proj" in name.rpartition(".")[2]):
+            outer, _, last = name.rpartition(".")
+            if not fnmatchcase(name, pattern):
+                continue
+            if isinstance(module, nn.Linear) == ("proj" in last):
                 found[name] = style
+            elif "proj" in last:
+                other.add(outer)
         for parts in (GATED, PLAIN):
             if all(isinstance(getattr(module, part, None), nn.Linear) for part in parts):
                 found |= {f"{name}.{part}": style for part, style in parts.items()}
             elif isinstance(module, MLP) and parts is GATED and module.gate_proj is None:
                 found |= {f"{name}.{part}": GATED[part] for part in ("up_proj", "down_proj")}
-    return found
+    # Of an attention or MLP with an adapted layer, say, no layer can be split alone.
+    return {name: style for name, style in found.items() if name.rpartition(".")[0] not in other}
 
 
 def _check(name: str, style: str, module: nn.Module, parts: int) -> None:
