@@ -19,7 +19,7 @@ import torch
 
 import zoo
 from tasks.cli import run_script
-from tasks.vision import check_timm
+from tasks.vision_models import check_timm
 from zoo.convert import set_k
 from zoo.convert.split_predictor import oracle
 

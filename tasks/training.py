@@ -159,10 +159,10 @@ class Task(LightningModule):
                 f"predict: {processes} processes with a model in parts cannot generate texts of unequal length; use "
                 "one, with trainer.devices 1"
             )
-        if subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):  # max_time alone
-            learning_rate(self.hparams["schedule"], 0, self.hparams["schedule_steps"] or math.inf)
         data.check(subcommand)
         self.check(data)
+        if subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):  # max_time alone
+            learning_rate(self.hparams["schedule"], 0, self.hparams["schedule_steps"] or math.inf)
 
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""

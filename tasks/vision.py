@@ -23,36 +23,11 @@ from tasks.predictions import check_predictions, write_predictions
 from tasks.teacher import Teacher
 from tasks.training import Overrides, Task
 from tasks.vision_data import VisionData, channels_of
+from tasks.vision_models import check_alike, check_fits, check_timm, takes_any_size
 from zoo.data.images_rows import IGNORE
 from zoo.distillation import soft_loss
-from zoo.nearest import unknown
 
 __all__ = ["VisionData", "VisionTask"]
-
-
-def takes_any_size(name: str) -> bool:
-    """Whether images of any size go through a model: then it has no argument for it, as convolutional networks."""
-    import timm
-
-    from zoo.models.vision import register_models
-
-    register_models()
-    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-    return known is not None and not known.fixed_input_size
-
-
-def check_timm(name: Any) -> None:
-    """Raise ValueError, with the nearest ones, for no model of timm's, which may also be "hf-hub:..." and the like."""
-    import timm
-
-    if not isinstance(name, str) or (":" not in name and not timm.is_model(name)):
-        raise unknown("model of timm", str(name), timm.list_models())
-
-
-def image_size_of(model: Any) -> tuple[int, ...] | None:
-    """The size of images that a model is set to, None for one that takes any."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return tuple(size) if size else None
 
 
 class VisionTask(Task):
@@ -170,21 +145,7 @@ class VisionTask(Task):
             self.build_teacher(model)
         if data is None:
             return
-        if self._classes is None and model.num_classes != len(data.classes):
-            raise ValueError(
-                f"the model has {model.num_classes} classes, but {data.images.origin} has {len(data.classes)}"
-            )
-        channels = channels_of(model)
-        if channels != data.channels:
-            raise ValueError(f"the model takes {channels} channels, but data.channels is {data.channels}")
-        patches = getattr(model, "patch_embed", None)
-        size, patch = getattr(patches, "img_size", None), getattr(patches, "patch_size", None)
-        if size and data.image_size and tuple(size) != (data.image_size, data.image_size):
-            raise ValueError(f"the model takes images of {size[0]}x{size[1]}, but data.image_size is {data.image_size}")
-        if size and patch and (size[0] % patch[0] or size[1] % patch[1]):
-            raise ValueError(
-                f"image_size: images of {size[0]}x{size[1]} do not divide into patches of {patch[0]}x{patch[1]}"
-            )
+        check_fits(model, data, None if self._classes is not None else len(data.classes))
 
     def _adopt_sizes(self, data: Any) -> None:
         """Take from the data what the arguments leave open."""
@@ -233,13 +194,7 @@ class VisionTask(Task):
             if self.hparams["image_size"] and not takes_any_size(self._teacher.spec["network"].removeprefix("vision/")):
                 sizes["img_size"] = self.hparams["image_size"]
         teacher: Any = self._teacher.build(**sizes)
-        for what, of in (
-            ("classes", lambda m: m.num_classes),
-            ("channels", channels_of),
-            ("image size", image_size_of),
-        ):
-            if (theirs := of(teacher)) != (ours := of(model)) and None not in (theirs, ours):
-                raise ValueError(f"teacher: {what} {theirs}, the model's {ours}; they must be the same")
+        check_alike(teacher, model)
         return teacher
 
     def parameter_groups(self) -> list[dict[str, Any]]:
