@@ -1,7 +1,8 @@
 """Tokens a second with experts that stay in files, against the whole model in memory and accelerate's offloading.
 
 python scripts/bench_offload.py: a language model with random weights is written to a folder and read back; each way
-generates in turn. With --cold the system forgets the files before every token: what is read comes from the disk.
+decodes the same random tokens in turn, so that no two follow one another because their experts are alike. With --cold
+the system forgets the files before every token, so that what is read comes from the disk.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -23,9 +25,10 @@ from zoo.moe import OffloadedExperts
 
 
 def forget(folder: Path) -> None:
-    """Let the system drop what it has kept of the files of a folder."""
-    for path in folder.glob("*.safetensors"):
+    """Let the system drop what it has kept of the files of a folder, but those that a program has mapped."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
         file = os.open(path, os.O_RDONLY)
+        os.fsync(file)  # what is not on the disk yet would be kept
         os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(file)
 
@@ -45,14 +48,14 @@ def bandwidth(folder: Path, cold: bool) -> float:
 
 
 def decode(model: torch.nn.Module, ids: torch.Tensor, tokens: int, before: Callable[[], None]) -> float:
-    """Seconds a token of greedy decoding after the prompt `ids`."""
+    """Seconds a token of reading the last `tokens` of `ids` one by one, after the others as a prompt."""
     took = 0.0
     with torch.inference_mode():
-        out = model(ids, use_cache=True)
-        for _ in range(tokens):
+        out = model(ids[:, :-tokens], use_cache=True)
+        for token in ids[:, -tokens:].split(1, 1):
             before()
             start = time.perf_counter()
-            out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
             took += time.perf_counter() - start
     return took / tokens
 
@@ -89,11 +92,13 @@ def main() -> None:
         for slots in args.slots:
             ways[f"{slots} slots"] = zoo.from_pretrained(folder, offload=slots)
         if importlib.util.find_spec("accelerate"):
-            ways["transformers, accelerate"] = by_accelerate(folder, Path(root), args.layers)
+            # Files of its own: those that it maps into memory are kept by the system.
+            theirs = shutil.copytree(folder, Path(root) / "theirs")
+            ways["transformers, accelerate"] = by_accelerate(theirs, Path(root), args.layers)
         else:
             print("accelerate is not installed: not compared")
-        before = (lambda: forget(folder)) if args.cold else (lambda: None)
-        prompts = torch.randint(0, 1024, (args.repeats + 1, 1, 4))
+        before = (lambda: forget(Path(root))) if args.cold else (lambda: None)
+        prompts = torch.randint(0, 1024, (args.repeats + 1, 1, 4 + args.tokens))
         times: dict[str, list[float]] = {name: [] for name in ways}
         reads: dict[str, list[float]] = {name: [] for name in ways}
         speed = []
