@@ -10,7 +10,8 @@ demo: $(READY)  ## train the demonstration models and write runs/demo/report.htm
 	$(BIN)/zoo demo
 
 test: $(READY)  ## the whole test suite
-	$(BIN)/pytest -n 2 --dist loadfile
+	@# In their own order: those with few tests, which take longest, would come last otherwise.
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

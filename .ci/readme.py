@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,18 +33,30 @@ def run(what: str, command: list[str]) -> None:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdin=subprocess.DEVNULL)
-    print(f"README: done in {time.monotonic() - started:.0f} s", flush=True)
+    print(f"README: done in {time.monotonic() - started:.0f} s: {what}", flush=True)
 
 
 def main() -> None:
-    """Run all commands, then all Python examples."""
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
-    for line in joined.splitlines():
-        command = line.split("#")[0].strip()
-        if command and command != "make test" and not command.startswith(("git clone", "cd ")):
-            run(command, ["bash", "-ec", command])
+    """Run what `make` does by itself, then the other commands and all Python examples, two at a time."""
+    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    commands = [command for line in lines if (command := line.split("#")[0].strip()) and command != "make test"]
+    several([command for command in commands if command.startswith("make ")])
+    others = [command for command in commands if not command.startswith("make ")]
+    # Those that train write to one folder, and read what another wrote.
+    training = [command for command in others if " fit " in command or "runs/" in command]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(example, *zip(*enumerate(blocks("python"), 1))))
+        found = [pool.submit(several, part) for part in (training, [c for c in others if c not in training])]
+        found += [pool.submit(example, *numbered) for numbered in enumerate(blocks("python"), 1)]
+        for result in as_completed(found):
+            if result.exception() is not None:
+                pool.shutdown(cancel_futures=True)
+            result.result()
+
+
+def several(commands: list[str]) -> None:
+    """Run commands one after another."""
+    for command in commands:
+        run(command, ["bash", "-ec", command])
 
 
 def example(number: int, source: str) -> None:
