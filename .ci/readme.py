@@ -27,10 +27,11 @@ def blocks(language: str) -> list[str]:
     return [block for page in PAGES for block in fenced.findall(page.read_text())]
 
 
-def run(what: str, command: list[str]) -> None:
+def run(what: str, command: list[str], **variables: str) -> None:
     """Run one command in the checkout, with the environment's programs first on the path."""
     print(f"README: {what}", flush=True)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **variables}
     started = time.monotonic()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdin=subprocess.DEVNULL)
     print(f"README: done in {time.monotonic() - started:.0f} s: {what}", flush=True)
@@ -40,7 +41,8 @@ def main() -> None:
     """Run what `make` does by itself, then the other commands and all Python examples, two at a time."""
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
     commands = [command for line in lines if (command := line.split("#")[0].strip()) and command != "make test"]
-    several([command for command in commands if command.startswith("make ")])
+    for command in (command for command in commands if command.startswith("make ")):
+        run(command, ["bash", "-ec", command])
     others = [command for command in commands if not command.startswith("make ")]
     # Those that train write to one folder, and read what another wrote.
     training = [command for command in others if " fit " in command or "runs/" in command]
@@ -54,9 +56,9 @@ def main() -> None:
 
 
 def several(commands: list[str]) -> None:
-    """Run commands one after another."""
+    """Run commands one after another, on one core each."""
     for command in commands:
-        run(command, ["bash", "-ec", command])
+        run(command, ["bash", "-ec", command], OMP_NUM_THREADS="1")
 
 
 def example(number: int, source: str) -> None:
@@ -64,7 +66,7 @@ def example(number: int, source: str) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
         script.write(source)
         script.flush()
-        run(f"Python example {number}", [sys.executable, script.name])
+        run(f"Python example {number}", [sys.executable, script.name], OMP_NUM_THREADS="1")
 
 
 if __name__ == "__main__":
