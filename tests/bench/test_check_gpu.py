@@ -234,7 +234,8 @@ def test_decoding_counts_the_bytes_of_the_experts_that_are_chosen():
 
 def test_wrong_results_of_codes_are_found(monkeypatch):
     true = QuantisedExperts.decoded_first
-    given = replace(small(), shapes=(Shape(13, 32, 32, 4, 2),), few=(3,))
+    # Gradients of a few combine weights are sums that may cancel by chance; of many they do not all.
+    given = replace(small(), shapes=(Shape(13, 32, 32, 4, 2),), few=(128,))
     monkeypatch.setattr(QuantisedExperts, "unfused", lambda self, x: None)
     for fused, good in ((true, True), (lambda *args: true(*args) * 1.5, False)):
         monkeypatch.setattr(QuantisedExperts, "fused", fused)
