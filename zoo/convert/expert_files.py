@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..moe import Experts, QuantisedExperts
 from ..moe.kernels.codes import BLOCK
 from ..moe.quantised import KINDS
 from ..pretrained.quantised import Fp8, Quantised
-from ..pretrained.sharded import View, fill, part_of
+from ..pretrained.sharded import View, part_of
 from ..pretrained.tensorfile import Entry
 
 Found = dict[str, tuple[Entry, View]]  # by name in the files
@@ -105,10 +105,10 @@ def _in_our_blocks(found: Found, held: QuantisedExperts, own: str) -> bool:
     )
 
 
-def read_rest(
-    model: nn.Module, where: Mapping[str, View], entries: Mapping[str, Entry], stacks: Mapping[str, Experts]
-) -> dict[str, ExpertFiles]:
-    """Fill all of a model but the experts `stacks`, which were in it, and find each of these in the files."""
+def parted(
+    where: Mapping[str, View], entries: Mapping[str, Entry], stacks: Mapping[str, Experts]
+) -> tuple[dict[str, View], dict[str, ExpertFiles]]:
+    """What of the files a model's experts `stacks` are made of, after where all the others go."""
     found: dict[str, dict[str, Found]] = {name: defaultdict(dict) for name in stacks}
     rest = {}
     for key, view in where.items():
@@ -117,6 +117,5 @@ def read_rest(
             found[stack][own][key] = entries[key], view
         else:
             rest[key] = view
-    fill(model, rest, entries)
     shapes = {name: {own: p.shape for own, p in experts.named_parameters()} for name, experts in stacks.items()}
-    return {name: ExpertFiles(name, shapes[name], found[name]) for name in stacks}
+    return rest, {name: ExpertFiles(name, shapes[name], found[name]) for name in stacks}

@@ -15,9 +15,9 @@ from ..moe.expert_sources import OnHost, tensors_of
 from ..moe.experts import check_sizes
 from ..moe.routers import TopKRouter
 from ..pretrained.adopt import materialize
-from ..pretrained.sharded import views
+from ..pretrained.sharded import fill, views
 from ..pretrained.tensorfile import Entry
-from .expert_files import read_rest
+from .expert_files import parted
 from .quantising import stacks_of
 
 
@@ -64,12 +64,12 @@ def read(
     """
     where = views(model, targets)
     stacks = stacks_of(model, "offload")
+    rest, files = parted(where, entries, stacks)
     for name, experts in stacks.items():
         held = _slots(name, experts, slots, format)
-        model.set_submodule(name, OffloadedExperts(held, experts.num_experts, _Nowhere()))
+        model.set_submodule(name, OffloadedExperts(held, experts.num_experts, files[name]))
     materialize(model, torch.device(device or torch.get_default_device()), initialize=False)
-    for name, files in read_rest(model, where, entries, stacks).items():
-        model.get_submodule(name).source = files
+    fill(model, rest, entries)
     look_ahead(model)
 
 
@@ -101,11 +101,3 @@ def _slots(name: str, experts: Experts | QuantisedExperts, slots: int, format: s
             if own in like:
                 tensor.data = tensor.data.to(like[own].dtype)
     return held if next(iter(like.values())).is_meta else held.to_empty(device=next(iter(like.values())).device)
-
-
-class _Nowhere:
-    """Where experts stay while their files are not known yet."""
-
-    def read(self, expert: int, held: Any, slot: int) -> None:
-        """Not known."""
-        raise RuntimeError("offloaded experts have no source yet")

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..moe import Experts, MoE, OffloadedExperts, QuantisedExperts
 from ..pretrained.adopt import materialize
-from ..pretrained.sharded import views
+from ..pretrained.sharded import fill, views
 from ..pretrained.tensorfile import Entry
-from .expert_files import read_rest
+from .expert_files import parted
 
 
 def quantise(model: nn.Module, format: str = "float8") -> nn.Module:
@@ -50,13 +50,15 @@ def read(
     """
     where = views(model, targets)
     stacks = stacks_of(model, "quantise")
+    rest, files = parted(where, entries, stacks)
     for name, experts in stacks.items():
         model.set_submodule(name, _checked(name, experts, format))
     materialize(model, torch.device(device or torch.get_default_device()), initialize=False)
-    for name, files in read_rest(model, where, entries, stacks).items():
+    fill(model, rest, entries)
+    for name, found in files.items():
         experts = model.get_submodule(name)
         for e in range(experts.num_experts):
-            files.read(e, experts, e)
+            found.read(e, experts, e)
 
 
 def stacks_of(model: nn.Module, what: str, kinds: tuple[type, ...] = (Experts,)) -> dict[str, Any]:

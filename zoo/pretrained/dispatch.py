@@ -37,10 +37,9 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     path = hub.local_folder(source, **{key: options.pop(key) for key in HUB if key in options})
     if adapter_folder.is_adapted(path):
         return adapter_folder.load(path, **options)
-    expert_by_expert = [key for key in ("quantise", "offload") if options.get(key) is not None]
-    other = _is_timm(path) or recommendation.is_recommendation(path) or vision_language.is_vision_language(path)
-    if expert_by_expert and (other or moe_llava.is_moe_llava(path)):
-        key = expert_by_expert[0]
+    others = (_is_timm, recommendation.is_recommendation, vision_language.is_vision_language, moe_llava.is_moe_llava)
+    key = next((key for key in ("quantise", "offload") if options.get(key) is not None), None)
+    if key is not None and any(is_other(path) for is_other in others):
         raise ValueError(
             f"from_pretrained: {key} is for transformers' layout; read {path} whole, then zoo.{key}(model)"
         )

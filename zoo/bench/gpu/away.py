@@ -11,7 +11,7 @@ import torch
 from ...moe import Experts, OffloadedExperts, Routing
 from ...moe.expert_sources import OnHost
 from ..contestants import Shape
-from .setting import Row, Setting, distance, text, tried
+from .setting import Row, Setting, differences, text, tried
 from .times import seconds
 
 # The same products, of fewer experts at a time.
@@ -35,11 +35,7 @@ def _one(setting: Setting, shape: Shape) -> Row:
     whole.load_state_dict(host.state_dict())
     layer = OffloadedExperts(held, shape.experts, OnHost(host, lock=setting.cuda))
     p = setting.problem(shape, routing=False)
-    dy, results = torch.randn_like(p.x), []
-    for experts in (layer, whole):
-        y = experts(p.x, p.routing)
-        results.append((y.detach(), *torch.autograd.grad(y, p.x, dy)))
-    errors = [distance(a, b) for a, b in zip(*results)]
+    errors = differences(layer, whole, p)
     # k experts that are there, and k others every time, so that none of them is.
     groups = shape.experts // shape.k if shape.tokens == 1 else 1
     others = cycle([_of(p.x, n * shape.k, shape) for n in range(groups)])

@@ -14,7 +14,7 @@ from ...moe import Experts, QuantisedExperts, Routing
 from ...moe.kernels.codes import FORMATS, GROUP
 from ..contestants import Problem, Shape
 from .capture import waiting_is_an_error
-from .setting import Row, Setting, distance, text, tried
+from .setting import Row, Setting, differences, distance, text, tried
 from .times import SEQUENCE, copy_bandwidth, in_graph, seconds
 
 # Rounded to bfloat16 after the scales in both, but summed in another order.
@@ -59,11 +59,7 @@ def _one(setting: Setting, shape: Shape, format: str) -> Row:
             for name, value in zip((whole._in, "down_proj"), few.held):
                 getattr(whole, name).copy_(value)
     p = setting.problem(shape, routing=False)
-    dy, results = torch.randn_like(p.x), []
-    for experts in (few, whole):
-        y = experts(p.x, p.routing)
-        results.append((y.detach(), *torch.autograd.grad(y, p.x, dy)))
-    errors = [distance(a, b) for a, b in zip(*results)]
+    errors = differences(few, whole, p)
     with torch.no_grad():
         times = [1e6 * seconds(setting, partial(experts, p.x, p.routing), setting.repeats) for experts in (few, whole)]
         if shape.tokens == 1:

@@ -112,6 +112,15 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float(error) if error.isfinite() else float("inf")
 
 
+def differences(ours: Callable[..., Tensor], theirs: Callable[..., Tensor], p: Problem) -> list[float]:
+    """Distances of outputs and of gradients of tokens, of some experts from others with the same numbers."""
+    dy, results = torch.randn_like(p.x), []
+    for experts in (ours, theirs):
+        y = experts(p.x, p.routing)
+        results.append((y.detach(), *torch.autograd.grad(y, p.x, dy)))
+    return [distance(a, b) for a, b in zip(*results)]
+
+
 @lru_cache
 def gate(experts: int, k: int, device: str) -> TopKRouter:
     """A softmax top-k gate whose logits are given to it; made once, as making it waits for the device."""
