@@ -129,7 +129,9 @@ def one_lora(base: nn.Module, size: int) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kind", default="MoLoRA", choices=[k for k in KINDS if k not in ("LoRA", "MeteoRA")])
+    parser.add_argument(
+        "--kind", default="MoLoRA", choices=[k for k, row in KINDS.items() if k != "LoRA" and not row.frozen]
+    )
     parser.add_argument("--model", help="folder or hub repository of a language model, with its tokenizer")
     parser.add_argument("--domains", nargs=2, default=[None, None], help="files, folders or patterns, one a domain")
     parser.add_argument("--steps", type=int, default=300)

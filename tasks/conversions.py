@@ -24,6 +24,7 @@ from zoo.parallel import checkpoint as store
 CONVERSIONS = (
     "adapt",
     "average",
+    "compose_adapters",
     "grow",
     "merge_adapters",
     "mix",

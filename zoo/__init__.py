@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .convert import (
         adapt,
         average,
+        compose_adapters,
         grow,
         merge_adapters,
         mix,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "adapt",
     "average",
+    "compose_adapters",
     "create_model",
     "from_pretrained",
     "grow",
@@ -53,6 +55,7 @@ __all__ = [
 _LAZY = {
     "adapt": "zoo.convert",
     "average": "zoo.convert",
+    "compose_adapters": "zoo.convert",
     "create_model": "zoo.models",
     "from_pretrained": "zoo.pretrained",
     "grow": "zoo.convert",

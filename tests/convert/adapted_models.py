@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from zoo.convert.adapter_kinds import KINDS
+
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_inner": 48, "bos_token_id": 1, "eos_token_id": 2}
@@ -22,6 +24,8 @@ LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt (MLP in the layer)": ("OPTConfig", "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32}),
     "t5 (two stacks)": ("T5Config", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
 }
+# Kinds that experts are trained by; prompts, and what is composed of trained ones, have tests of their own.
+OWN = [kind for kind, row in KINDS.items() if row.level != "prompts" and not row.frozen]
 # What gates by label need: their sizes, and labels of two sequences.
 GATES = {"MOELoRA": {"num_tasks": 3}, "MoCLE": {"num_clusters": 3}}
 LABELS = {"task": torch.tensor([0, 2]), "cluster": torch.tensor([1, 2])}

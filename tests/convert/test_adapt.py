@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from adapted_models import GATES, LABELS, LANGUAGE, batch, language, stir, vision
+from adapted_models import GATES, LABELS, LANGUAGE, OWN, batch, language, stir, vision
 from torch import nn
 
 import zoo
@@ -16,8 +16,6 @@ from zoo.convert.adapter_kinds import KINDS
 from zoo.convert.adapting import adapter_state, base_of, base_state
 from zoo.moe import AdaMix, AdaptedLinear, MoE, Router, ScaledLinear, record, telemetry
 from zoo.moe.layer import Recorded
-
-OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 
 
 def run(model, tokens, mask, **more):

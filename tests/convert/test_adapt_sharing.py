@@ -13,7 +13,7 @@ from zoo.convert.adapter_kinds import KINDS
 from zoo.convert.adapting import adapter_state, base_state
 from zoo.moe import QuantisedExperts
 
-OWN = [kind for kind in KINDS if kind != "MeteoRA"]
+OWN = [kind for kind, row in KINDS.items() if not row.frozen]
 
 
 def memory(*models):

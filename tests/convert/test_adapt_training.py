@@ -6,16 +6,13 @@ import copy
 
 import pytest
 import torch
-from adapted_models import GATES, LABELS, batch, language, stir, vision
+from adapted_models import GATES, LABELS, OWN, batch, language, stir, vision
 
 import zoo
 from tasks.optim import parameter_groups
-from zoo.convert.adapter_kinds import KINDS
 from zoo.convert.adapting import adapter_state
 from zoo.models.parameters import count_parameters
 from zoo.moe import record
-
-OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 
 
 def objective(model, tokens, mask, kind=None):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.convert import compose_adapters
-from zoo.moe import AdaptedLinear
+from zoo.moe import AdaptedLinear, record
 
 
 def peft_folder(folder, model, names, r, alpha, **config):
@@ -62,6 +62,36 @@ def test_each_source_is_an_expert_of_its_own_rank(tmp_path):
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in made.parameters()]
 
 
+def test_mole_weighs_loras_by_what_they_make_of_a_token(tmp_path):
+    base, (tokens, mask) = language(), batch()
+    query, down = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    added = [
+        peft_folder(tmp_path / "first", base, [query, down], 3, 6.0),
+        peft_folder(tmp_path / "second", base, [query], 2, 4.0),
+    ]
+    made = compose_adapters(base, [tmp_path / "first", tmp_path / "second"], "MoLE", share=True).train()
+    gates = {f"{name}.router.{part}" for name in (query, down) for part in ("weight", "log_temperature")}
+    assert {n for n, p in made.named_parameters() if p.requires_grad} == gates
+    layer, x = made.get_submodule(down), torch.randn(6, 48)
+    outs = torch.stack([F.linear(x, added[0][down]), torch.zeros(6, 32)], 1)  # the second has nothing there
+    gate = (F.layer_norm(outs.flatten(1), (64,)) @ layer.router.weight.T).softmax(-1)
+    expected = base.get_submodule(down)(x) + torch.einsum("te,teo->to", gate, outs)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+    with record(made) as step:
+        loss = made(tokens, attention_mask=mask, labels=tokens).loss + sum(step.losses().values())
+    assert step.losses().keys() == {"gating_balance"}
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for n, p in made.named_parameters() if n in gates)
+    zoo.save_pretrained(made, tmp_path / "composed")
+    again, made = zoo.from_pretrained(tmp_path / "composed", base=base), made.eval()
+    assert torch.equal(again(tokens, attention_mask=mask).logits, made(tokens, attention_mask=mask).logits)
+    with pytest.raises(ValueError, match=r"the gate of .*down_proj, a MoLERouter, weighs 2 experts by the token"):
+        zoo.merge_adapters(made)
+    one = compose_adapters(base, [tmp_path / "first"], "MoLE")
+    merged = zoo.merge_adapters(one)
+    torch.testing.assert_close(merged(tokens).logits, one(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_parts_of_a_fused_projection_are_put_together(tmp_path):
     base, (tokens, mask) = language("phi3 (fused)"), batch()
     loras = [stir(zoo.adapt(base, "LoRA"), 0.1) for _ in range(2)]
@@ -91,5 +121,7 @@ def test_other_folders_are_refused(tmp_path):
     for folder, message in cases.items():
         with pytest.raises(ValueError, match=message):
             compose_adapters(base, [tmp_path / folder])
+    with pytest.raises(ValueError, match="unknown kind of compose_adapters 'LoRA'; did you mean MeteoRA"):
+        compose_adapters(base, [tmp_path / "dora"], "LoRA")
     with pytest.raises(ValueError, match="at least one folder"):
         compose_adapters(base, [])

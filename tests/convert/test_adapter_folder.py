@@ -7,18 +7,15 @@ import json
 
 import pytest
 import torch
-from adapted_models import GATES, LABELS, batch, language, stir, vision
+from adapted_models import GATES, LABELS, OWN, batch, language, stir, vision
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 import zoo
-from zoo.convert.adapter_kinds import KINDS
 from zoo.convert.adapting import adapter_state, base_of
 from zoo.moe import AdaMix, LoRALinear
 from zoo.moe.routers import DenseRouter
-
-OWN = [kind for kind in KINDS if kind not in ("MeteoRA", "SMoP")]  # those have tests of their own
 
 
 def outputs(model, tokens, mask, kind=None, **more):

@@ -115,6 +115,20 @@ def test_experts_in_few_bits_are_tuned_inside(make):
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in frozen.items())
 
 
+def test_loras_are_composed_by_a_config(make, tmp_path):
+    torch.manual_seed(0)
+    base = make.task().build()
+    for number in range(2):
+        zoo.save_pretrained(zoo.adapt(base, "LoRA", targets="q_proj", rank=2 + number), tmp_path / str(number))
+    sources = [str(tmp_path / str(number)) for number in range(2)]
+    task = make.task(convert=[{"compose_adapters": {"sources": sources, "kind": "MoLE"}}])
+    task.check(make.data())  # without memory, as the command line does
+    torch.manual_seed(0)
+    found = task.converted(task.build())
+    learns = {n.rpartition("q_proj.")[2] for n, p in found.named_parameters() if p.requires_grad}
+    assert learns == {"router.weight", "router.log_temperature"}
+
+
 def test_adapters_are_merged_by_a_config(make, tmp_path):
     """A trained LoRA, read from its folder and merged: W + alpha/r B A in plain layers."""
     torch.manual_seed(0)

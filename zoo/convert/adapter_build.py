@@ -15,6 +15,7 @@ from ..gates import gate_factory
 from ..moe import (
     AdaMix,
     AdaptedLinear,
+    ComposedLinear,
     LoRAExperts,
     LoRALinear,
     LoRAOfExperts,
@@ -93,7 +94,8 @@ def _beside(site: Site, kind: Kind, how: dict[str, Any], count: int) -> nn.Modul
     if kind.level == "one":
         return LoRALinear(site.linear, lora, site.columns)
     contrastive = kind.contrastive if how["contrastive"] is None else how["contrastive"]
-    return AdaptedLinear(site.linear, maker.gate(dim, count), lora, site.columns, contrastive)
+    layer = ComposedLinear if kind.by_outputs else AdaptedLinear
+    return layer(site.linear, maker.gate(layer.gate_dim(lora), count), lora, site.columns, contrastive)
 
 
 def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..moe import AdaptedLinear, LoRALinear, LoRAOfExperts
 from ..moe.adapted import Columns
+from ..nearest import unknown
 from ..pretrained.tensorfile import read_all, read_header
 from .adapter_folder import is_adapted, read_onto
 from .adapter_kinds import KINDS
@@ -31,24 +32,28 @@ LoRA = dict[tuple[str, Columns | None], tuple[Tensor, Tensor]]
 def compose_adapters(
     model: nn.Module,
     sources: Sequence[str | os.PathLike[str]],
+    kind: str = "MeteoRA",
     *,
     router: Any = None,
     losses: Mapping[str, Any] | None = None,
     share: bool = False,
 ) -> nn.Module:
-    """A copy of a model with trained LoRAs as the experts of a gate for each linear layer (MeteoRA 2405.13053).
-
-    Only the gates learn.
+    """A copy of a model with trained LoRAs as the experts of a gate for each linear layer, which alone learns.
 
     sources are folders of LoRAs trained beside this model: ours of kind LoRA, or peft's (adapter_config.json and
     adapter_model.safetensors; linear layers alone, alpha / r or alpha / sqrt(r)). Expert e is source e, with rank and
-    alpha of its own; where it has no LoRA for a layer that another has, it adds nothing. As in the authors' code the
-    gate is top-k (2) of a softmax, renormalised, and starts from N(0, 1). router, losses and share as in `adapt`.
+    alpha of its own; where it has no LoRA for a layer that another has, it adds nothing. kind is
+        MeteoRA (2405.13053)  the top 2 of a softmax of the token, renormalised; the gate starts from N(0, 1), as in the
+                              authors' code
+        MoLE (2404.13628)     all, by what they make of the token: `zoo.moe.routers.MoLERouter`, with the paper's loss
+    router, losses and share as in `adapt`.
 
-    Raises ValueError for a folder that is neither, a peft option that changes more than linear layers, and a layer that
-    the model does not have.
+    Raises ValueError for another kind, a folder that is neither, a peft option that changes more than linear layers,
+    and a layer that the model does not have.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if kind not in KINDS or not KINDS[kind].frozen:
+        raise unknown("kind of compose_adapters", kind, [name for name, row in KINDS.items() if row.frozen])
     if not sources:
         raise ValueError("compose_adapters: expected at least one folder of a LoRA")
     read, targets = [], []
@@ -65,7 +70,7 @@ def compose_adapters(
         chosen = targets[0]
     rank = max(a.shape[0] for lora in read for a, _ in lora.values())
     options: Any = {"rank": rank, "alpha": rank, "router": router, "losses": losses, "share": share}
-    made: Any = adapt(model, "MeteoRA", targets=chosen, num_experts=len(read), **options)
+    made: Any = adapt(model, kind, targets=chosen, num_experts=len(read), **options)
     for name, module in made.named_modules():
         if not isinstance(module, AdaptedLinear):
             continue

@@ -35,7 +35,8 @@ class Kind:
     level: experts stand beside linear layers ("linear"), scale them ("vectors"), share an MLP ("mlp"), stand beside it
     ("beside"), follow it ("adapter"), come before the tokens ("prompts"), or there is one beside a linear layer and no
     gate ("one"). router names the gate and its options; init_std and router_std are deviations of what is normally
-    distributed at first; `needs` are options of the gate that only a caller knows; frozen experts are not trained.
+    distributed at first; `needs` are options of the gate that only a caller knows; frozen experts are not trained;
+    by_outputs: the gate reads what experts make of a token.
     """
 
     level: Level
@@ -50,6 +51,7 @@ class Kind:
     router_std: float | None = None
     needs: Sequence[str] = ()
     frozen: bool = False
+    by_outputs: bool = False
 
 
 _TOP_2 = {"name": "TopKRouter", "k": 2, "normalize": True}
@@ -99,6 +101,7 @@ KINDS: dict[str, Kind] = {
     "SMoP": Kind("prompts", (), 4, 5, router={"name": "SMoPRouter", "k": 1}),
     # Trained LoRAs, which stay as they are, and a gate from N(0, 1) for each linear layer.
     "MeteoRA": Kind("linear", (), 1, router=_TOP_2, router_std=1.0, frozen=True),
+    "MoLE": Kind("linear", (), 1, router={"name": "MoLERouter"}, frozen=True, by_outputs=True),
 }
 
 

@@ -21,7 +21,7 @@ from ..moe import (
     ScaledLinear,
 )
 from ..moe.adapted import Columns
-from ..moe.routers import DenseRouter, LabelRouter, MoCLERouter, TaskMixtureRouter, TaskRouter, TopKRouter
+from ..moe.routers import DenseRouter, LabelRouter, MoCLERouter, MoLERouter, TaskMixtureRouter, TaskRouter, TopKRouter
 from .adapting import base_of
 
 
@@ -83,13 +83,15 @@ def _merged(name: str, adapter: Any, context: dict[str, Any]) -> nn.Module:
 def _weights(name: str, router: Router, context: dict[str, Any]) -> Tensor:
     """The weights of experts [E] of a gate that does not look at tokens."""
     by_label = isinstance(router, (LabelRouter, TaskRouter, TaskMixtureRouter, MoCLERouter))
-    softmax = isinstance(router, (DenseRouter, TopKRouter)) and getattr(router, "score", "softmax") != "sigmoid"
+    softmax = (
+        isinstance(router, (DenseRouter, MoLERouter, TopKRouter)) and getattr(router, "score", "softmax") != "sigmoid"
+    )
     if router.merges or not (by_label or (softmax and router.num_experts == 1)):
         raise ValueError(
             f"merge_adapters: the gate of {name}, a {type(router).__name__}, weighs {router.num_experts} experts by "
             "the token; only one expert, or a gate that reads a label alone, can be merged"
         )
-    token = torch.zeros(1, router.dim, device=next(iter(router.parameters()), torch.zeros(())).device)
+    token = torch.zeros(1, 1, router.dim, device=next(iter(router.parameters()), torch.zeros(())).device)
     return router.eval()(token, **context).dense()[0].cpu()
 
 

@@ -68,7 +68,7 @@ def adapt(
         LLaVA-MoLE                beside whole MLPs or mixtures of experts, one a token
         AdaMix                    an adapter after each of these, a random one each step, their mean afterwards
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
-        MeteoRA                   trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
+        MeteoRA, MoLE             trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too. In a sparse model
     they stand beside its attention, LLaVA-MoLE and AdaMix beside its `MoE`s, and LoRA with the targets gate, up and

@@ -2,7 +2,7 @@
 
 from . import balance, expert_losses, kernels, routers, schedule, telemetry
 from .adamix import AdaMix
-from .adapted import AdaptedLinear, LoRALinear, ScaledLinear
+from .adapted import AdaptedLinear, ComposedLinear, LoRALinear, ScaledLinear
 from .attention_experts import HeadExperts, KeyValues, MoA, MoH, SwitchHead, rotary
 from .blend import Blend
 from .capacity import Capacity
@@ -39,6 +39,7 @@ __all__ = [
     "Blend",
     "Capacity",
     "ChannelRouter",
+    "ComposedLinear",
     "Decision",
     "DeepMoE",
     "DepthRouter",

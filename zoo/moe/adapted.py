@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import expert_losses
-from .layer import Recorded
+from .layer import Recorded, _check
 from .lora import LoRAExperts
 from .routers.base import Router
 from .routing import Routing
@@ -76,6 +76,7 @@ class AdaptedLinear(Recorded, _Beside):
         MOELoRA (2310.18339), another one           `TaskMixtureRouter`
         MoCLE (2312.12379)                          `MoCLERouter`
         MeteoRA (2405.13053)                        trained LoRAs as experts, and `TopKRouter`
+        MoLE (2404.13628)                           the same, and `MoLERouter`: see `ComposedLinear`
     `columns` as in `LoRALinear`. `contrastive` weighs MoELoRA's loss between experts' outputs in training, a number or
     the options of `zoo.moe.expert_losses.contrastive` with "weight"; the recorded decision carries it. A token that is
     masked, or that capacity drops, gets W x.
@@ -93,7 +94,7 @@ class AdaptedLinear(Recorded, _Beside):
     ) -> None:
         super().__init__()
         check_sizes(type(self).__name__, base, lora.dim, lora.out_dim, columns)
-        _check_gate(type(self).__name__, router, lora.dim, lora.num_experts)
+        _check_gate(type(self).__name__, router, self.gate_dim(lora), lora.num_experts)
         self.base, self.router, self.lora, self.columns = base, router, lora, columns
         options = contrastive if isinstance(contrastive, Mapping) else {"weight": contrastive or 0.0}
         known = ("weight", *list(inspect.signature(expert_losses.contrastive).parameters)[3:])
@@ -104,13 +105,41 @@ class AdaptedLinear(Recorded, _Beside):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to x [..., D]; keywords go to the gate (see `Router`)."""
         y = self.base(x)
-        decision = self._decide(x, context)
+        decision = self._decide(self._seen(x, context), context)
         tokens = x.reshape(-1, x.shape[-1])
         if self.training and self.contrastive.get("weight") and isinstance(decision, Routing):
             options = {name: value for name, value in self.contrastive.items() if name != "weight"}
             loss = expert_losses.contrastive(self.lora, tokens, decision, **options)
             decision.losses["contrastive"] = self.contrastive["weight"] * loss
         return add(y, decision.apply(tokens, self.lora), self.columns)
+
+    @staticmethod
+    def gate_dim(lora: LoRAExperts) -> int:
+        """The width of what the gate reads."""
+        return lora.dim
+
+    def _seen(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        return x
+
+
+class ComposedLinear(AdaptedLinear):
+    """y = W x + sum_e g_e E_e, E_e = alpha / r * B_e A_e x: the gate reads what experts make of tokens, not the tokens.
+
+    That is [E_1; ..; E_E], of width E O. With `MoLERouter` it is MoLE (2404.13628, equations 9 to 13) at each matrix,
+    m-MoLE in its section 5; the paper's block-wise form, which runs each block once a LoRA, is not here.
+    """
+
+    @staticmethod
+    def gate_dim(lora: LoRAExperts) -> int:
+        """E O."""
+        return lora.num_experts * lora.out_dim
+
+    def _seen(self, x: Tensor, context: dict[str, Any]) -> Tensor:
+        mask = context.get("mask")
+        _check(type(self).__name__, x, self.lora.dim, mask)
+        if mask is not None:
+            x = x.where(mask.reshape(x.shape[:-1]).bool().unsqueeze(-1), 0)  # nan there would reach the gate's gradient
+        return self.lora.apart(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], self.gate_dim(self.lora))
 
 
 class ScaledLinear(Recorded, _Beside):

@@ -149,15 +149,23 @@ class Step:
     def losses(self) -> dict[str, Tensor]:
         """Each auxiliary loss summed over layers and calls; the values are weighted and ready to add.
 
-        Raises RuntimeError when a layer in training ran without gradients: reentrant checkpointing does that.
+        Those of gates that are judged together (`Router.together`) are of all layers at once. Raises RuntimeError when
+        a layer in training ran without gradients: reentrant checkpointing does that.
         """
         total: dict[str, Tensor] = {}
+        judged: dict[type, tuple[Router, list[Decision]]] = {}
         for layer, calls in self.routings.items():
+            router = self._layers[layer].router
+            joint = router.training and type(router).together is not Router.together
+            if joint and calls:
+                judged.setdefault(type(router), (router, []))[1].extend(calls)
             for routing in calls:
-                if routing.losses and not routing.weight.requires_grad and torch.is_grad_enabled():
+                if (joint or routing.losses) and not routing.weight.requires_grad and torch.is_grad_enabled():
                     self._check_trainable(layer)
                 for name, value in routing.losses.items():
                     total[name] = total[name] + value if name in total else value
+        for router, decisions in judged.values():
+            total |= router.together(decisions)
         return total
 
     def _check_trainable(self, layer: str) -> None:

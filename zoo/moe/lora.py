@@ -92,6 +92,13 @@ class LoRAExperts(nn.Module):
         rows = rows * (self.alpha / self.rank * weight[..., None]).to(rows.dtype)
         return F.linear(rows.flatten(-2), b.transpose(0, 1).flatten(1))
 
+    def apart(self, x: Tensor) -> Tensor:
+        """What every expert makes of tokens x [T, D], unweighted: [T, E, O]."""
+        x = self.reads(x)
+        a, b = (self.a, self.b) if autocast.is_on(x) else (self.a.to(x.dtype), self.b.to(x.dtype))
+        rows = F.linear(x, a.flatten(0, 1)).unflatten(-1, a.shape[:2])
+        return torch.einsum("ter,eor->teo", self.alpha / self.rank * rows, b)
+
     def each(self, rows: Tensor, offsets: Tensor, experts: Tensor | None = None) -> Tensor:
         """What experts, or those [G] of them, make of rows [A, D] sorted by expert, unweighted: [A, O]."""
         a, b = (w if experts is None else w.index_select(0, experts) for w in (self.a, self.b))

@@ -33,6 +33,7 @@ from zoo.moe.routers import (
     MoEBERTRouter,
     MoEficationRouter,
     MoEPlusPlusRouter,
+    MoLERouter,
     MoTRouter,
     NullExpertRouter,
     OutputMaskingRouter,
@@ -202,6 +203,8 @@ GATES: dict[str, Gate] = {
         context=lambda x, cluster: {"cluster": cluster},
         active=2,
     ),
+    "MoLE": Gate(lambda d, e: MoLERouter(d, e, balance=0.01)),
+    "MoLE, whole sequences": Gate(lambda d, e: MoLERouter(d, e, tokens=64, balance=0.01), whole_sequences=True),
     "prototypes (M6-T)": Gate(lambda d, e: PrototypeRouter(d, e, 2, losses=BALANCE), active=2),
     "random (THOR)": Gate(
         lambda d, e: RandomRouter(d, e), cannot="experts are drawn at random, so that none becomes a specialist"

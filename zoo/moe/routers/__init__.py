@@ -23,6 +23,7 @@ from .moduleformer import ModuleFormerRouter
 from .moe_plus_plus import MoEPlusPlusRouter
 from .moebert import MoEBERTRouter
 from .moefication import MoEficationRouter
+from .mole import MoLERouter
 from .null_expert import NullExpertRouter
 from .output_masking import OutputMaskingRouter
 from .patch import PatchRouter
@@ -67,6 +68,7 @@ __all__ = [
     "MoEBERTRouter",
     "MoEPlusPlusRouter",
     "MoEficationRouter",
+    "MoLERouter",
     "MoTRouter",
     "ModuleFormerRouter",
     "NullExpertRouter",

@@ -50,3 +50,7 @@ class Router(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, **context: Any) -> Decision:
         """Route tokens x [T, D], or [B, S, D] where sequences matter (T = B*S)."""
+
+    def together(self, decisions: list[Any]) -> dict[str, Tensor]:
+        """Weighted losses of what all gates of this class decided in a step, which no layer can tell by itself."""
+        return {}

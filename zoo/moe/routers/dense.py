@@ -62,10 +62,15 @@ class DenseRouter(LinearRouter):
             kept = (probs > self.eval_threshold) | (probs == probs.amax(-1, keepdim=True))
             kept = kept if mask is None else kept & mask[:, None]
             return Routing.from_matrix(probs, kept, probs=probs, asked=kept.sum(-1))
-        if mask is not None:
-            asked = self.num_experts * mask
-            return Routing.from_matrix(probs, everywhere & mask[:, None], losses=losses, probs=probs, asked=asked)
-        tokens, experts = probs.shape
-        index = torch.arange(tokens, device=probs.device).repeat(experts)
-        offsets = torch.arange(experts + 1, dtype=torch.int32, device=probs.device) * tokens
-        return Routing(index, offsets, probs.T.reshape(-1), tokens, losses=losses, probs=probs, asked=experts)
+        return to_all(probs, mask, losses=losses, probs=probs)
+
+
+def to_all(weight: Tensor, mask: Tensor | None = None, **extra: Any) -> Routing:
+    """The routing of every token to all experts, with weights [T, E]; mask [T] is False for tokens to leave out."""
+    tokens, experts = weight.shape
+    if mask is not None:
+        kept = mask[:, None].expand_as(weight)
+        return Routing.from_matrix(weight, kept, asked=experts * mask, **extra)
+    index = torch.arange(tokens, device=weight.device).repeat(experts)
+    offsets = torch.arange(experts + 1, dtype=torch.int32, device=weight.device) * tokens
+    return Routing(index, offsets, weight.T.reshape(-1), tokens, asked=experts, **extra)
