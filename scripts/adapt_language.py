@@ -103,7 +103,8 @@ def train(model: Any, draws: list[Draw], steps: int, lr: float, consistency: flo
 def run(model: Any, tokens: Tensor, domain: int) -> Any:
     """The model on a batch, told its domain where it listens."""
     label = torch.full((len(tokens),), domain)
-    told = {"moe_context": {"task": label, "cluster": label, "label": label, "sample_type": label}}
+    near = nn.functional.one_hot(label, KINDS["MoR1E"].num_experts)  # to its own cluster alone
+    told = {"moe_context": {"task": label, "cluster": label, "label": label, "sample_type": label, "intuition": near}}
     return model(tokens, labels=tokens, **(told if getattr(model, "adapted", None) else {}))
 
 

@@ -44,7 +44,8 @@ def parse(said: Any) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments of conversions from [{name: {argument: value}}, ...].
 
     Raises TypeError for another form; ValueError, naming the nearest, for an unknown conversion or argument, for a
-    `calibrate` that is no number of batches, for what a conversion needs and is not given, and for adapters by label.
+    `calibrate` that is no number of batches, for what a conversion needs and is not given, and for adapters that hear
+    something of each sample.
     """
     if isinstance(said, (str, Mapping)) or not isinstance(said, Sequence):
         raise TypeError(f"convert: expected a list such as [{{upcycle: {{num_experts: 8}}}}], got {said!r}")
@@ -159,10 +160,10 @@ def _check(name: str, arguments: Mapping[str, Any]) -> None:
         if argument not in parameters and not any_name:
             raise unknown(f"argument of {name}", str(argument), parameters)
     kind = KINDS.get(str(arguments.get("kind"))) if name == "adapt" else None
-    if kind is not None and kind.needs:
+    if kind is not None and kind.hears is not None:
         raise ValueError(
-            f"convert: adapt: the gates of {arguments['kind']} go by a label, and tasks tell them none; adapt and "
-            "train such a model in Python, calling it with moe_context"
+            f"convert: adapt: the gates of {arguments['kind']} hear {kind.hears} of each sample, and tasks tell "
+            "them nothing; adapt and train such a model in Python, calling it with moe_context"
         )
     batches = arguments.get(CALIBRATE, BATCHES)
     if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:

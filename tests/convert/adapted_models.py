@@ -26,9 +26,9 @@ LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 # Kinds that experts are trained by; prompts, and what is composed of trained ones, have tests of their own.
 OWN = [kind for kind, row in KINDS.items() if row.level != "prompts" and not row.frozen]
-# What gates by label need: their sizes, and labels of two sequences.
-GATES = {"MOELoRA": {"num_tasks": 3}, "MoCLE": {"num_clusters": 3}}
-LABELS = {"task": torch.tensor([0, 2]), "cluster": torch.tensor([1, 2])}
+# What gates need that are told something: their sizes, and what two sequences are.
+GATES: dict[str, Any] = {"MOELoRA": {"num_tasks": 3}, "MoCLE": {"num_clusters": 3}, "MoR1E": None}
+LABELS = {"task": torch.tensor([0, 2]), "cluster": torch.tensor([1, 2]), "intuition": torch.rand(2, 32)}
 
 
 def language(name: str = "llama", **fields: Any) -> Any:

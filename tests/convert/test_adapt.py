@@ -300,6 +300,8 @@ def test_what_does_not_fit_is_named():
         (lambda: zoo.adapt(model, "MOELoRA"), "adapt: MOELoRA needs num_tasks: give router={'num_tasks': ...}"),
         (lambda: zoo.adapt(model, "MoV", rank=3), "adapt: MoV has no use for rank, got 3"),
         (lambda: zoo.adapt(model, "AdaMix", router="TopKRouter"), "AdaMix has no use for router"),
+        (lambda: zoo.adapt(model, "MoR1E", alpha=2.0), "MoR1E has no use for alpha"),
+        (lambda: zoo.adapt(model, "MoR1E", rank=5), "32 experts are no pairs of 5 rows and columns"),
         (lambda: zoo.adapt(model, "LoRA", num_experts=2), "LoRA has no use for num_experts"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=[]), "num_experts is an empty list"),
         (lambda: zoo.adapt(model, "MoLA", num_experts=0), "num_experts must be at least 1, got 0"),

@@ -22,6 +22,7 @@ from ..moe import (
     MixLoRAExperts,
     MoE,
     PromptMixture,
+    RankOneExperts,
     Router,
     ScaledLinear,
 )
@@ -94,7 +95,7 @@ def _beside(site: Site, kind: Kind, how: dict[str, Any], count: int) -> nn.Modul
     if kind.level == "one":
         return LoRALinear(site.linear, lora, site.columns)
     contrastive = kind.contrastive if how["contrastive"] is None else how["contrastive"]
-    layer = ComposedLinear if kind.by_outputs else AdaptedLinear
+    layer = ComposedLinear if kind.level == "outputs" else AdaptedLinear
     return layer(site.linear, maker.gate(layer.gate_dim(lora), count), lora, site.columns, contrastive)
 
 
@@ -200,6 +201,8 @@ class _Maker:
 
     def lora(self, count: int, dim: int, out: int) -> LoRAExperts:
         with torch.device(self.device):
+            if self.kind.level == "pairs":
+                return RankOneExperts(count, dim, self.rank, out, self.dropout).to(self.dtype)
             made = LoRAExperts(count, dim, self.rank, self.alpha, out, self.dropout, self.kind.init_std)
         return made.to(self.dtype)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..pretrained.context import KEY, MIXERS, _drop, _mask_is_idle, _put, _take
 from ..pretrained.generating import take_context
 
+OF_SEQUENCES = ("intuition",)  # tables of sequences and numbers, which tokens are not
 OWN = ("record_logits", "gating")  # what only the gates of the model itself use
 
 
@@ -112,13 +113,19 @@ def _hold(owner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 def _use(adapter: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     told = adapter._adapter_told.value or {}
-    context = {key: value for key, value in told.items() if key not in OWN and _fits(value, args)}
+    context = {key: value for key, value in told.items() if key not in OWN and _fits(key, value, args)}
     if "mask" in context and _mask_is_idle(adapter):
         del context["mask"]
     return args, {**context, **kwargs}
 
 
-def _fits(value: Any, args: tuple[Any, ...]) -> bool:
+def _fits(key: str, value: Any, args: tuple[Any, ...]) -> bool:
     """Whether it is of the tokens that are given: keys and values of cross attention are of others."""
-    per_token = isinstance(value, Tensor) and value.dim() > 1 and len(args) > 0 and args[0].dim() == 3
+    per_token = (
+        isinstance(value, Tensor)
+        and value.dim() > 1
+        and key not in OF_SEQUENCES
+        and len(args) > 0
+        and args[0].dim() == 3
+    )
     return not per_token or value.shape[:2] == args[0].shape[:2]

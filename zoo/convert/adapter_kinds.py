@@ -15,10 +15,12 @@ from ..nearest import unknown
 from .adapter_targets import PARTS
 
 ATTENTION, MLP = PARTS[:4], PARTS[4:]
-Level = Literal["linear", "vectors", "mlp", "beside", "adapter", "one", "prompts"]
+Level = Literal["linear", "pairs", "outputs", "vectors", "mlp", "beside", "adapter", "one", "prompts"]
 # Which arguments of `adapt` a level has no use for.
 UNUSED: dict[str, Sequence[str]] = {
     "linear": ("shared",),
+    "pairs": ("alpha", "contrastive", "shared"),
+    "outputs": ("shared",),
     "vectors": ("rank", "alpha", "contrastive", "dropout", "shared"),
     "mlp": ("contrastive", "shared"),
     "beside": ("targets", "contrastive", "shared"),
@@ -32,11 +34,12 @@ UNUSED: dict[str, Sequence[str]] = {
 class Kind:
     """What a paper takes by default.
 
-    level: experts stand beside linear layers ("linear"), scale them ("vectors"), share an MLP ("mlp"), stand beside it
+    level: experts stand beside linear layers ("linear"), as pairs of `rank` rows and of columns ("pairs") or with a
+    gate that reads what they make of a token ("outputs"), scale them ("vectors"), share an MLP ("mlp"), stand beside it
     ("beside"), follow it ("adapter"), come before the tokens ("prompts"), or there is one beside a linear layer and no
     gate ("one"). router names the gate and its options; init_std and router_std are deviations of what is normally
     distributed at first; `needs` are options of the gate that only a caller knows; frozen experts are not trained;
-    by_outputs: the gate reads what experts make of a token.
+    `hears` is what a caller tells the gate of each sample.
     """
 
     level: Level
@@ -51,7 +54,7 @@ class Kind:
     router_std: float | None = None
     needs: Sequence[str] = ()
     frozen: bool = False
-    by_outputs: bool = False
+    hears: str | None = None
 
 
 _TOP_2 = {"name": "TopKRouter", "k": 2, "normalize": True}
@@ -88,10 +91,20 @@ KINDS: dict[str, Kind] = {
         {"name": "TaskMixtureRouter", "task_dim": 64},
         init_std=0.01,
         needs=("num_tasks",),
+        hears="task",
     ),
     "MoCLE": Kind(
-        "linear", ("query", "value"), 5, 8, 16.0, {"name": "MoCLERouter", "temperature": 0.05}, needs=("num_clusters",)
+        "linear",
+        ("query", "value"),
+        5,
+        8,
+        16.0,
+        {"name": "MoCLERouter", "temperature": 0.05},
+        needs=("num_clusters",),
+        hears="cluster",
     ),
+    # trex_train.sh: 32 clusters, 4 rows and 8 columns; rank is how many rows. All linear layers of a block.
+    "MoR1E": Kind("pairs", PARTS, 32, 4, router={"name": "MoR1ERouter"}, hears="intuition"),
     # configs/mov.gin: keys, values and the hidden units of MLPs.
     "MoV": Kind("vectors", ("key", "value", "down"), 30, router={"name": "DenseRouter"}, router_std=0.02),
     "MixLoRA": Kind("mlp", MLP, 8, 8, 16.0, _TOP_2, {"switch": 0.01}, router_std=0.02),
@@ -101,7 +114,7 @@ KINDS: dict[str, Kind] = {
     "SMoP": Kind("prompts", (), 4, 5, router={"name": "SMoPRouter", "k": 1}),
     # Trained LoRAs, which stay as they are, and a gate from N(0, 1) for each linear layer.
     "MeteoRA": Kind("linear", (), 1, router=_TOP_2, router_std=1.0, frozen=True),
-    "MoLE": Kind("linear", (), 1, router={"name": "MoLERouter"}, frozen=True, by_outputs=True),
+    "MoLE": Kind("outputs", (), 1, router={"name": "MoLERouter"}, frozen=True),
 }
 
 

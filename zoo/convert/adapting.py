@@ -63,6 +63,8 @@ def adapt(
         MoLoRA, LoRAMoE           beside linear layers, all experts by a dense gate
         MoELoRA, MoLA, SiRA       the same, a few experts a token
         MOELoRA, MoCLE            by a label: model(..., moe_context={"task": ..}), or "cluster"
+        MoR1E                     pairs of rank one, by the token and by how near an instruction is to clusters: it is
+                                  told "intuition"; rank is how many rows, num_experts of rows times columns
         MoV                       IA3's vectors, mixed by a dense gate
         MixLoRA                   experts that share an MLP; adapt attention with a second call
         LLaVA-MoLE                beside whole MLPs or mixtures of experts, one a token

@@ -24,6 +24,7 @@ from .offloaded import OffloadedExperts
 from .peer import PEER, NeuronExperts
 from .prompts import PromptMixture
 from .quantised import QuantisedExperts
+from .rank_one import RankOneExperts
 from .residual import ResidualExperts
 from .routers import Router
 from .routing import Routing
@@ -66,6 +67,7 @@ __all__ = [
     "PatchMoE",
     "PromptMixture",
     "QuantisedExperts",
+    "RankOneExperts",
     "ResidualExperts",
     "Router",
     "Routing",

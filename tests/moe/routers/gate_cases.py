@@ -34,6 +34,7 @@ from zoo.moe.routers import (
     MoEficationRouter,
     MoEPlusPlusRouter,
     MoLERouter,
+    MoR1ERouter,
     MoTRouter,
     NullExpertRouter,
     OutputMaskingRouter,
@@ -205,6 +206,10 @@ GATES: dict[str, Gate] = {
     ),
     "MoLE": Gate(lambda d, e: MoLERouter(d, e, balance=0.01)),
     "MoLE, whole sequences": Gate(lambda d, e: MoLERouter(d, e, tokens=64, balance=0.01), whole_sequences=True),
+    "MoR1E": Gate(
+        lambda d, e: MoR1ERouter(d, e, token_scale=2.0, intuition_scale=2.0, losses=BALANCE),
+        context=lambda x, cluster: {"intuition": torch.eye(8)[cluster]},
+    ),
     "prototypes (M6-T)": Gate(lambda d, e: PrototypeRouter(d, e, 2, losses=BALANCE), active=2),
     "random (THOR)": Gate(
         lambda d, e: RandomRouter(d, e), cannot="experts are drawn at random, so that none becomes a specialist"

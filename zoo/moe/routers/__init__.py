@@ -24,6 +24,7 @@ from .moe_plus_plus import MoEPlusPlusRouter
 from .moebert import MoEBERTRouter
 from .moefication import MoEficationRouter
 from .mole import MoLERouter
+from .mor1e import MoR1ERouter
 from .null_expert import NullExpertRouter
 from .output_masking import OutputMaskingRouter
 from .patch import PatchRouter
@@ -69,6 +70,7 @@ __all__ = [
     "MoEPlusPlusRouter",
     "MoEficationRouter",
     "MoLERouter",
+    "MoR1ERouter",
     "MoTRouter",
     "ModuleFormerRouter",
     "NullExpertRouter",

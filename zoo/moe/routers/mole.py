@@ -48,6 +48,11 @@ class MoLERouter(Router):
         self.log_temperature = nn.Parameter(torch.empty(()))
         self.reset_parameters()
 
+    @property
+    def k(self) -> int:
+        """How many experts a token meets: all."""
+        return self.num_experts
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw e uniformly within 1/sqrt(dim L), and set the temperature to one."""
