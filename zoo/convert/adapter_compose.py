@@ -19,6 +19,7 @@ from ..nearest import unknown
 from ..pretrained.tensorfile import read_all, read_header
 from .adapter_folder import is_adapted, read_onto
 from .adapter_kinds import KINDS
+from .adapter_targets import plain_name
 from .adapting import adapt
 
 PEFT, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -74,7 +75,7 @@ def compose_adapters(
     for name, module in made.named_modules():
         if not isinstance(module, AdaptedLinear):
             continue
-        key = (_plain(name), module.columns)
+        key = (plain_name(name), module.columns)
         module.lora.a.zero_()
         for e, lora in enumerate(read):
             if key in lora:
@@ -99,7 +100,7 @@ def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
             raise ValueError(f"compose_adapters: {folder} has LoRAs inside experts, {name}; expected linear layers")
         if isinstance(module, LoRALinear):
             scale = module.lora.alpha / module.lora.rank
-            found[_plain(name), module.columns] = module.lora.a[0].detach(), scale * module.lora.b[0].detach()
+            found[plain_name(name), module.columns] = module.lora.a[0].detach(), scale * module.lora.b[0].detach()
     return found, list(made.adapted[0]["targets"] or KINDS["LoRA"].targets)
 
 
@@ -125,8 +126,3 @@ def _read_peft(model: nn.Module, folder: Path) -> LoRA:
         if name not in known or set(pair) != {"A", "B"}:
             raise ValueError(f"{folder / PEFT_WEIGHTS}: {name} is no layer of {type(model).__name__}, or lacks A or B")
     return {(name, None): (pair["A"], scale * pair["B"]) for name, pair in sides.items()}
-
-
-def _plain(name: str) -> str:
-    """A layer's name without adapters around it."""
-    return re.sub(r"(\.base)+$", "", name)

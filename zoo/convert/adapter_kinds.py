@@ -59,8 +59,8 @@ class Kind:
 
 _TOP_2 = {"name": "TopKRouter", "k": 2, "normalize": True}
 
-# Numbers are those of the authors' configurations where there is code; of MoELoRA, SiRA and MoCLE, and of MOELoRA's
-# and MoLA's losses, they are not checked.
+# Numbers are those of the authors' configurations where there is code; of MoELoRA, SiRA, MoCLE and Omni-SMoLA, and of
+# MOELoRA's and MoLA's losses, they are not checked.
 KINDS: dict[str, Kind] = {
     # One LoRA, the yardstick (2106.09685).
     "LoRA": Kind("one", ("query", "value"), 1),
@@ -103,6 +103,8 @@ KINDS: dict[str, Kind] = {
         needs=("num_clusters",),
         hears="cluster",
     ),
+    # One of the paper's three sets: for text, for what is seen, and for both. No code is known.
+    "Omni-SMoLA": Kind("linear", PARTS, 16, 4, 4.0, {"name": "SoftRouter", "slots": 1}),
     # trex_train.sh: 32 clusters, 4 rows and 8 columns; rank is how many rows. All linear layers of a block.
     "MoR1E": Kind("pairs", PARTS, 32, 4, router={"name": "MoR1ERouter"}, hears="intuition"),
     # configs/mov.gin: keys, values and the hidden units of MLPs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,12 +71,13 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "", experts: bo
     for name, linear, parent in _linears(model, within):
         if (block := block_of(model, name)) is None:
             continue
-        leaf = name.rpartition(".")[2]
-        seen.append(name.removeprefix(f"{block}."))
-        parts = _parts(name, parent)
+        plain = plain_name(name)
+        leaf = plain.rpartition(".")[2]
+        seen.append(plain.removeprefix(f"{block}."))
+        parts = _parts(plain, parent)
         wanted = [part for part in parts if part in targets]
         columns = _columns(leaf, linear, parent) if len(parts) > 1 else {}
-        if any(f".{name}".endswith(f".{t}") for t in targets if t not in PARTS) or (wanted and not columns):
+        if any(f".{plain}".endswith(f".{t}") for t in targets if t not in PARTS) or (wanted and not columns):
             sites.append(Site(name, linear, block, parts))
         else:
             sites += [Site(name, linear, block, (part,), columns[part]) for part in wanted]
@@ -90,6 +92,11 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "", experts: bo
         _check(model, site)
     order = {name: at for at, (name, _) in enumerate(model.named_modules())}
     return sorted(sites, key=lambda site: order[site.name])
+
+
+def plain_name(name: str) -> str:
+    """A layer's name without the adapters that stand around it already."""
+    return re.sub(r"(\.base)+$", "", name)
 
 
 def block_of(model: nn.Module, name: str) -> str | None:
@@ -115,7 +122,7 @@ def _linears(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, nn
         inside = not within or name.startswith(f"{within}.")
         if not inside or (skipped and name.startswith(skipped)) or not _is_linear(module):
             continue
-        parent = model.get_submodule(name.rpartition(".")[0])
+        parent = model.get_submodule(plain_name(name).rpartition(".")[0])
         if not isinstance(parent, nn.MultiheadAttention):  # which never calls its linear layer
             yield name, module, parent
 

@@ -62,6 +62,8 @@ def adapt(
         LoRA                      one, without a gate
         MoLoRA, LoRAMoE           beside linear layers, all experts by a dense gate
         MoELoRA, MoLA, SiRA       the same, a few experts a token
+        Omni-SMoLA                mixtures of a sequence's tokens, one an expert (Soft MoE); not for causal models. A
+                                  set for one modality is a call of its own: router={"only": 1}, and "modality" is told
         MOELoRA, MoCLE            by a label: model(..., moe_context={"task": ..}), or "cluster"
         MoR1E                     pairs of rank one, by the token and by how near an instruction is to clusters: it is
                                   told "intuition"; rank is how many rows, num_experts of rows times columns

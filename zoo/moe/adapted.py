@@ -75,6 +75,7 @@ class AdaptedLinear(Recorded, _Beside):
         SiRA (2311.09179)                           `SiRARouter`
         MOELoRA (2310.18339), another one           `TaskMixtureRouter`
         MoCLE (2312.12379)                          `MoCLERouter`
+        Omni-SMoLA (2312.00968)                     `SoftRouter`
         MoR1E (2404.08985)                          `MoR1ERouter`, and `RankOneExperts`
         MeteoRA (2405.13053)                        trained LoRAs as experts, and `TopKRouter`
         MoLE (2404.13628)                           the same, and `MoLERouter`: see `ComposedLinear`

@@ -13,6 +13,7 @@ from .. import autocast
 from ..capacity import Capacity
 from ..slots import Slots
 from .base import Router
+from .context import per_token
 from .groups import GroupSize, check_groups, group_tokens
 
 EPS = 1e-6
@@ -28,7 +29,8 @@ class SoftRouter(Router):
     P is `slots`, or where that is None round(tokens * capacity_factor / E) for groups of `tokens` tokens; the paper's
     models have one slot an expert. A group is a sequence, that is an image, unless group_size or group_sequences say
     otherwise (see `TopKRouter`). noise_std adds N(0, noise_std^2) to the logits in training. Tokens of one group see
-    each other: not for causal models. Context: mask [T] or [B, S], False for tokens to leave out; they give zero.
+    each other: not for causal models. Context: mask [T] or [B, S], False for tokens to leave out; they give zero. With
+    `only` all tokens are left out but those of that `modality`, which the context must then have (see `per_token`).
 
     Raises ValueError for fewer than one slot, and where neither slots nor tokens are given.
     """
@@ -44,6 +46,7 @@ class SoftRouter(Router):
         noise_std: float = 0.0,
         group_size: GroupSize = "sequence",
         group_sequences: int = 1,
+        only: int | None = None,
         dtype: torch.dtype | None = torch.float32,
     ) -> None:
         super().__init__(dim, num_experts)
@@ -55,7 +58,7 @@ class SoftRouter(Router):
         if slots < 1:
             raise ValueError(f"SoftRouter: slots must be at least 1, got {slots}")
         self.slots, self.noise_std, self.dtype = slots, noise_std, dtype
-        self.group_size, self.group_sequences = group_size, group_sequences
+        self.group_size, self.group_sequences, self.only = group_size, group_sequences, only
         self.weight = nn.Parameter(torch.empty(num_experts, slots, dim))
         self.scale = nn.Parameter(torch.empty(()))
         self.reset_parameters()
@@ -74,6 +77,9 @@ class SoftRouter(Router):
                 return self.forward(x, **context)
         if x.dtype != torch.float64:
             x = x.to(self.dtype or x.dtype)
+        if self.only is not None:
+            own = per_token("SoftRouter", context, "modality", x) == self.only
+            context["mask"] = own if context.get("mask") is None else own & context["mask"].reshape(-1).bool()
         if (mask := context.get("mask")) is not None:
             x = x.where(mask.reshape(x.shape[:-1]).bool().unsqueeze(-1), 0)  # nan there would reach the gradient of μ
         mu = _unit(self.weight.to(x.dtype)).flatten(0, 1) * self.scale.to(x.dtype)
