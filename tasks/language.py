@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import zoo
+from tasks import frozen
 from tasks.generation import check_sampling, generate, prompt_ids
 from tasks.teacher import Teacher
 from tasks.training import Overrides, Task, share_of
@@ -193,6 +194,10 @@ class LanguageTask(Task):
         sizes = {} if self.hparams["vocab_size"] is None else {"vocab_size": self.hparams["vocab_size"]}
         assert isinstance(self.network, str)
         return zoo.create_model(self.network, **{**sizes, **self.overrides, **gate})
+
+    def frozen_in_files(self) -> bool:
+        """Whether a model is read whole, and nothing of it is made anew but by conversions that add what learns."""
+        return frozen.in_files(self.hparams, self._conversions)
 
     def configure_model(self) -> None:
         """Build the model once the tokenizer is known; Lightning calls this."""
