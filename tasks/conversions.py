@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import zoo
-from zoo.convert.adapter_kinds import KINDS
 from zoo.convert.usage import is_meta
 from zoo.nearest import unknown
 from zoo.parallel import checkpoint as store
@@ -43,7 +42,7 @@ def parse(said: Any) -> list[tuple[str, dict[str, Any]]]:
     """Names and arguments of conversions from [{name: {argument: value}}, ...].
 
     Raises TypeError for another form; ValueError, naming the nearest, for an unknown conversion or argument, for a
-    `calibrate` that is no number of batches, for what a conversion needs and is not given, and for adapters by label.
+    `calibrate` that is no number of batches, and for what a conversion needs and is not given.
     """
     if isinstance(said, (str, Mapping)) or not isinstance(said, Sequence):
         raise TypeError(f"convert: expected a list such as [{{upcycle: {{num_experts: 8}}}}], got {said!r}")
@@ -157,12 +156,6 @@ def _check(name: str, arguments: Mapping[str, Any]) -> None:
     for argument in arguments:
         if argument not in parameters and not any_name:
             raise unknown(f"argument of {name}", str(argument), parameters)
-    kind = KINDS.get(str(arguments.get("kind"))) if name == "adapt" else None
-    if kind is not None and kind.needs:
-        raise ValueError(
-            f"convert: adapt: the gates of {arguments['kind']} go by a label, and tasks tell them none; adapt and "
-            "train such a model in Python, calling it with moe_context"
-        )
     batches = arguments.get(CALIBRATE, BATCHES)
     if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
         raise ValueError(f"convert: {name}.calibrate: expected a number of batches of at least 1, got {batches!r}")

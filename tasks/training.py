@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from torch import Tensor, nn
 
 import zoo
-from tasks import conversions, frozen
+from tasks import conversions, frozen, labels
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
@@ -171,7 +171,10 @@ class Task(LightningModule):
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         if self.model is None and self.checked_on_meta():
             with torch.device("meta"):
-                self.check_model(self.converted(self.build()), data)
+                model = self.converted(self.build())
+            labels.check(model, data)
+            with torch.device("meta"):
+                self.check_model(model, data)
         learning_rate(self.hparams["schedule"], self.hparams["warmup_steps"], 1)
 
     def checked_on_meta(self) -> bool:

@@ -71,12 +71,6 @@ def test_adapters_beside_whole_mlps_may_be_exported(make, tmp_path):
     assert (tmp_path / "out" / "adapters.safetensors").is_file()
 
 
-@pytest.mark.parametrize("kind", ["MOELoRA", "MoCLE"])
-def test_gates_by_label_are_refused_before_training(kind, make):
-    with pytest.raises(ValueError, match=f"the gates of {kind} go by a label, and tasks tell them none"):
-        make.task(convert=[{"adapt": {"kind": kind, "router": {"num_tasks": 3}}}])
-
-
 ADAPTED = {"kind": "MoELoRA", "num_experts": 3, "rank": 2}
 
 
