@@ -8,6 +8,7 @@ import argparse
 import torch
 
 import zoo
+from tasks import labels
 from tasks.cli import run_script
 from tasks.generation import check_sampling, generate, prompt_ids
 from zoo.data import open_tokenizer
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--offload", type=int, metavar="N", help="memory for N experts a layer; all stay in their files"
     )
+    parser.add_argument("--label", type=int, help="the domain, task or cluster of the text, where gates go by one")
     args = parser.parse_args()
 
     check_sampling(args.tokens, args.temperature)
@@ -32,9 +34,10 @@ def main() -> None:
     options = {name: value for name in ("quantise", "offload") if (value := getattr(args, name)) is not None}
     model = zoo.from_pretrained(args.model, device=device, **options)
     tokenizer = open_tokenizer(args.model)
+    told = {} if args.label is None else labels.told(model, {"source": torch.tensor(args.label)})
     for prompt in args.prompts:
         ids = prompt_ids(tokenizer, prompt)
-        print(generate(model, tokenizer, ids, args.tokens, args.temperature))
+        print(generate(model, tokenizer, ids, args.tokens, args.temperature, context=told))
         print()
 
 

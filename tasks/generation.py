@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ def generate(
     max_new_tokens: int = 200,
     temperature: float = 0.8,
     top_p: float = 0.95,
+    context: Mapping[str, Any] | None = None,
 ) -> str:
     """Text that continues prompt ids [1, S], prompt included; temperature 0 takes the likeliest token each time.
 
+    context has further arguments of the model, such as what its gates are told.
     Raises ValueError as `check_sampling`.
     """
     check_sampling(max_new_tokens, temperature, top_p)
@@ -51,6 +54,7 @@ def generate(
             eos_token_id=tokenizer.end,
             pad_token_id=tokenizer.pad,
             **(sampling or {"do_sample": False}),
+            **(context or {}),
         )
     finally:
         model.train(training)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
+from tasks import frozen
 from tasks.answering import answer, open_image
 from tasks.modalities import ModalityShares, keep_shares, log_shares
 from tasks.predictions import check_predictions, write_predictions
@@ -102,6 +103,12 @@ class InstructionTask(Task):
         if h["sparse"] is not None:
             model = moe_llava.sparse(model, **{**upcycled, **h["sparse"]})
         return model if h["stage"] is None else moe_llava.stage(model, h["stage"])
+
+    def frozen_in_files(self) -> bool:
+        """Whether a model is read whole, and nothing of it is made anew but what learns, such as experts in stage 3."""
+        h = self.hparams
+        made = isinstance(h["pretrained"], dict) or (h["sparse"] is not None and h["stage"] != 3)
+        return not made and frozen.in_files(h, self._conversions)
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
         """Raise ValueError for what is wrong with a run of the command line, before any work is done."""

@@ -12,132 +12,24 @@ if __name__ == "__main__":  # before the heavy imports, so that --help is instan
 
 import math
 import warnings
-from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 import zoo
-from tasks.generation import check_sampling, generate, prompt_ids
+from tasks import frozen, labels
+from tasks.generation import check_sampling, generate
+from tasks.language_data import LanguageData
 from tasks.teacher import Teacher
-from tasks.training import Overrides, Task, share_of
-from zoo.data import Corpus, Loader, Packed, Tokenizer, flash_lengths, open_corpus, open_tokenizer, tokenize
+from tasks.training import Overrides, Task
+from zoo.data import Tokenizer, flash_lengths
 from zoo.distillation import soft_loss
 from zoo.pretrained.causal import check_published
 from zoo.pretrained.packed import carries_state, mask_arguments
 
-
-class LanguageData(LightningDataModule):
-    """Text, packed into sequences of fixed length.
-
-    Args:
-        source: "stdlib" (the running Python's own source, about 12 MB), "hub:NAME" or "hub:NAME:CONFIG" (a Hugging Face
-            data set), or text files, folders and glob patterns, one or several.
-        tokenizer: "bytes", "bpe:SIZE" (learnt on the training split), or a transformers tokenizer's folder or hub id.
-        sequence_length: tokens a sequence.
-        batch_size: sequences a batch on each process.
-        num_workers: processes that prepare batches.
-        seed: of the order in which sequences come; with the epoch it is all the order depends on.
-        text_column: where a `.jsonl` file or a hub data set keeps the text.
-        prompts: what `predict` continues.
-    """
-
-    def __init__(
-        self,
-        source: str | list[str] = "stdlib",
-        tokenizer: str = "bytes",
-        sequence_length: int = 256,
-        batch_size: int = 16,
-        num_workers: int = 0,
-        seed: int = 0,
-        text_column: str = "text",
-        prompts: list[str] | None = None,
-    ) -> None:
-        super().__init__()
-        for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        self.source, self.tokenizer_name, self.text_column = source, tokenizer, text_column
-        self.sequence_length, self.batch_size, self.num_workers = sequence_length, batch_size, num_workers
-        self.seed, self.prompts = seed, prompts or []
-
-    @cached_property
-    def corpus(self) -> Corpus:
-        """The text, by split."""
-        return open_corpus(self.source, self.text_column)
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """Made when first asked for: learning a BPE takes a while the first time."""
-        needs_text = self.tokenizer_name.startswith("bpe:")
-        return open_tokenizer(self.tokenizer_name, self.corpus if needs_text else None)
-
-    def check(self, subcommand: str) -> None:
-        """Raise what is wrong with the arguments, as far as it shows before anything is read or learnt."""
-        if not self.tokenizer_name.startswith("bpe:"):
-            _ = self.tokenizer
-        if subcommand != "predict":
-            if not str(self.source).startswith("hub:"):  # opening one of those downloads it
-                _ = self.corpus
-        elif not self.prompts:
-            raise ValueError("nothing to predict: give data.prompts")
-
-    def prepare_data(self) -> None:
-        """Tokenize into the cache, on one process only."""
-        stage = self.trainer.state.fn if self.trainer else None
-        splits = {TrainerFn.VALIDATING: ("val",), TrainerFn.TESTING: ("test",), TrainerFn.PREDICTING: ()}
-        for split in splits.get(stage or TrainerFn.FITTING, ("train", "val")):
-            tokenize(self.corpus, split, self.tokenizer)
-
-    def packed(self, split: str) -> Packed:
-        """The sequences of a split: for training what fills whole ones, else everything."""
-        tokens = tokenize(self.corpus, split, self.tokenizer)
-        return Packed(tokens, self.sequence_length, self.tokenizer.pad, tail=split != "train")
-
-    def train_dataloader(self) -> Loader:
-        """Shuffled batches that can be taken up again in the middle of an epoch."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> Loader:
-        """Every token of the validation split once."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> Loader:
-        """Every token of the test split once."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """The prompts, one at a time."""
-        rows = [{"prompt": p, "input_ids": prompt_ids(self.tokenizer, p)} for p in self.prompts]
-        return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
-
-    def _loader(self, split: str) -> Loader:
-        trainer = self.trainer
-        return Loader(
-            self.packed(split),
-            self.batch_size,
-            shuffle=split == "train",
-            seed=self.seed,
-            **share_of(trainer),
-            num_workers=self.num_workers,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must agree on with the data it continues with."""
-        return {"tokenizer": self.tokenizer.fingerprint}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError when the checkpoint was trained with another tokenizer."""
-        if state_dict["tokenizer"] != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"the checkpoint was trained with another tokenizer than {self.tokenizer_name!r} "
-                f"of {self.corpus.description}"
-            )
+__all__ = ["LanguageData", "LanguageTask"]
 
 
 class LanguageTask(Task):
@@ -193,6 +85,10 @@ class LanguageTask(Task):
         sizes = {} if self.hparams["vocab_size"] is None else {"vocab_size": self.hparams["vocab_size"]}
         assert isinstance(self.network, str)
         return zoo.create_model(self.network, **{**sizes, **self.overrides, **gate})
+
+    def frozen_in_files(self) -> bool:
+        """Whether a model is read whole, and nothing of it is made anew but by conversions that add what learns."""
+        return frozen.in_files(self.hparams, self._conversions)
 
     def configure_model(self) -> None:
         """Build the model once the tokenizer is known; Lightning calls this."""
@@ -251,6 +147,7 @@ class LanguageTask(Task):
         positions = batch["position_ids"]
         flash = "flash" in str(model.config._attn_implementation)
         apart = flash_lengths(positions) if flash else mask_arguments(model, positions)
+        apart |= labels.told(model, batch)
         return model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **apart).logits
 
     def nats(self, batch: dict[str, Tensor], logits: Tensor | None = None) -> Tensor:
@@ -287,29 +184,44 @@ class LanguageTask(Task):
         with zoo.moe.record(self.model) as step:
             nats = self.nats(batch).double()
         text = batch["target_bytes"] >= 0
-        targets, size = (batch["labels"] >= 0).sum(), batch["target_bytes"].clamp(min=0).sum()
-        self.add_to_evaluation(step, torch.stack([nats.sum(), targets.double(), nats[text].sum(), size.double()]))
+        each = nats, batch["labels"] >= 0, nats.where(text, 0.0), batch["target_bytes"].clamp(min=0)
+        rows = torch.stack([figure.double().sum(1) for figure in each], dim=1)  # [B, 4]
+        source = batch.get("source", torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
+        sums = rows.new_zeros(max(len(self._sources()), 1), 4).index_add(0, source, rows)
+        self.add_to_evaluation(step, sums.flatten())
 
     test_step = validation_step
 
     def evaluated(self, sums: list[float]) -> tuple[dict[str, float], str]:
-        """Loss a token, perplexity and bits per byte."""
-        nats, targets, text_nats, size = sums
-        loss = nats / max(targets, 1)
-        # Bits of the text alone: that a document ends is no part of its bytes.
-        bits = text_nats / math.log(2) / max(size, 1)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}, "bits_per_byte"
+        """Loss a token, perplexity and bits per byte; where sources have names, of each of them too."""
+        rows = [sums[at : at + 4] for at in range(0, len(sums), 4)]
+        figures = _figures([sum(column) for column in zip(*rows)])
+        for name, row in zip(self._sources(), rows):
+            figures |= {f"{figure}/{name}": value for figure, value in _figures(row).items()}
+        return figures, "bits_per_byte"
+
+    def _sources(self) -> list[str]:
+        return getattr(self.trainer.datamodule, "names", [])  # type: ignore[attr-defined]
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> str:
         """The prompt and what the model makes of it."""
         h, tokenizer = self.hparams, self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        return generate(self.model, tokenizer, batch["input_ids"], h["max_new_tokens"], h["temperature"], h["top_p"])
+        options = h["max_new_tokens"], h["temperature"], h["top_p"], labels.told(self.model, batch)
+        return generate(self.model, tokenizer, batch["input_ids"], *options)
 
     def on_fit_end(self) -> None:
         """Export model and tokenizer, where asked for."""
         super().on_fit_end()
         if self.hparams["export"] and self.trainer.is_global_zero:
             self.trainer.datamodule.tokenizer.save_pretrained(self.hparams["export"])  # type: ignore[attr-defined]
+
+
+def _figures(sums: list[float]) -> dict[str, float]:
+    nats, targets, text_nats, size = sums
+    loss = nats / max(targets, 1)
+    # Bits of the text alone: that a document ends is no part of its bytes.
+    bits = text_nats / math.log(2) / max(size, 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits}
 
 
 def check_vocabulary(model: Any, tokenizer: Tokenizer) -> None:

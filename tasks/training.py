@@ -12,16 +12,17 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
 import zoo
-from tasks import conversions
+from tasks import conversions, frozen, labels
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
 from tasks.optim import learning_rate, parameter_groups
 from zoo.moe import QuantisedExperts, Step
+from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
 from zoo.pretrained.dispatch import check_savable
 
@@ -104,6 +105,8 @@ class Task(LightningModule):
         self._compiled = False
         self._sums: Tensor | None = None
         self._balance = LayerBalance()
+        if self.frozen_in_files():
+            self.register_load_state_dict_post_hook(frozen.forgive)
 
     def build(self) -> nn.Module:
         """The model that the arguments describe, fresh or pretrained."""
@@ -168,7 +171,10 @@ class Task(LightningModule):
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
         if self.model is None and self.checked_on_meta():
             with torch.device("meta"):
-                self.check_model(self.converted(self.build()), data)
+                model = self.converted(self.build())
+            labels.check(model, data)
+            with torch.device("meta"):
+                self.check_model(model, data)
         learning_rate(self.hparams["schedule"], self.hparams["warmup_steps"], 1)
 
     def checked_on_meta(self) -> bool:
@@ -192,6 +198,8 @@ class Task(LightningModule):
         data = getattr(trainer, "datamodule", None)
         if (name := type(data).__qualname__) in checkpoint and data is not None:
             data.load_state_dict(checkpoint[name])
+        if self.model is not None:
+            frozen.check(checkpoint, self.model)
         decided = checkpoint.get(conversions.DECIDED, {})
         if decided and decided != self.decided:
             # Other data, or other weights to start from, decided otherwise here; or nothing has yet.
@@ -203,9 +211,22 @@ class Task(LightningModule):
                     callback.setup(trainer, self, "fit")  # the copy that it has is of the model before
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note what data decided of the model's shape."""
+        """Note what data decided of the model's shape; leave out frozen weights that its files have."""
         if self.decided:
             checkpoint[conversions.DECIDED] = self.decided
+        if self.left_out():
+            frozen.leave_out(checkpoint, self.model)
+
+    def frozen_in_files(self) -> bool:
+        """Whether the arguments say where each weight is read from that stays frozen, so that checkpoints need not."""
+        return False
+
+    def left_out(self) -> set[str]:
+        """Names in the module's state of what checkpoints leave out."""
+        known = (SingleDeviceStrategy, DDPStrategy, ExpertParallelStrategy)
+        if self.model is None or not self.frozen_in_files() or not isinstance(self.trainer.strategy, known):
+            return set()
+        return {f"model.{name}" for name in frozen.names(self.model)}
 
     def prepare_model(self, recompute: Callable[[], Any]) -> None:
         """Make a built model ready for training: `recompute` turns on activation checkpointing, where asked for."""

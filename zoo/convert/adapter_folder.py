@@ -149,6 +149,13 @@ def read_onto(model: nn.Module, folder: str | os.PathLike[str], share: bool = Fa
     return model
 
 
+def weights_fingerprint(model: nn.Module) -> str | None:
+    """Tells apart what adapters, or other parameters that learn, stand beside; None for a model in parts or on meta."""
+    from ..parallel.parts import is_spread
+
+    return None if is_spread(model) else _fingerprint(model, model.state_dict(), _learnt_beside(model))
+
+
 def _learnt_beside(model: nn.Module) -> list[str]:
     """What else training changes, in order: parameters that are not frozen, as a new head's, running statistics, and
     what the model's own gates count, as a temperature's steps."""

@@ -39,7 +39,7 @@ class Kind:
     ("beside"), follow it ("adapter"), come before the tokens ("prompts"), or there is one beside a linear layer and no
     gate ("one"). router names the gate and its options; init_std and router_std are deviations of what is normally
     distributed at first; `needs` are options of the gate that only a caller knows; frozen experts are not trained;
-    `hears` is what a caller tells the gate of each sample.
+    `hears` is what a caller tells the gate of each sample, if no label.
     """
 
     level: Level
@@ -91,7 +91,6 @@ KINDS: dict[str, Kind] = {
         {"name": "TaskMixtureRouter", "task_dim": 64},
         init_std=0.01,
         needs=("num_tasks",),
-        hears="task",
     ),
     "MoCLE": Kind(
         "linear",
@@ -101,7 +100,6 @@ KINDS: dict[str, Kind] = {
         16.0,
         {"name": "MoCLERouter", "temperature": 0.05},
         needs=("num_clusters",),
-        hears="cluster",
     ),
     # One of the paper's three sets: for text, for what is seen, and for both. No code is known.
     "Omni-SMoLA": Kind("linear", PARTS, 16, 4, 4.0, {"name": "SoftRouter", "slots": 1}),

@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -45,6 +45,17 @@ def open_corpus(source: str | Sequence[str] = "stdlib", text_column: str = "text
     if isinstance(source, str) and source.startswith("hub:"):
         return hub(source.removeprefix("hub:"), text_column)
     return local([source] if isinstance(source, str) else list(source), text_column)
+
+
+def joined(corpora: Mapping[str, Corpus]) -> Corpus:
+    """Several corpora by name as one, one after another."""
+
+    def documents(split: str) -> Iterator[str]:
+        for corpus in corpora.values():
+            yield from corpus.documents(split)
+
+    described = "; ".join(f"{name}: {corpus.description}" for name, corpus in corpora.items())
+    return Corpus(described, _digest(*(corpus.fingerprint for corpus in corpora.values())), documents)
 
 
 def stdlib() -> Corpus:

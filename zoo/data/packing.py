@@ -10,6 +10,7 @@ The first token of a document is no target: the text before it belongs to anothe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,23 @@ def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
     ends = F.pad(starts, (0, 1), value=position_ids.numel()).int()
     longest = int(ends.diff().max())
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+class Sources:
+    """Sequences of several sources, one after another, each with the number of its own as `source`, an int64 scalar."""
+
+    def __init__(self, parts: Sequence[Packed]) -> None:
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        source = int(np.searchsorted(self.ends, index, side="right"))  # 0 for the padding at -1
+        part = self.parts[source]
+        row = index if index < 0 else index - int(self.ends[source]) + len(part)
+        return {**part[row], "source": torch.tensor(source)}
 
 
 class Packed:

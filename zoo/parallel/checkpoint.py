@@ -8,7 +8,7 @@ ends in ".part", or in ".old" where it was interrupted between two moves.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,22 @@ class Saver:
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Path, Future[Any]] | None = None
 
-    def save(self, path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], meta: Mapping[str, Any]) -> None:
-        """Write model, optimizers and the rest; all processes call it together.
+    def save(
+        self,
+        path: Path,
+        model: nn.Module,
+        optimizers: Mapping[str, Optimizer],
+        meta: Mapping[str, Any],
+        without: Collection[str] = (),
+    ) -> None:
+        """Write model, but for what `without` names, optimizers and the rest; all processes call it together.
 
         Raises OSError on every process when one of them cannot write, or could not write the last one; what was at the
         path before is still there then.
         """
         self.wait()
         draft, first = path.with_name(f"{path.name}.part"), dist.get_rank() == 0
-        state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
-        state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
+        state = _state(model, optimizers, without)
         problem: BaseException | None = None
         if first:
             try:
@@ -149,18 +155,30 @@ def replace(draft: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _state(model: nn.Module, optimizers: Mapping[str, Optimizer], without: Collection[str]) -> dict[str, Any]:
+    whole = get_model_state_dict(model, options=FLAT)
+    state: dict[str, Any] = {"model": {name: value for name, value in whole.items() if name not in without}}
+    return state | {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
+
+
 def load(
-    path: Path, model: nn.Module, optimizers: Mapping[str, Optimizer], strict: bool = True, weights_only: bool = True
+    path: Path,
+    model: nn.Module,
+    optimizers: Mapping[str, Optimizer],
+    strict: bool = True,
+    weights_only: bool = True,
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
     """Read a checkpoint into model and optimizers, spread over processes in whatever way; returns the rest.
+
+    What `without` names is left as it is, and is not missing for a model that says so of itself.
 
     Raises FileNotFoundError where there is none, and ValueError naming the folder where it is not whole or damaged.
     """
     path = found(path)
     if not is_sharded(path):
         raise FileNotFoundError(f"{path}: no whole checkpoint: .metadata or {META} is missing")
-    state: dict[str, Any] = {"model": get_model_state_dict(model, options=FLAT)}
-    state |= {name: get_optimizer_state_dict(model, o, options=FLAT) for name, o in optimizers.items()}
+    state = _state(model, optimizers, without)
     try:
         dcp.load(state, checkpoint_id=path)
         meta = torch.load(path / META, weights_only=weights_only)

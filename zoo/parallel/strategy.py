@@ -153,7 +153,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             raise TypeError("ExpertParallelStrategy: storage_options have no meaning for checkpoints in parts")
         path = Path(self.broadcast(filepath))
         meta = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
-        self.saver.save(path, self._module, self._named_optimizers(), meta)
+        self.saver.save(path, self._module, self._named_optimizers(), meta, self._left_out())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a folder of parts, written by whatever number of processes, or one file of Lightning's."""
@@ -161,11 +161,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         module: Any = self.lightning_module
         if path.is_dir():
             safe = True if weights_only is None else weights_only
-            meta = store.load(path, self._module, self._named_optimizers(), module.strict_loading, safe)
+            meta = store.load(
+                path, self._module, self._named_optimizers(), module.strict_loading, safe, self._left_out()
+            )
         else:
             meta = store.load_file(path, self._module, self.optimizers, module.strict_loading, weights_only)
         self._fit_schedules(meta)
         return meta
+
+    def _left_out(self) -> set[str]:
+        """Names of what the module keeps out of its checkpoints: frozen weights of files that it was read from."""
+        return getattr(self.lightning_module, "left_out", set)()
 
     @property
     def _module(self) -> torch.nn.Module:

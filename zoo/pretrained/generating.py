@@ -26,6 +26,11 @@ def take_context(model: Any) -> None:
         model.prepare_inputs_for_generation = _Prepare(model)
 
 
+def hears(model: Any) -> bool:
+    """Whether the gates of a model hear what `moe_context` says."""
+    return isinstance(getattr(model, "_validate_model_kwargs", None), _Validate)
+
+
 class _Own:
     """Stands in for a method of the model; an object survives copying and pickling with it."""
 

@@ -34,11 +34,14 @@ class Router(nn.Module, ABC):
     routers name, such as domain or task. A router ignores what it does not use.
 
     merges says that a decision averages experts into one (`Blend`), so that processes cannot share them out;
-    unit_weights that every expert a token meets counts with weight one.
+    unit_weights that every expert a token meets counts with weight one; label names the keyword of the context by which
+    a gate goes instead of by x, a whole number below num_labels.
     """
 
     merges = False
     unit_weights = False
+    label = ""
+    num_labels = 0
 
     def __init__(self, dim: int, num_experts: int) -> None:
         super().__init__()

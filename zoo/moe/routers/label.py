@@ -26,7 +26,7 @@ class LabelRouter(Router):
 
     def __init__(self, dim: int, num_experts: int, label: str = "label") -> None:
         super().__init__(dim, num_experts)
-        self.label = label
+        self.label, self.num_labels = label, num_experts
 
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D] by their labels alone."""
@@ -106,7 +106,7 @@ class TaskRouter(TopKRouter):
         if num_tasks < 1:
             raise ValueError(f"TaskRouter: num_tasks must be at least 1, got {num_tasks}")
         super().__init__(dim, num_experts, k, **{"normalize": True, "normalize_eps": 1e-9, **options})
-        self.label = label
+        self.label, self.num_labels = label, num_tasks
         self.task_embedding = nn.Parameter(torch.empty(num_tasks, dim))
         self.reset_parameters()
 
@@ -135,6 +135,7 @@ class PanGuRouter(Router):
     """
 
     k = 1
+    label = "domain"
     table: Tensor
 
     def __init__(
@@ -143,7 +144,7 @@ class PanGuRouter(Router):
         super().__init__(dim, num_experts)
         if num_domains < 1 or num_experts % num_domains:
             raise ValueError(f"PanGuRouter: {num_experts} experts do not split evenly over num_domains={num_domains}")
-        self.num_domains, self.seed = num_domains, seed
+        self.num_domains, self.num_labels, self.seed = num_domains, num_domains, seed
         self.register_buffer("table", torch.empty(num_domains, vocab_size, dtype=torch.int64))
         self.reset_parameters()
 
@@ -158,7 +159,7 @@ class PanGuRouter(Router):
 
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D] by the context's domain and token_ids."""
-        domain = per_token("PanGuRouter", context, "domain", x, self.num_domains)
+        domain = per_token("PanGuRouter", context, self.label, x, self.num_domains)
         ids = per_token("PanGuRouter", context, "token_ids", x, self.table.shape[1])
         return to_experts(self.table[domain, ids], self.num_experts, x, context.get("mask"))
 

@@ -32,7 +32,7 @@ class TaskMixtureRouter(DenseRouter):
         if num_tasks < 1 or task_dim < 1:
             raise ValueError(f"TaskMixtureRouter: num_tasks={num_tasks} and task_dim={task_dim} must be at least 1")
         super().__init__(task_dim, num_experts, **options)
-        self.dim, self.label = dim, label
+        self.dim, self.label, self.num_labels = dim, label, num_tasks
         self.task_embedding = nn.Parameter(torch.empty(num_tasks, task_dim))
         self.reset_parameters()
 
@@ -65,6 +65,7 @@ class MoCLERouter(Router):
     """
 
     k = 2
+    label = "cluster"
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class MoCLERouter(Router):
                 f"MoCLERouter: expected two experts or more, a cluster and a width or more and a temperature above 0, "
                 f"got {num_experts}, {num_clusters}, {cluster_dim} and {temperature}"
             )
-        self.temperature, self.dtype = temperature, dtype
+        self.temperature, self.dtype, self.num_labels = temperature, dtype, num_clusters
         self.weight = nn.Parameter(torch.empty(num_experts - 1, cluster_dim))
         self.cluster_embedding = nn.Parameter(torch.empty(num_clusters, cluster_dim))
         self.reset_parameters()
@@ -97,7 +98,7 @@ class MoCLERouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D] by their clusters alone."""
         with autocast.off(x):
-            cluster = per_token("MoCLERouter", context, "cluster", x, self.cluster_embedding.shape[0])
+            cluster = per_token("MoCLERouter", context, self.label, x, self.cluster_embedding.shape[0])
             table = _logits(self.cluster_embedding, self.weight, self.dtype) / self.temperature
             probs = F.embedding(cluster, table.softmax(-1))
             gate, own = probs.max(-1, keepdim=True)
