@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import zoo
+from zoo.convert.adapter_kinds import KINDS
 from zoo.convert.usage import is_meta
 from zoo.nearest import unknown
 from zoo.parallel import checkpoint as store
