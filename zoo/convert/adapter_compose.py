@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,11 @@ from torch.nn import functional as F
 from ..moe import AdaptedLinear, LoRALinear, LoRAOfExperts
 from ..moe.adapted import Columns
 from ..nearest import unknown
-from ..pretrained.tensorfile import read_all, read_header
+from . import adapter_peft
 from .adapter_folder import is_adapted, read_onto
 from .adapter_kinds import KINDS
 from .adapter_targets import plain_name
 from .adapting import adapt
-
-PEFT, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PEFT_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)(?:\.default)?\.weight")
 
 # A linear layer and the outputs meant, to A [r, D] and alpha / r * B [O, r].
 LoRA = dict[tuple[str, Columns | None], tuple[Tensor, Tensor]]
@@ -87,10 +82,13 @@ def compose_adapters(
 
 def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
     """A folder's LoRA, and the targets it was made with where it is ours."""
-    if (folder / PEFT).is_file():
-        return _read_peft(model, folder), None
     if not is_adapted(folder):
-        raise ValueError(f"compose_adapters: {folder} has neither {PEFT} nor adapters of ours")
+        raise ValueError(f"compose_adapters: {folder} has neither {adapter_peft.CONFIG} nor adapters of ours")
+    if adapter_peft.is_peft(folder):
+        pairs = adapter_peft.read(model, folder)
+        if inside := next((name for name, part, _ in pairs if part), None):
+            raise ValueError(f"compose_adapters: {folder} has LoRAs inside experts, {inside}; expected linear layers")
+        return {(name, None): pair for (name, _, _), pair in pairs.items()}, None
     made: Any = read_onto(model, folder, share=True)
     if [how["kind"] for how in made.adapted] != ["LoRA"]:
         raise ValueError(f"compose_adapters: {folder} holds {made.adapted[0]['kind']}, expected one LoRA")
@@ -102,27 +100,3 @@ def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
             scale = module.lora.alpha / module.lora.rank
             found[plain_name(name), module.columns] = module.lora.a[0].detach(), scale * module.lora.b[0].detach()
     return found, list(made.adapted[0]["targets"] or KINDS["LoRA"].targets)
-
-
-def _read_peft(model: nn.Module, folder: Path) -> LoRA:
-    config = json.loads((folder / PEFT).read_text(encoding="utf-8"))
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        raise ValueError(f"{folder / PEFT}: expected peft_type LORA without biases")
-    for name in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias"):
-        if config.get(name):
-            raise ValueError(f"{folder / PEFT}: {name}={config[name]!r} is not supported")
-    stored = read_header(folder / PEFT_WEIGHTS)
-    tensors = {name: torch.empty(entry.shape) for name, entry in stored.items()}
-    read_all(tensors, stored, folder / PEFT_WEIGHTS)
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    sides: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = PEFT_KEY.fullmatch(name)
-        if match is None:
-            raise ValueError(f"{folder / PEFT_WEIGHTS}: {name} is no LoRA of a linear layer")
-        sides.setdefault(match[1], {})[match[2]] = tensor
-    known = dict(model.named_modules())
-    for name, pair in sides.items():
-        if name not in known or set(pair) != {"A", "B"}:
-            raise ValueError(f"{folder / PEFT_WEIGHTS}: {name} is no layer of {type(model).__name__}, or lacks A or B")
-    return {(name, None): (pair["A"], scale * pair["B"]) for name, pair in sides.items()}

@@ -20,6 +20,7 @@ from ..pretrained.language import resolve_dtype
 from ..pretrained.staging import staged
 from ..pretrained.storable import storable
 from ..pretrained.tensorfile import read_all, read_header, write_file
+from . import adapter_peft
 from .adapting import adapt, adapter_state, base_state
 
 RECORD, WEIGHTS = "adapters.json", "adapters.safetensors"
@@ -27,8 +28,8 @@ SAMPLE = 16  # numbers of every tensor that tell base weights apart
 
 
 def is_adapted(folder: Path) -> bool:
-    """Whether a folder is one that `save` wrote."""
-    return (folder / RECORD).is_file()
+    """Whether a folder is one that `save` wrote, or has a LoRA in peft's layout."""
+    return (folder / RECORD).is_file() or adapter_peft.is_peft(folder)
 
 
 def save(
@@ -37,12 +38,14 @@ def save(
     *,
     overwrite: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
+    peft: bool = False,
 ) -> None:
     """Write the adapters of an adapted model, and what is needed to put them beside the same weights again.
 
-    state_dict as in `zoo.save_pretrained`. A model in parts is put together by all its processes, and written by the
-    first. Raises ValueError for an argument that JSON cannot hold, such as a router given as a function; and
-    FileExistsError as `staged`, and for a folder that holds a model.
+    state_dict as in `zoo.save_pretrained`. With `peft` a LoRA is written as peft does (`adapter_peft.write`). A model
+    in parts is put together by all its processes, and written by the first. Raises ValueError for an argument that JSON
+    cannot hold, such as a router given as a function, and for more than peft's layout holds; and FileExistsError as
+    `staged`, and for a folder that holds a model.
     """
     from ..parallel.parts import is_spread, whole_state
 
@@ -55,6 +58,10 @@ def save(
         if torch.distributed.get_rank():
             return
     more = _learnt_beside(model)
+    if peft:
+        if learns := sorted({name for name, _ in model.named_parameters()}.intersection(more)):
+            raise ValueError(f"save_pretrained: peft's layout has no place for what else is trained, as {learns[0]}")
+        return adapter_peft.write(model, folder, state if state_dict is None else state_dict, overwrite)
     record = {
         "adapted": storable(model.adapted, "argument"),
         "more": more,
@@ -84,7 +91,7 @@ def load(
     share: bool = False,
     **options: Any,
 ) -> Any:
-    """The adapted model of a folder that `save` wrote, in eval mode.
+    """The adapted model of a folder that `save` or peft wrote, in eval mode.
 
     base: the model that the adapters stand beside, which stays as it is, or where `zoo.from_pretrained` finds it, the
     folder or repository that it was read from by default; options go there. Without the option `quantise` its experts
@@ -94,11 +101,13 @@ def load(
     from ..pretrained.dispatch import from_pretrained
 
     path = Path(folder).expanduser()
-    known = _record(path)["base"]
+    is_peft = adapter_peft.is_peft(path)
+    known = {"name": adapter_peft.base_name(path)} if is_peft else _record(path)["base"]
     if base is None:
         base = known["name"]
         if not base:
-            raise ValueError(f"{path / RECORD}: the model that adapters stand beside was read from nowhere; give base")
+            said = path / (adapter_peft.CONFIG if is_peft else RECORD)
+            raise ValueError(f"{said}: the model that adapters stand beside was read from nowhere; give base")
     if not isinstance(base, nn.Module):
         if format := known.get("quantise"):
             options = {"quantise": format, **options}
@@ -113,15 +122,19 @@ def load(
 def read_onto(model: nn.Module, folder: str | os.PathLike[str], share: bool = False) -> nn.Module:
     """A copy of a model with the adapters of a folder beside its weights, which are copied unless it is to share them.
 
+    The folder is ours, or a LoRA in peft's layout (`adapter_peft.read_onto`).
+
     Its experts may be in other numbers than those that the adapters were trained beside: of few bits, or of many.
     Warns where other weights are not those. Raises ValueError naming file and tensor for a model of another shape, one
     that has adapters, missing and surplus tensors and a damaged file, and FileNotFoundError for a file that is not
     there.
     """
     path = Path(folder).expanduser()
-    record = _record(path)
     if getattr(model, "adapted", None):
         raise ValueError(f"{path}: expected the model that these adapters stand beside, got one that has adapters")
+    if adapter_peft.is_peft(path):
+        return adapter_peft.read_onto(model, path, share)
+    record = _record(path)
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"{path / WEIGHTS}: no such file")
     stored, base = record["base"]["tensors"], _shapes(model, model.state_dict())

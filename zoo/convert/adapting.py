@@ -91,8 +91,9 @@ def adapt(
     `unfreeze` names modules or parameters of the model that are trained too, as "head" for classes of another kind;
     they are never shared. What an adapted model trains already stays trained when it is adapted again.
 
-    With `source`, a folder that `zoo.save_pretrained` wrote of an adapted model, its adapters are read and nothing else
-    is given; as `zoo.from_pretrained(source, base=model)`, but in the model's training mode.
+    With `source`, a folder that `zoo.save_pretrained` wrote of an adapted model, or a LoRA in peft's layout
+    (`zoo.convert.adapter_peft.read`), its adapters are read and nothing else is given; as
+    `zoo.from_pretrained(source, base=model)`, but in the model's training mode.
 
     Raises ValueError naming what does not fit: an unknown kind, no such target, an option that the kind does not use.
     """

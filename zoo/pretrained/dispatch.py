@@ -26,10 +26,10 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     from images to text, `zoo.pretrained.image_text.from_pretrained`; or a Switch Transformer), MoE-LLaVA's
     (`zoo.pretrained.moe_llava.from_pretrained`), timm's (`zoo.pretrained.vision.from_timm`) or our own of a
     recommendation model (`zoo.pretrained.recommendation.load`), a LIMoE (`zoo.pretrained.vision_language.load`) or
-    adapters (`zoo.convert.adapter_folder.load`; `base` is the model they stand beside); or the prefix of an original
-    V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but recommendation and adapters router, losses,
-    capacity and backend. Raises what these do, naming file and tensor, and ValueError for quantise and offload of
-    another layout than transformers'.
+    adapters, ours or a LoRA of peft's (`zoo.convert.adapter_folder.load`; `base` is the model they stand beside); or
+    the prefix of an original V-MoE checkpoint (`from_vmoe`). All take dtype and device, all but recommendation and
+    adapters router, losses, capacity and backend. Raises what these do, naming file and tensor, and ValueError for
+    quantise and offload of another layout than transformers'.
     """
     name = str(source).removesuffix(".index")
     if is_prefix(name) or _has_shards(name):
@@ -71,9 +71,11 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
+    peft: bool = False,
 ) -> None:
     """Write a model in its family's own published layout: transformers', timm's (one file always), or ours of
-    recommendation models and LIMoE; of a model from `zoo.adapt` the adapters alone, in a folder of ours.
+    recommendation models and LIMoE; of a model from `zoo.adapt` the adapters alone, in a folder of ours, or with `peft`
+    a LoRA as peft does (`zoo.convert.adapter_peft.write`), for whatever else reads such folders.
 
     See `zoo.pretrained.folder.save_pretrained`, `zoo.pretrained.image_text.save`, `zoo.pretrained.vision.save_timm`,
     `zoo.pretrained.recommendation.save`, `zoo.pretrained.vision_language.save`, `zoo.convert.adapter_folder.save`.
@@ -83,7 +85,9 @@ def save_pretrained(
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if getattr(model, "adapted", None):
-        return adapter_folder.save(model, folder, overwrite=overwrite, state_dict=state_dict)
+        return adapter_folder.save(model, folder, overwrite=overwrite, state_dict=state_dict, peft=peft)
+    if peft:
+        raise ValueError(f"save_pretrained: peft's layout is for LoRA, {type(model).__name__} has no adapters")
     _check(model)
     made: Any = getattr(model, "made_with", None)
     if made and made["network"].startswith("vision_language/"):

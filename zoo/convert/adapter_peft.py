@@ -1,0 +1,284 @@
+"""LoRA in peft's layout (adapter_config.json, adapter_model.safetensors): read beside a model, and written.
+
+A folder holds y = W x + scale * B A x, scale = alpha / r or alpha / sqrt(r), for linear layers (`target_modules`) and
+for stacked experts (`target_parameters`: A is [E r, D], expert after expert, and B [O, r E], the experts innermost).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..moe import LoRALinear, LoRAOfExperts
+from ..moe.adapted import features
+from ..pretrained.staging import staged
+from ..pretrained.tensorfile import read_all, read_header, write_file
+from .adapter_targets import _stacks, plain_name
+from .adapting import adapt
+from .dense_mlps import _is_linear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KEY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(A|B)(?:\.default)?\.weight")
+ONE_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
+PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
+# What changes more than weights by a product of two matrices.
+UNKNOWN = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora")
+
+# A linear layer ("" and 0) or a stack of experts, which of its parts, and which expert: A [r, D] and scale * B [O, r].
+Pairs = dict[tuple[str, str, int], tuple[Tensor, Tensor]]
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder has a LoRA, or another adapter, in peft's layout."""
+    return (folder / CONFIG).is_file()
+
+
+def base_name(folder: Path) -> str:
+    """Where a folder says that the model it belongs to is; empty where it does not."""
+    return str(_config(folder).get("base_model_name_or_path") or "")
+
+
+def read(model: nn.Module, folder: Path) -> Pairs:
+    """A folder's pairs by what of the model they belong to.
+
+    Experts may be stacked as transformers has them, or have a pair for each, named as in published files.
+    Raises ValueError naming the file for another kind of adapter, an option that changes more, and a name or shape that
+    does not fit the model; FileNotFoundError where there are no weights.
+    """
+    config, path = _config(folder), folder / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    stored = read_header(path)
+    tensors = {name: torch.empty(entry.shape) for name, entry in stored.items()}
+    read_all(tensors, stored, path)
+    found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        match = KEY.fullmatch(name)
+        if match is None or tensor.dim() != 2:
+            raise ValueError(f"{path}: {name} is no matrix of a LoRA")
+        # Parameters of one module have theirs inside one another.
+        found[name.rpartition(f".lora_{match[2]}")[0], match[1]][match[2]] = tensor
+    stacks = {name: stack for name, stack, _ in _stacks(model, "")}
+    pairs: Pairs = {}
+    for (_, name), sides in found.items():
+        if set(sides) != {"A", "B"}:
+            raise ValueError(f"{path}: {name} has lora_{next(iter(sides))} alone")
+        for key, a, b, label in _places(model, stacks, name, sides["A"], sides["B"], path):
+            if key in pairs:
+                raise ValueError(f"{path}: {name} has two LoRAs for one matrix")
+            pairs[key] = a, _scale(config, label, a.shape[0]) * b
+    return pairs
+
+
+def read_onto(model: nn.Module, folder: Path, share: bool = False) -> nn.Module:
+    """A copy of a model with a folder's LoRA beside its weights, of kind LoRA in `zoo.adapt`. Raises as `read`."""
+    config, pairs = _config(folder), read(model, folder)
+    if not pairs:
+        raise ValueError(f"{folder / WEIGHTS}: it has no LoRA")
+    targets, ranks, alphas = dict[str, None](), set(), set()
+    stacks = {name: stack for name, stack, _ in _stacks(model, "")}
+    for (name, part, _), (a, _) in pairs.items():
+        into = "gate_up_proj" if getattr(stacks.get(name), "gated", True) else "up_proj"
+        targets[f"{name}.{'down_proj' if part == 'down' else into}" if part else name] = None
+        ranks.add(a.shape[0])
+        alphas.add(_scale(config, name, a.shape[0]) * a.shape[0])
+    rank = max(ranks)
+    alpha = alphas.pop() if len(ranks) == len(alphas) == 1 and 0 not in alphas else rank
+    options: dict[str, Any] = {"dropout": config.get("lora_dropout") or None, "share": share}
+    made = adapt(model, "LoRA", targets=list(targets), rank=rank, alpha=alpha, **options)
+    with torch.no_grad():
+        for module_name, module in made.named_modules():
+            if isinstance(module, LoRALinear):
+                _put(pairs, plain_name(module_name), "", module.lora)
+            elif isinstance(module, LoRAOfExperts):
+                for part, lora in module.lora.items():
+                    _put(pairs, plain_name(module_name), part, lora)
+    return made
+
+
+def _put(pairs: Pairs, name: str, part: str, lora: Any) -> None:
+    """Fill a LoRA's experts; of a lower rank, rows and columns of zeros change nothing, nor does one without a pair."""
+    for e in range(lora.num_experts):
+        if (pair := pairs.get((name, part, e))) is not None:
+            a, b = pair
+            lora.a[e].copy_(F.pad(a, (0, 0, 0, lora.rank - a.shape[0])))
+            lora.b[e].copy_(F.pad(b, (0, lora.rank - b.shape[1])) * (lora.rank / lora.alpha))
+
+
+def _places(
+    model: nn.Module, stacks: Mapping[str, Any], name: str, a: Tensor, b: Tensor, path: Path
+) -> Iterator[tuple[tuple[str, str, int], Tensor, Tensor, str]]:
+    """What of the model a pair belongs to, its A and B, and the name by which patterns of options know it."""
+    what = f"{path}: A {list(a.shape)} and B {list(b.shape)} of {name}"
+    module = stacks.get(name)
+    if module is not None:
+        number, dim, wide = module.num_experts, module.dim, module.hidden_dim * (2 if module.gated else 1)
+        into, out = (dim, wide), (module.hidden_dim, dim)
+        r = a.shape[0] // number
+        if a.shape[0] % number or b.shape[1] != a.shape[0] or not r:
+            raise ValueError(f"{what} are not those of {number} experts")
+        found = a.shape[1], b.shape[0]
+        a, b = a.view(number, r, -1), b.view(-1, r, number).permute(2, 0, 1)
+        if found not in (into, out) and found[::-1] in (into, out):  # peft below 0.19: the other way round
+            found, a, b = found[::-1], b.transpose(1, 2), a.transpose(1, 2)
+        if found not in (into, out) or into == out:
+            raise ValueError(f"{what}: expected them for {list(into)} or {list(out)}, inputs and outputs of an expert")
+        for e in range(number):
+            if found == out:
+                yield (name, "down", e), a[e], b[e], f"{name}.down_proj"
+            elif not module.gated:
+                yield (name, "up", e), a[e], b[e], f"{name}.up_proj"
+            else:
+                for part, rows in zip(("gate", "up"), b[e].chunk(2)):
+                    yield (name, part, e), a[e], rows, f"{name}.gate_up_proj"
+        return
+    key, sizes = (name, "", 0), None
+    if match := ONE_EXPERT.fullmatch(name):
+        around = f"{match[1].rpartition('.')[0]}.mlp" if f"{match[1]}.experts" not in stacks else match[1]
+        key = f"{around}.experts", PARTS.get(match[3], ""), int(match[2])
+        stack = stacks.get(key[0])
+        if stack is not None and key[1] and key[2] < stack.num_experts:
+            sizes = (stack.hidden_dim, stack.dim) if key[1] == "down" else (stack.dim, stack.hidden_dim)
+    else:
+        linear = next((m for n, m in model.named_modules() if plain_name(n) == name), None)
+        sizes = features(linear) if _is_linear(linear) else None
+    if sizes is None:
+        raise ValueError(f"{path}: {name} is no layer of {type(model).__name__} that may have a LoRA")
+    if (a.shape[1], b.shape[0]) != sizes or a.shape[0] != b.shape[1]:
+        raise ValueError(f"{what}: expected [r, {sizes[0]}] and [{sizes[1]}, r]")
+    yield key, a, b, name
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: expected peft_type LORA without biases")
+    if not {"r", "lora_alpha"} <= set(config):
+        raise ValueError(f"{path}: r or lora_alpha is missing")
+    for name in UNKNOWN:
+        if config.get(name):
+            raise ValueError(f"{path}: {name}={config[name]!r} is not supported")
+    return config
+
+
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """What B A is multiplied by; alpha may differ by pattern, as the rank may, which the matrices tell."""
+    patterns = config.get("alpha_pattern") or {}
+    own = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    alpha = float(next(own, config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+@torch.no_grad()
+def write(model: Any, folder: str | os.PathLike[str], state: Mapping[str, Tensor], overwrite: bool = False) -> None:
+    """Write the LoRA of a model from `zoo.adapt(model, "LoRA", ...)`; state has its tensors, in one process.
+
+    All get the largest rank, padded with zeros. Of families with dense and sparse blocks peft (0.21) takes gate_proj,
+    up_proj and down_proj of the dense ones for experts', and does not read LoRAs of them. Raises ValueError for
+    adapters of another kind, and for experts that transformers holds in another layout.
+    """
+    kinds = [how["kind"] for how in model.adapted]
+    if set(kinds) != {"LoRA"}:
+        raise ValueError(f"save_pretrained: peft's layout is for LoRA, the model has {', '.join(kinds)}")
+    linears, stacks, dropout = _linears(model, state), _experts(model, state), 0.0
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            dropout = max(dropout, module.lora.dropout)
+    both = {**linears, **stacks}
+    rank = max(a.shape[-2] for a, _ in both.values())
+    tensors: dict[str, Tensor] = {}
+    for name, (a, b) in both.items():
+        a, b = F.pad(a, (0, 0, 0, rank - a.shape[-2])), F.pad(b, (0, rank - b.shape[-1]))
+        if name in stacks:
+            a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+            owner, _, parameter = name.rpartition(".")
+            # Two parameters of a module: the second one's wrapper stands around the first one's.
+            inside = parameter != "down_proj" and f"{owner}.down_proj" in stacks
+            name = f"{owner}.base_layer" if inside else owner
+        tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    causal = type(model).__name__.endswith("ForCausalLM")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if causal else None,
+        "base_model_name_or_path": str(getattr(model, "name_or_path", "") or "") or None,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0 if stacks else dropout,  # peft has none inside experts
+        "bias": "none",
+        "fan_in_fan_out": any(type(m.base).__name__ == "Conv1D" for m in model.modules() if isinstance(m, LoRALinear)),
+        "inference_mode": True,
+        "target_modules": list(linears),
+        "target_parameters": list(stacks) or None,
+    }
+    with staged(folder, overwrite) as staging:
+        (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        write_file(staging / WEIGHTS, sorted((name, tensor.contiguous()) for name, tensor in tensors.items()))
+
+
+def _linears(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [r, D] and scaled B [O, r] of linear layers; LoRAs of parts of a fused one, one after another, are one."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            plain, lora = plain_name(name), module.lora
+            a, b = state[f"{name}.lora.a"][0], lora.alpha / lora.rank * state[f"{name}.lora.b"][0]
+            start, stop = module.columns or (0, features(module.base)[1])
+            b = F.pad(b, (0, 0, start, features(module.base)[1] - stop))
+            before = found.get(plain)
+            found[plain] = (a, b) if before is None else (torch.cat([before[0], a]), torch.cat([before[1], b], dim=1))
+    return found
+
+
+def _experts(model: Any, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A [E, r, D] and scaled B [E, O, r] of experts' matrices by their names; gate and up are one matrix in peft."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LoRAOfExperts):
+            continue
+        pairs = {}
+        each: Any = module.lora.items()
+        for part, lora in each:
+            scale = lora.alpha / lora.rank
+            pairs[part] = state[f"{name}.lora.{part}.a"], scale * state[f"{name}.lora.{part}.b"]
+        if module.base.gated and pairs.keys() & {"gate", "up"}:
+            wide = {"gate": (0, module.hidden_dim), "up": (module.hidden_dim, 0)}
+            both = [(a, F.pad(b, (0, 0, *wide[part]))) for part, (a, b) in pairs.items() if part != "down"]
+            found[f"{name}.gate_up_proj"] = torch.cat([a for a, _ in both], 1), torch.cat([b for _, b in both], 2)
+        elif "up" in pairs:
+            found[f"{name}.up_proj"] = pairs["up"]
+        if "down" in pairs:
+            found[f"{name}.down_proj"] = pairs["down"]
+    if found:
+        _check_layout(model, found)
+    return found
+
+
+def _check_layout(model: Any, found: Mapping[str, Any]) -> None:
+    """Raise ValueError where transformers holds experts otherwise than we do: peft would put LoRAs elsewhere."""
+    theirs: dict[str, Any] = {}
+    if hasattr(model, "config"):
+        with torch.device("meta"):
+            made: Any = type(model)(model.config)
+        theirs = dict(made.named_parameters())
+    for name, (a, b) in found.items():
+        shape = tuple(theirs[name].shape) if name in theirs else None
+        owner = made.get_submodule(name.rpartition(".")[0]) if shape else None
+        if shape != (a.shape[0], b.shape[1], a.shape[2]) or getattr(owner, "is_transposed", False):
+            raise ValueError(
+                f"save_pretrained: {name}: peft's LoRAs are for transformers' experts, and those of "
+                f"{type(model).__name__} are in another layout; adapt other layers, or leave out peft"
+            )
