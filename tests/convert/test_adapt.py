@@ -214,7 +214,7 @@ def test_gates_are_told_of_the_batch_and_by_the_caller(name, checkpointing):
         assert [told["task"] for told in Spy.seen] == [3, 3]
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_it_works_on_the_meta_device_and_by_the_seed(kind):
     model = language()
     with torch.device("meta"):
@@ -244,7 +244,7 @@ def test_new_parameters_take_type_device_and_mode_of_the_weights():
     assert run(made, tokens, mask).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_wide_adapters_stand_beside_narrow_weights(kind):
     base, (tokens, mask) = language().bfloat16().train(), batch()
     made = zoo.adapt(base, kind, router=GATES.get(kind), dtype="float32")
@@ -256,7 +256,7 @@ def test_wide_adapters_stand_beside_narrow_weights(kind):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2 (transposed, fused)"])
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_what_a_sequence_gets_does_not_depend_on_padding_or_others(kind, name):
     made, (tokens, mask) = stir(zoo.adapt(language(name), kind, router=GATES.get(kind)), 0.1), batch()
     together, alone = ({"moe_context": LABELS}, {"moe_context": {n: t[:1] for n, t in LABELS.items()}})

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..moe import (
     AdaMix,
     AdaptedLinear,
+    FollowedLinear,
+    GatedPrefix,
     LoRAExperts,
     LoRALinear,
     LoRAOfExperts,
@@ -24,12 +26,25 @@ from ..moe import (
 )
 from ..pretrained.sparse_blocks import _in_pair
 from ..pretrained.stand_in import stand_in
+from . import adapter_prefix
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
 from .adapter_kinds import UNUSED, kind_of
 from .adapter_prompts import attach
+from .adapter_unipelt import unipelt
 from .arguments import whole, whole_each
 from .upcycling import language_model
+
+AROUND = (
+    AdaMix,
+    AdaptedLinear,
+    FollowedLinear,
+    GatedPrefix,
+    LoRALinear,
+    LoRAOfExperts,
+    PromptMixture,
+    ScaledLinear,
+)
 
 
 def adapt(
@@ -38,7 +53,7 @@ def adapt(
     *,
     targets: str | Sequence[str] | None = None,
     num_experts: int | Sequence[int] | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     alpha: float | None = None,
     router: Any = None,
     losses: Mapping[str, Any] | None = None,
@@ -71,6 +86,9 @@ def adapt(
         MixLoRA                   experts that share an MLP; adapt attention with a second call
         LLaVA-MoLE                beside whole MLPs or mixtures of experts, one a token
         AdaMix                    an adapter after each of these, a random one each step, their mean afterwards
+        UniPELT                   LoRA beside queries and values, prefixes in transformers' attention, adapters behind
+                                  MLPs, each with a gate a sequence; not for causal models. rank may be of each, as
+                                  {"lora": 8, "prefix": 10, "adapter": 48}, zero for none
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
         MeteoRA, MoLE             trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
 
@@ -122,12 +140,18 @@ def adapt(
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
     for name, check in (("num_experts", whole_each), ("rank", whole)):
-        if given[name] is not None:
+        if given[name] is not None and not (row.level == "unipelt" and isinstance(given[name], Mapping)):
             check(f"adapt: {name}", given[name])
     how = {"kind": kind, **given, "layers": layers, "within": within or language_model(model)}
     if unfreeze:
         how["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
-    make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
+    make = {
+        "mlp": beside_mlps,
+        "beside": beside_mlps,
+        "adapter": beside_mlps,
+        "prompts": before_tokens,
+        "unipelt": unipelt,
+    }
     places = make.get(row.level, beside_linears)(model, row, how)
     return _place(model, places, how, share)
 
@@ -147,6 +171,10 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bo
         base = made.get_submodule(place.name)
         if isinstance(place.adapter, PromptMixture):
             attach(base, place.adapter.train(base.training))
+            continue
+        if isinstance(place.adapter, GatedPrefix):
+            adapter_prefix.attach(base, place.adapter.train(base.training))
+            told.setdefault(place.block, []).append(place.adapter)
             continue
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
@@ -201,8 +229,8 @@ def _shared(model: nn.Module, learns: set[str]) -> dict[int, Any]:
 
 def base_of(module: nn.Module) -> str | None:
     """Where an adapter has what it stands beside, None for a module that is no adapter."""
-    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, LoRAOfExperts, AdaMix, PromptMixture)):
-        return "base"  # prompts have none
+    if isinstance(module, AROUND):
+        return "base"  # prompts and prefixes have none
     if isinstance(module, MoE) and isinstance(module.experts, MixLoRAExperts):
         return "experts.base"
     if isinstance(module, MoE) and isinstance(module.experts, LoRAExperts) and module.shared is not None:
