@@ -90,21 +90,21 @@ def adapt(
                                   MLPs, each with a gate a sequence; not for causal models. rank may be of each, as
                                   {"lora": 8, "prefix": 10, "adapter": 48}, zero for none
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
-        MeteoRA, MoLE             trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
+        MeteoRA, MoLE             trained LoRAs, which stay as they are, and gates: `zoo.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too. In a sparse model
     they stand beside its attention, LLaVA-MoLE and AdaMix beside its `MoE`s, and LoRA with the targets gate, up and
     down inside them, a pair for each expert (`LoRAOfExperts`); whatever numbers its experts are in: as QLoRA does,
-    `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they
-    are, their selection biases too. At first the model computes what it did, but with soft prompts. targets are parts
-    of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each
-    part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from
-    the first to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a
-    mapping without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
-    contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts
-    read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of
-    the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
-    type: give dtype="float32" for adapters that learn beside bfloat16.
+    `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they are,
+    their selection biases too. At first the model computes what it did, but with prompts and prefixes. targets are
+    parts of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts
+    for each part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the
+    blocks from the first to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in
+    `create_model`; a mapping without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses
+    go to the gates, contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on
+    what experts read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule
+    `within` or of the language model in a vision-language model. New parameters take the weights' device and, without
+    dtype, their type: give dtype="float32" for adapters that learn beside bfloat16.
 
     `unfreeze` names modules or parameters of the model that are trained too, as "head" for classes of another kind;
     they are never shared. What an adapted model trains already stays trained when it is adapted again.
