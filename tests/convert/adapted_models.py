@@ -24,8 +24,8 @@ LANGUAGE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt (MLP in the layer)": ("OPTConfig", "OPTForCausalLM", {**OPT, "word_embed_proj_dim": 32}),
     "t5 (two stacks)": ("T5Config", "T5ForConditionalGeneration", {**T5, "feed_forward_proj": "gated-gelu"}),
 }
-# Kinds that experts are trained by; prompts, and what is composed of trained ones, have tests of their own.
-OWN = [kind for kind, row in KINDS.items() if row.level != "prompts" and not row.frozen]
+# Kinds that change nothing at first; what comes before tokens, or is composed of trained LoRAs, has tests of its own.
+OWN = [kind for kind, row in KINDS.items() if row.level not in ("prompts", "unipelt") and not row.frozen]
 # What gates need that are told something: their sizes, and what two sequences are.
 GATES: dict[str, Any] = {"MOELoRA": {"num_tasks": 3}, "MoCLE": {"num_clusters": 3}, "MoR1E": None}
 LABELS = {"task": torch.tensor([0, 2]), "cluster": torch.tensor([1, 2]), "intuition": torch.rand(2, 32)}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapted_models import GATES, LABELS, LANGUAGE, OWN, batch, language, stir, vision
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import zoo
 from zoo.convert.adapter_kinds import KINDS
@@ -167,6 +168,37 @@ def test_attention_and_mlps_are_adapted_in_two_calls():
     assert both.adapted[1]["layers"] == [0, 1, 2, 3]
 
 
+def test_a_layer_may_have_two_adapters_of_one_kind(tmp_path):
+    base, (tokens, mask) = language(), batch()
+    first = stir(zoo.adapt(base, "LoRA", targets=("query", "up"), rank=2))
+    both = stir(zoo.adapt(first, "LoRA", targets=("query", "q_proj", "up"), rank=3, layers=[0, 1]))
+    for name in ("self_attn.q_proj", "mlp.up_proj"):
+        linear, x = base.model.layers[1].get_submodule(name), torch.randn(4, 32)
+        expected, layer = linear(x), both.model.layers[1].get_submodule(name)
+        for lora in (layer.lora, layer.base.lora):
+            expected = expected + lora.alpha / lora.rank * x @ lora.a[0].T @ lora.b[0].T
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        assert base_of(both.model.layers[2].get_submodule(name).base) is None
+    zoo.save_pretrained(both, tmp_path / "adapters")
+    again = zoo.from_pretrained(tmp_path / "adapters", base=base)
+    assert torch.equal(run(again, tokens, mask), run(both, tokens, mask))
+    torch.testing.assert_close(
+        run(zoo.merge_adapters(both), tokens, mask), run(both, tokens, mask), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_berts_mlps_are_found_and_its_gates_hear_of_padding():
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 3, "num_hidden_layers": 2}
+    model = BertModel(BertConfig(vocab_size=64, **sizes)).eval()
+    made, (tokens, mask) = zoo.adapt(model, "LoRAMoE"), batch()
+    adapted = {n.removeprefix("encoder.layer.0.") for n, m in made.named_modules() if base_of(m)}
+    assert {"intermediate.dense", "output.dense"} == {n for n in adapted if not n.startswith("encoder")}
+    with torch.no_grad(), record(made) as step:
+        made(tokens, attention_mask=mask)
+    for decision in (decision for calls in step.routings.values() for decision in calls):
+        assert set(decision.token_index.tolist()) == set(mask.flatten().nonzero().flatten().tolist())
+
+
 def test_a_gate_may_be_any_other_one():
     made = zoo.adapt(language(), "MoELoRA", router={"k": 1, "jitter": 0.1}, losses={"z": 0.1}, num_experts=3)
     gate = made.model.layers[0].self_attn.q_proj.router
@@ -214,7 +246,7 @@ def test_gates_are_told_of_the_batch_and_by_the_caller(name, checkpointing):
         assert [told["task"] for told in Spy.seen] == [3, 3]
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_it_works_on_the_meta_device_and_by_the_seed(kind):
     model = language()
     with torch.device("meta"):
@@ -244,7 +276,7 @@ def test_new_parameters_take_type_device_and_mode_of_the_weights():
     assert run(made, tokens, mask).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_wide_adapters_stand_beside_narrow_weights(kind):
     base, (tokens, mask) = language().bfloat16().train(), batch()
     made = zoo.adapt(base, kind, router=GATES.get(kind), dtype="float32")
@@ -256,7 +288,7 @@ def test_wide_adapters_stand_beside_narrow_weights(kind):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2 (transposed, fused)"])
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_what_a_sequence_gets_does_not_depend_on_padding_or_others(kind, name):
     made, (tokens, mask) = stir(zoo.adapt(language(name), kind, router=GATES.get(kind)), 0.1), batch()
     together, alone = ({"moe_context": LABELS}, {"moe_context": {n: t[:1] for n, t in LABELS.items()}})

@@ -24,7 +24,7 @@ def objective(model, tokens, mask, kind=None):
         return loss + sum(step.losses().values())
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_experts_and_gates_learn_and_nothing_else_moves(kind):
     made, (tokens, mask) = zoo.adapt(language(num_hidden_layers=2), kind, router=GATES.get(kind)).train(), batch()
     stir(made, 0.02)
@@ -47,7 +47,7 @@ def test_experts_and_gates_learn_and_nothing_else_moves(kind):
     assert moved == set(own)
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_recomputation_changes_no_gradient(kind):
     plain, (tokens, mask) = (
         stir(zoo.adapt(language(num_hidden_layers=2), kind, router=GATES.get(kind))).train(),

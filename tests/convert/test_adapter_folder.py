@@ -25,7 +25,7 @@ def outputs(model, tokens, mask, kind=None, **more):
         return model(tokens, attention_mask=mask, **context, **more).logits[mask.bool()]
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [*OWN, "UniPELT"])
 def test_a_folder_holds_the_adapters_alone_and_gives_them_back_exactly(kind, tmp_path):
     base, (tokens, mask) = language(), batch()
     made = stir(zoo.adapt(base, kind, router=GATES.get(kind)))

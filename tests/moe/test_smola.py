@@ -88,7 +88,9 @@ def test_three_sets_beside_one_model(tmp_path):
             made, "Omni-SMoLA", num_experts=3, rank=2, router=router, within="encoder", targets=("query", "up")
         )
     query = made.encoder.block[1].layer[0].SelfAttention.q
-    assert {query.router.only, query.base.router.only, query.base.base.router.only} == {None, 0, 1}
+    up = made.encoder.block[0].layer[1].DenseReluDense.wi_1
+    for layer in (query, up):
+        assert {layer.router.only, layer.base.router.only, layer.base.base.router.only} == {None, 0, 1}
     tokens, modality = torch.randint(1, 40, (2, 6)), torch.tensor([[1, 1, 0, 0, 0, 0]] * 2)
     inputs = {"input_ids": tokens, "decoder_input_ids": tokens, "moe_context": {"modality": modality}}
     with torch.no_grad():

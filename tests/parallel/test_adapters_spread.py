@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from two_processes import results, spread
 
@@ -44,7 +45,14 @@ def made(kind: str) -> Any:
         torch.manual_seed(0)
         model = zoo.create_model("language/qwen3_moe_tiny", num_hidden_layers=2, hidden_size=32, vocab_size=64)
         return filled(zoo.adapt(model, "LoRA", **ATTENTION[kind]))
-    if kind in ("inside", "inside bfloat16"):
+    if kind.startswith("MoLE"):
+        narrow = kind.endswith("bfloat16")
+        model = base().to(torch.bfloat16) if narrow else base()
+        model = zoo.adapt(model, "MoLE", targets=["q_proj", "up_proj"], num_experts=3, rank=2, dtype="float32")
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora.b"):
+                nn.init.normal_(parameter, 0, 0.3)
+    elif kind in ("inside", "inside bfloat16"):
         model = zoo.adapt(sparse(torch.float32 if kind == "inside" else torch.bfloat16), "LoRA", **INSIDE)
     elif kind.endswith("bfloat16"):
         model = zoo.adapt(base().to(torch.bfloat16), kind.split()[0], dtype="float32")
@@ -62,7 +70,7 @@ def filled(model: Any) -> Any:
 
 
 def test_parts_of_a_model_learn_what_the_whole_learns(tmp_path: Path) -> None:
-    kinds = ("MoLA", "MixLoRA", "MoV")
+    kinds = ("MoLA", "MixLoRA", "MoV", "MoLE", "Omni-SMoLA", "UniPELT")
     told = spread(tmp_path, made, kinds, {"shard": Sizes(shard=2)})
     for kind in kinds:
         logits, gradients = results(made(kind))
@@ -76,7 +84,15 @@ def test_parts_of_a_model_learn_what_the_whole_learns(tmp_path: Path) -> None:
 
 
 def test_pairs_inside_experts_and_adapters_of_another_type_learn_alike(tmp_path: Path) -> None:
-    kinds = ("inside", "inside bfloat16", "MoLA bfloat16", "MixLoRA bfloat16")
+    kinds = (
+        "inside",
+        "inside bfloat16",
+        "MoLA bfloat16",
+        "MixLoRA bfloat16",
+        "MoLE bfloat16",
+        "UniPELT bfloat16",
+        "MoV bfloat16",
+    )
     told = spread(tmp_path, made, kinds, {"shard": Sizes(shard=2), "expert": Sizes(expert=2)})
     for kind in kinds:
         near = 1e-4 if kind == "inside" else 5e-2

@@ -73,7 +73,7 @@ def _inside_experts(model: nn.Module, site: Site, kind: Kind, how: dict[str, Any
     experts: Any = site.linear
     # Experts in few bits have no parameters.
     like: Any = next(itertools.chain(experts.parameters(), model.get_submodule(site.block).parameters()))
-    maker = _Maker(kind, how, like)
+    maker = Maker(kind, how, like)
     options = (maker.rank, maker.alpha, site.parts, maker.dropout)
     return maker.place(lambda: LoRAOfExperts(experts, *options), ("lora",))
 
@@ -82,7 +82,7 @@ def _beside(site: Site, kind: Kind, how: dict[str, Any], count: int) -> nn.Modul
     dim, out = features(site.linear)
     out = out if site.columns is None else site.columns[1] - site.columns[0]
     weight: Any = site.linear.weight
-    maker = _Maker(kind, how, weight)
+    maker = Maker(kind, how, weight)
     if kind.level == "vectors":
         if len(site.parts) > 1:
             raise ValueError(
@@ -112,7 +112,7 @@ def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place
         if isinstance(module, MoE) and kind.level in ("adapter", "beside"):
             like: Any = next(model.get_submodule(block).parameters())  # experts in few bits have none
             places.append(
-                Place(name, block, *_around(module, module.router.dim, kind, how, _Maker(kind, how, like), count))
+                Place(name, block, *_around(module, module.router.dim, kind, how, Maker(kind, how, like), count))
             )
             continue
         if isinstance(module, MoE) or hasattr(module, "experts"):
@@ -121,7 +121,7 @@ def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place
                 "layers, or a kind that stands beside attention"
             )
         mlp = _recognise(name, module, kind.level == "mlp")
-        maker = _Maker(kind, how, mlp.down.weight)
+        maker = Maker(kind, how, mlp.down.weight)
         if kind.level == "mlp":
             places.append(Place(name, block, "experts.base", _inside(mlp, kind, how, maker, count)))
             rates |= {rate for rate in mlp.dropout_rates if rate}
@@ -134,7 +134,7 @@ def beside_mlps(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Place
 
 
 def _around(
-    module: nn.Module, dim: int, kind: Kind, how: dict[str, Any], maker: _Maker, count: int
+    module: nn.Module, dim: int, kind: Kind, how: dict[str, Any], maker: Maker, count: int
 ) -> tuple[str, nn.Module]:
     """Where an adapter will have an MLP or a `MoE` as a whole, and the adapter."""
     if kind.level == "adapter":
@@ -145,7 +145,7 @@ def _around(
     return "shared", MoE(maker.gate(dim, count), lora, shared=module)
 
 
-def _inside(mlp: DenseMLP, kind: Kind, how: dict[str, Any], maker: _Maker, count: int) -> MoE:
+def _inside(mlp: DenseMLP, kind: Kind, how: dict[str, Any], maker: Maker, count: int) -> MoE:
     """Experts that share an MLP."""
     targets = how["targets"]
     named = [targets] if isinstance(targets, str) else list(kind.targets if targets is None else targets)
@@ -169,13 +169,13 @@ def before_tokens(model: nn.Module, kind: Kind, how: dict[str, Any]) -> list[Pla
         raise ValueError(f"adapt: {how['kind']} has one number of prompts, got num_experts={number}")
     name = decoder_name(model)
     weight: Any = model.get_input_embeddings().weight  # type: ignore[operator]
-    maker = _Maker(kind, how, weight)
+    maker = Maker(kind, how, weight)
     with torch.device(maker.device):
         prompts = PromptMixture(maker.gate(weight.shape[1], number), maker.rank).to(maker.dtype)
     return [Place(name, name, "", prompts)]
 
 
-class _Maker:
+class Maker:
     """Makes gates and experts of one kind, in the type and on the device of the weight `like`."""
 
     def __init__(self, kind: Kind, how: Mapping[str, Any], like: Tensor) -> None:
@@ -188,6 +188,7 @@ class _Maker:
         self.device = like.device
 
     def gate(self, dim: int, count: int) -> Router:
+        """The kind's gate, or the one that was asked for, of `count` experts."""
         how, kind = self.how, self.kind
         spec = gate_of(kind, how["kind"], how["router"], count)
         given = {} if how["losses"] is None else {"losses": how["losses"]}
@@ -200,6 +201,7 @@ class _Maker:
         return router.to(self.dtype)
 
     def lora(self, count: int, dim: int, out: int) -> LoRAExperts:
+        """Experts of low rank."""
         with torch.device(self.device):
             if self.kind.level == "pairs":
                 return RankOneExperts(count, dim, self.rank, out, self.dropout).to(self.dtype)

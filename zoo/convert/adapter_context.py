@@ -49,6 +49,7 @@ def tell(model: nn.Module, adapters: dict[str, list[nn.Module]]) -> None:
                 _listen(entry, own.get(id(entry), []))
         else:
             told: Any = _Told()
+            owner = _called_with_ids(model, name)
             owner._adapters_told = [*getattr(owner, "_adapters_told", ()), told]
             if len(owner._adapters_told) == 1:
                 owner.register_forward_pre_hook(_hold, with_kwargs=True)
@@ -61,6 +62,16 @@ def _owner(block: str) -> str:
     path = block.split(".")
     first = next(i for i, step in enumerate(path) if step.isdigit())
     return ".".join(path[: max(first - 1, 0)])
+
+
+def _called_with_ids(model: nn.Module, name: str) -> Any:
+    """The module of that name, or the one around it that is called with ids and mask, as BERT's encoder is not."""
+    path = name.split(".") if name else []
+    for end in range(len(path), -1, -1):
+        around = model.get_submodule(".".join(path[:end]))
+        if hasattr(around, "get_input_embeddings"):
+            return around
+    return model.get_submodule(name)
 
 
 def _hands_on(owner: Any, entries: list[Any]) -> bool:

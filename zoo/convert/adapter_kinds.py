@@ -15,7 +15,7 @@ from ..nearest import unknown
 from .adapter_targets import PARTS
 
 ATTENTION, MLP = PARTS[:4], PARTS[4:]
-Level = Literal["linear", "pairs", "outputs", "vectors", "mlp", "beside", "adapter", "one", "prompts"]
+Level = Literal["linear", "pairs", "outputs", "vectors", "mlp", "beside", "adapter", "one", "prompts", "unipelt"]
 # Which arguments of `adapt` a level has no use for.
 UNUSED: dict[str, Sequence[str]] = {
     "linear": ("shared",),
@@ -27,6 +27,7 @@ UNUSED: dict[str, Sequence[str]] = {
     "adapter": ("targets", "alpha", "router", "losses", "contrastive", "dropout"),
     "prompts": ("targets", "alpha", "contrastive", "dropout", "shared"),
     "one": ("num_experts", "router", "losses", "contrastive", "shared"),
+    "unipelt": ("targets", "num_experts", "alpha", "losses", "contrastive", "shared"),
 }
 
 
@@ -37,9 +38,9 @@ class Kind:
     level: experts stand beside linear layers ("linear"), as pairs of `rank` rows and of columns ("pairs") or with a
     gate that reads what they make of a token ("outputs"), scale them ("vectors"), share an MLP ("mlp"), stand beside it
     ("beside"), follow it ("adapter"), come before the tokens ("prompts"), or there is one beside a linear layer and no
-    gate ("one"). router names the gate and its options; init_std and router_std are deviations of what is normally
-    distributed at first; `needs` are options of the gate that only a caller knows; frozen experts are not trained;
-    `hears` is what a caller tells the gate of each sample, if no label.
+    gate ("one"), or UniPELT's three ("unipelt"). router names the gate and its options; init_std and router_std are
+    deviations of what is normally distributed at first; `needs` are options of the gate that only a caller knows;
+    frozen experts are not trained; `hears` is what a caller tells the gate of each sample, if no label.
     """
 
     level: Level
@@ -112,6 +113,8 @@ KINDS: dict[str, Kind] = {
     "AdaMix": Kind("adapter", (), 4, 16),
     # README: four prompts of five tokens; rank is how many.
     "SMoP": Kind("prompts", (), 4, 5, router={"name": "SMoPRouter", "k": 1}),
+    # run_glue.py; an adapter is a 16th as wide as its layer.
+    "UniPELT": Kind("unipelt", (), 1, 8, router={"name": "UniPELTRouter"}),
     # Trained LoRAs, which stay as they are, and a gate from N(0, 1) for each linear layer.
     "MeteoRA": Kind("linear", (), 1, router=_TOP_2, router_std=1.0, frozen=True),
     "MoLE": Kind("outputs", (), 1, router={"name": "MoLERouter"}, frozen=True),

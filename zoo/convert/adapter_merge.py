@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..moe import (
     AdaMix,
     AdaptedLinear,
+    FollowedLinear,
+    GatedPrefix,
     LoRAExperts,
     LoRALinear,
     LoRAOfExperts,
@@ -64,8 +66,10 @@ def _merged(name: str, adapter: Any, context: dict[str, Any]) -> nn.Module:
             return adapter.merged()
         except ValueError as error:
             raise ValueError(f"merge_adapters: {name}: {error}") from None
-    if isinstance(adapter, PromptMixture):
+    if isinstance(adapter, (PromptMixture, GatedPrefix)):
         raise ValueError(f"merge_adapters: {name} are prompts, which are no weights")
+    if isinstance(adapter, FollowedLinear):
+        raise ValueError(f"merge_adapters: {name} has an adapter behind it, which is no linear map")
     if isinstance(adapter, MoE) and not isinstance(adapter.experts, MixLoRAExperts):
         raise ValueError(f"merge_adapters: {name} stands beside a whole MLP, which is no linear map")
     weight = _weights(name, adapter.router, context)

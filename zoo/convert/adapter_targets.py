@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..moe import LoRAExperts, MixLoRAExperts, MoE, ZeroComputationExperts
-from ..moe.adapted import Columns, features
+from ..moe.adapted import Columns, _Beside, features
 from ..moe.lora_of_experts import unfit
 from ..pretrained.context import MIXERS
-from .dense_mlps import _is_linear, _layout
+from .dense_mlps import LAYOUTS, _is_linear, part_of
 
 # The parts of a block, and how families call the linear layer of each; those of an MLP go by `dense_mlps.LAYOUTS`.
 ATTENTION = {
@@ -74,7 +74,7 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "", experts: bo
         plain = plain_name(name)
         leaf = plain.rpartition(".")[2]
         seen.append(plain.removeprefix(f"{block}."))
-        parts = _parts(plain, parent)
+        parts = _parts(model, plain)
         wanted = [part for part in parts if part in targets]
         columns = _columns(leaf, linear, parent) if len(parts) > 1 else {}
         if any(f".{plain}".endswith(f".{t}") for t in targets if t not in PARTS) or (wanted and not columns):
@@ -137,14 +137,16 @@ def _stacks(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, str
             yield f"{name}.{path}".lstrip("."), module.get_submodule(path), block_of(model, name) or name
 
 
-def _parts(name: str, parent: nn.Module) -> tuple[str, ...]:
+def _parts(model: nn.Module, name: str) -> tuple[str, ...]:
     """The parts of a block that a linear layer computes."""
     *path, leaf = name.split(".")
-    layout = _layout(parent)
-    if layout is not None and leaf in layout:
-        part = MLP[layout.index(leaf)]
-        fused = layout[0] is None and part == "up" and _is_gated(parent, layout)
-        return ("gate", "up") if fused else (part,)
+    for cut in (len(path), len(path) - 1):  # BERT's layers have their MLP in modules of two
+        owner = model.get_submodule(".".join(path[:cut])) if cut >= 0 else model
+        layout, inside = _layout(owner), ".".join([*path[max(cut, 0) :], leaf])
+        if layout is not None and inside in layout:
+            part = MLP[layout.index(inside)]
+            fused = layout[0] is None and part == "up" and _is_gated(owner, layout)
+            return ("gate", "up") if fused else (part,)
     if not any("att" in step.lower() for step in path):
         return ()
     if leaf in FUSED:
@@ -152,9 +154,18 @@ def _parts(name: str, parent: nn.Module) -> tuple[str, ...]:
     return tuple(part for part, names in ATTENTION.items() if leaf in names)
 
 
-def _is_gated(parent: nn.Module, layout: tuple[str | None, str, str]) -> bool:
+def _layout(owner: nn.Module) -> tuple[str | None, str, str] | None:
+    """How a module calls its MLP's linear layers, whether adapters stand around them or not."""
+    for layout in LAYOUTS:
+        found = [part_of(owner, name) for name in layout if name is not None]
+        if all(_is_linear(linear) or isinstance(linear, _Beside) for linear in found):
+            return layout
+    return None
+
+
+def _is_gated(owner: nn.Module, layout: tuple[str | None, str, str]) -> bool:
     """Whether up holds gate and up together: twice as many rows as down reads."""
-    up, down = (getattr(parent, name) for name in layout[1:])
+    up, down = (part_of(owner, name) for name in layout[1:])
     return features(up)[1] == 2 * features(down)[0]
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from ..moe import (
     AdaMix,
     AdaptedLinear,
+    FollowedLinear,
+    GatedPrefix,
     LoRAExperts,
     LoRALinear,
     LoRAOfExperts,
@@ -24,12 +26,25 @@ from ..moe import (
 )
 from ..pretrained.sparse_blocks import _in_pair
 from ..pretrained.stand_in import stand_in
+from . import adapter_prefix
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
 from .adapter_context import tell
 from .adapter_kinds import UNUSED, kind_of
 from .adapter_prompts import attach
+from .adapter_unipelt import unipelt
 from .arguments import whole, whole_each
 from .upcycling import language_model
+
+AROUND = (
+    AdaMix,
+    AdaptedLinear,
+    FollowedLinear,
+    GatedPrefix,
+    LoRALinear,
+    LoRAOfExperts,
+    PromptMixture,
+    ScaledLinear,
+)
 
 
 def adapt(
@@ -38,7 +53,7 @@ def adapt(
     *,
     targets: str | Sequence[str] | None = None,
     num_experts: int | Sequence[int] | None = None,
-    rank: int | None = None,
+    rank: int | Mapping[str, int] | None = None,
     alpha: float | None = None,
     router: Any = None,
     losses: Mapping[str, Any] | None = None,
@@ -71,22 +86,25 @@ def adapt(
         MixLoRA                   experts that share an MLP; adapt attention with a second call
         LLaVA-MoLE                beside whole MLPs or mixtures of experts, one a token
         AdaMix                    an adapter after each of these, a random one each step, their mean afterwards
+        UniPELT                   LoRA beside queries and values, prefixes in transformers' attention, adapters behind
+                                  MLPs, each with a gate a sequence; not for causal models. rank may be of each, as
+                                  {"lora": 8, "prefix": 10, "adapter": 48}, zero for none
         SMoP                      one of a few soft prompts before a language model's tokens; rank is their length
-        MeteoRA, MoLE             trained LoRAs, which stay as they are, and gates: `zoo.convert.compose_adapters`
+        MeteoRA, MoLE             trained LoRAs, which stay as they are, and gates: `zoo.compose_adapters`
 
     Works on timm's and transformers' models, beside every `nn.Linear` and Conv1D, quantised ones too. In a sparse model
     they stand beside its attention, LLaVA-MoLE and AdaMix beside its `MoE`s, and LoRA with the targets gate, up and
     down inside them, a pair for each expert (`LoRAOfExperts`); whatever numbers its experts are in: as QLoRA does,
-    `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they
-    are, their selection biases too. At first the model computes what it did, but with soft prompts. targets are parts
-    of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts for each
-    part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the blocks from
-    the first to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in `create_model`; a
-    mapping without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses go to the gates,
-    contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on what experts
-    read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule `within` or of
-    the language model in a vision-language model. New parameters take the weights' device and, without dtype, their
-    type: give dtype="float32" for adapters that learn beside bfloat16.
+    `zoo.from_pretrained(folder, quantise="mxfp4")` reads it in few bits. Gates of the model itself stay as they are,
+    their selection biases too. At first the model computes what it did, but with prompts and prefixes. targets are
+    parts of a block (query, key, value, output, gate, up, down) or names as "q_proj"; a fused projection has experts
+    for each part, or, named by itself, for the whole. num_experts may be several numbers, for equal stretches of the
+    blocks from the first to the last (MoLA). alpha / rank scales what experts of `rank` add. router is as in
+    `create_model`; a mapping without "name" changes options of the kind's own gate: {"k": 1}, {"num_tasks": 8}. losses
+    go to the gates, contrastive to `AdaptedLinear`, shared to `AdaMix`; `zoo.moe.record` collects them. dropout acts on
+    what experts read. layers are those of `moe_layers`, counted over the blocks that have a target, of the submodule
+    `within` or of the language model in a vision-language model. New parameters take the weights' device and, without
+    dtype, their type: give dtype="float32" for adapters that learn beside bfloat16.
 
     `unfreeze` names modules or parameters of the model that are trained too, as "head" for classes of another kind;
     they are never shared. What an adapted model trains already stays trained when it is adapted again.
@@ -123,12 +141,18 @@ def adapt(
         if given[name] is not None:
             raise ValueError(f"adapt: {kind} has no use for {name}, got {given[name]!r}")
     for name, check in (("num_experts", whole_each), ("rank", whole)):
-        if given[name] is not None:
+        if given[name] is not None and not (row.level == "unipelt" and isinstance(given[name], Mapping)):
             check(f"adapt: {name}", given[name])
     how = {"kind": kind, **given, "layers": layers, "within": within or language_model(model)}
     if unfreeze:
         how["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
-    make = {"mlp": beside_mlps, "beside": beside_mlps, "adapter": beside_mlps, "prompts": before_tokens}
+    make = {
+        "mlp": beside_mlps,
+        "beside": beside_mlps,
+        "adapter": beside_mlps,
+        "prompts": before_tokens,
+        "unipelt": unipelt,
+    }
     places = make.get(row.level, beside_linears)(model, row, how)
     return _place(model, places, how, share)
 
@@ -148,6 +172,10 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bo
         base = made.get_submodule(place.name)
         if isinstance(place.adapter, PromptMixture):
             attach(base, place.adapter.train(base.training))
+            continue
+        if isinstance(place.adapter, GatedPrefix):
+            adapter_prefix.attach(base, place.adapter.train(base.training))
+            told.setdefault(place.block, []).append(place.adapter)
             continue
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
@@ -202,8 +230,8 @@ def _shared(model: nn.Module, learns: set[str]) -> dict[int, Any]:
 
 def base_of(module: nn.Module) -> str | None:
     """Where an adapter has what it stands beside, None for a module that is no adapter."""
-    if isinstance(module, (AdaptedLinear, ScaledLinear, LoRALinear, LoRAOfExperts, AdaMix, PromptMixture)):
-        return "base"  # prompts have none
+    if isinstance(module, AROUND):
+        return "base"  # prompts and prefixes have none
     if isinstance(module, MoE) and isinstance(module.experts, MixLoRAExperts):
         return "experts.base"
     if isinstance(module, MoE) and isinstance(module.experts, LoRAExperts) and module.shared is not None:

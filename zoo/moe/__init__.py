@@ -30,6 +30,7 @@ from .routers import Router
 from .routing import Routing
 from .shortcut import Shortcut, ShortcutMoE
 from .slots import Slots
+from .unipelt import FollowedLinear, GatedPrefix
 from .zero_computation import ZeroComputationExperts
 
 __all__ = [
@@ -46,7 +47,9 @@ __all__ = [
     "DepthRouter",
     "ExpertParallel",
     "Experts",
+    "FollowedLinear",
     "GatedConv2d",
+    "GatedPrefix",
     "GrownExperts",
     "HeadExperts",
     "HierarchicalExpertParallel",

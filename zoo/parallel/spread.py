@@ -102,16 +102,21 @@ def parallelize(
     return model
 
 
-def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[nn.Parameter]) -> Iterator[nn.Module]:
-    """Modules with parameters of another type than most, such as gates in float32: FSDP takes one type a unit."""
+def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[nn.Parameter]) -> list[nn.Module]:
+    """Modules with parameters of another type than most, such as gates in float32: FSDP takes one type a unit.
+
+    Innermost first, with what is in them, which may be of the type of most.
+    """
     beside = beside.union(*(set(experts.parameters()) for experts in stacks))
     sizes: Counter[torch.dtype] = Counter()
     for parameter in set(model.parameters()) - beside:
         sizes[parameter.dtype] += parameter.numel()
+    found: set[nn.Module] = set()
     for module in model.modules():
         own = {p.dtype for p in module.parameters(recurse=False) if p not in beside}
         if own and module is not model and own != {sizes.most_common(1)[0][0]}:
-            yield module
+            found |= {module, *(child for child in module.children() if not beside.issuperset(child.parameters()))}
+    return [module for module in reversed(list(model.modules())) if module in found]
 
 
 def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:

@@ -57,6 +57,7 @@ from zoo.moe.routers import (
     TaskRouter,
     TokenRoundingRouter,
     TopKRouter,
+    UniPELTRouter,
     XMoERouter,
 )
 
@@ -230,6 +231,7 @@ GATES: dict[str, Gate] = {
         context=lambda x, cluster: {"task": cluster},
         active=2,
     ),
+    "UniPELT": Gate(lambda d, e: UniPELTRouter(d, e), active=8, whole_sequences=True),
     "task mixture (MOELoRA)": Gate(
         lambda d, e: TaskMixtureRouter(d, e, num_tasks=8),
         context=lambda x, cluster: {"task": cluster},

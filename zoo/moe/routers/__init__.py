@@ -44,6 +44,7 @@ from .switch_head import SwitchHeadRouter
 from .task_experts import MoCLERouter, TaskMixtureRouter
 from .token_rounding import TokenRoundingRouter
 from .topk import TopKRouter
+from .unipelt import UniPELTRouter
 from .xmoe import XMoERouter
 
 __all__ = [
@@ -97,5 +98,6 @@ __all__ = [
     "TaskRouter",
     "TokenRoundingRouter",
     "TopKRouter",
+    "UniPELTRouter",
     "XMoERouter",
 ]
