@@ -71,16 +71,18 @@ def read(config: Path) -> tuple[Any, Any]:
 
     content = checked_config(str(config))
     model, data, trainer = (content.get(section) or {} for section in ("model", "data", "trainer"))
-    if not isinstance(model, dict) or "network" not in model:
-        raise ValueError(f"{config}: a plan needs model.network, the name of a model")
-    if str(model["network"]).startswith("recommendation/"):
+    if not isinstance(model, dict) or not {"network", "pretrained"} & {name for name in model if model[name]}:
+        raise ValueError(f"{config}: a plan needs model.network, the name of a model, or model.pretrained")
+    if str(model.get("network")).startswith("recommendation/"):
         raise ValueError(f"{config}: expected a model of language or vision, got {model['network']}")
     options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
+    options |= model.get("overrides") or {}
     with torch.device("meta"):
-        network: Any = zoo.create_model(model["network"], **{**options, **(model.get("overrides") or {})})
+        if model.get("network"):
+            network: Any = zoo.create_model(model["network"], **options)
+        else:
+            network = zoo.from_pretrained(model["pretrained"], **options)
         network = conversions.converted(network, conversions.parse(model.get("convert") or []))
-    if not all(p.requires_grad for p in network.parameters()) or _has_few_bits(network):
-        raise ValueError(f"{config}: a plan is of models that learn as a whole; convert leaves weights frozen")
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
     sequence = patches or data.get("sequence_length") or 256
     precision = str(trainer.get("precision", "32"))
@@ -95,13 +97,7 @@ def read(config: Path) -> tuple[Any, Any]:
         gradient=kept,
         state=2 * kept,
     )
-    return Facts(network, count_parameters(network)[1]), work
-
-
-def _has_few_bits(model: Any) -> bool:
-    from zoo.moe import QuantisedExperts
-
-    return any(isinstance(module, QuantisedExperts) for module in model.modules())
+    return Facts(network, count_parameters(network)[1], count_parameters(network, learning=True)[1]), work
 
 
 def lines(args: argparse.Namespace, facts: Any, work: Any) -> list[str]:

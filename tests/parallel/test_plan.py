@@ -42,7 +42,7 @@ def meta(name: str, **options: Any) -> Any:
 
 
 def facts(model: Any) -> Facts:
-    return Facts(model, count_parameters(model)[1])
+    return Facts(model, count_parameters(model)[1], count_parameters(model, learning=True)[1])
 
 
 def simulate(rank: int, folder: str) -> None:
@@ -91,12 +91,19 @@ def test_published_sizes() -> None:
 SMALL = {"num_hidden_layers": 3, "hidden_size": 64, "vocab_size": 256}
 
 
-def counted(rank: int, world: int, folder: str, mixed: bool) -> None:
+def small(kind: str) -> Any:
+    """A tiny Mixtral, with frozen weights and few that learn where kind is "adapted"."""
+    model = zoo.create_model("language/mixtral_tiny", **SMALL)
+    targets = ["query", "key", "value", "output"]
+    return zoo.adapt(model, "MoELoRA", targets=targets, num_experts=4) if kind == "adapted" else model
+
+
+def counted(rank: int, world: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.manual_seed(0)
-    model = parallelize(zoo.create_model("language/mixtral_tiny", **SMALL), Mesh(Sizes(expert=world)))
+    model = parallelize(small(kind), Mesh(Sizes(expert=world)))
     torch.manual_seed(rank)
     ids = torch.randint(0, 256, (8, 64))
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -108,7 +115,7 @@ def counted(rank: int, world: int, folder: str, mixed: bool) -> None:
         return gather(*args, **options)
 
     setattr(dist, name, told)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16-mixed"):
         loss = model(ids, labels=ids).loss
     loss.backward()
     setattr(dist, name, gather)
@@ -121,12 +128,12 @@ def counted(rank: int, world: int, folder: str, mixed: bool) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "bf16-mixed"])
-def test_bytes_sent_and_kept_are_those_of_a_real_run(mixed: bool, tmp_path: Path) -> None:
-    model = zoo.create_model("language/mixtral_tiny", **SMALL)
-    mp.start_processes(counted, args=(4, str(tmp_path), mixed), nprocs=4, start_method="fork")
+@pytest.mark.parametrize("kind", ["float32", "bf16-mixed", "adapted"])
+def test_bytes_sent_and_kept_are_those_of_a_real_run(kind: str, tmp_path: Path) -> None:
+    model = small(kind)
+    mp.start_processes(counted, args=(4, str(tmp_path), kind), nprocs=4, start_method="fork")
     told = [torch.load(tmp_path / f"{rank}.pt") for rank in range(4)]
-    work = Work(tokens=512, sequence=64, recompute=False, compute=2 if mixed else 4)
+    work = Work(tokens=512, sequence=64, recompute=False, compute=2 if kind == "bf16-mixed" else 4)
     plan = estimate(facts(model), Sizes(expert=4), work, Machine())
     assert plan.sent["all-gather"] == pytest.approx(told[0][3], rel=1e-6)
     assert plan.memory["parameters"] == told[0][1]
@@ -144,6 +151,22 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     plan = estimate(facts(model), Sizes(), Work(256, 128, recompute=False, compute=4), Machine())
     # Eager attention computes what a causal mask hides, too: as much again as the plan counts.
     attention = 3 * 2 * 128 * facts(model).attention * 3 * 256
+    assert plan.flops + attention == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "MoELoRA", "in experts"])
+def test_operations_with_frozen_weights_are_those_that_torch_counts(kind: str) -> None:
+    """No gradients of frozen weights."""
+    made = {**SMALL, "num_hidden_layers": 6}
+    model = zoo.create_model("language/mixtral_tiny", **made, attn_implementation="eager")
+    how = {"targets": ["gate", "up", "down"]} if kind == "in experts" else {}
+    model = zoo.adapt(model, "LoRA" if kind == "in experts" else kind, rank=2, **how)
+    ids = torch.randint(0, 256, (2, 128))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    known = facts(model)
+    plan = estimate(known, Sizes(), Work(256, 128, recompute=False, compute=4), Machine())
+    attention = 3 * 2 * 128 * known.attention * 6 * 256
     assert plan.flops + attention == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
@@ -214,13 +237,13 @@ def test_shared_experts_and_shortcuts_run_while_tokens_travel() -> None:
 
 @pytest.mark.parametrize(("experts", "k", "parts"), [(8, 2, 4), (64, 6, 8), (5, 2, 5), (4, 4, 2), (8, 1, 1)])
 def test_a_token_goes_to_as_many_processes_as_drawing_says(experts: int, k: int, parts: int) -> None:
-    from zoo.parallel.plan import _Stack
+    from zoo.parallel.plan_facts import Stack
 
     torch.manual_seed(0)
     chosen = torch.stack([torch.randperm(experts)[:k] for _ in range(4000)])
     holder = chosen // -(-experts // parts)
     met = torch.zeros(4000, parts).scatter(1, holder, 1.0)
-    found = remote_processes(_Stack(experts, ((experts, 2, 2),), k, 2), parts)
+    found = remote_processes(Stack(experts, ((experts, 2, 2),), k, 2), parts)
     assert found == pytest.approx(float(met[:, 1:].sum(1).mean()) if parts > 1 else 0.0, rel=0.03)
 
 
@@ -235,6 +258,29 @@ def test_the_command_ranks_meshes_and_says_what_one_takes(capsys: pytest.Capture
     assert "each process of replicate 1, shard 4, expert 8, tensor 2:" in capsys.readouterr().out
     assert main(["plan", "--config", config, "--gpus", "4", "--gpu-memory", "16"]) == 0
     assert "no mesh of 4 GPUs of 16 GB is enough" in capsys.readouterr().out
+
+
+def test_frozen_weights_take_what_they_are_kept_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder's model: in bfloat16 two bytes each and no more, in few bits those of the codes and scales."""
+    whole = zoo.create_model("language/mixtral_tiny", **SMALL)
+    zoo.save_pretrained(whole, tmp_path / "base")
+    text = f"model: {{pretrained: {tmp_path}/base, overrides: {{dtype: bfloat16}}, convert: [%s]}}"
+    adapt = "{adapt: {kind: LoRA, dtype: float32}}"
+    memory = {}
+    for name, convert in (("whole", adapt), ("coded", "{quantise: {format: int8}}, " + adapt)):
+        (tmp_path / "it.yaml").write_text(text % convert)
+        known, work = read(tmp_path / "it.yaml")
+        memory[name] = estimate(known, Sizes(), work, Machine()).memory
+        assert main(["plan", "--config", str(tmp_path / "it.yaml"), "--gpus", "1"]) == 0
+        assert "memory, optimizer" in capsys.readouterr().out
+    adapted = zoo.adapt(zoo.from_pretrained(tmp_path / "base", dtype=torch.bfloat16), "LoRA", dtype="float32")
+    few = zoo.quantise(adapted, "int8")
+    learns = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    for name, model in (("whole", adapted), ("coded", few)):
+        tensors = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers()) if "inv_freq" not in name}
+        rotary = sum(b.nbytes for n, b in model.named_buffers() if "inv_freq" in n)
+        assert memory[name]["parameters"] == sum(tensors.values()) - rotary
+        assert (memory[name]["gradients"], memory[name]["optimizer"]) == (4 * learns, 8 * learns)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +307,7 @@ def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.Captur
         ("model: {network: language/mixtral_tiny", "is not YAML"),
         ("model: [3]", "a plan needs model.network"),
         ("model: {network: recommendation/mmoe}", "expected a model of language or vision, got recommendation/mmoe"),
-        ("model: {network: language/mixtral_tiny, convert: [{quantise: {}}]}", "convert leaves weights frozen"),
+        ("model: {pretrained: nowhere/there/is}", "nowhere/there/is: no such folder"),
         ("model: {network: language/mixtral_tiny, convert: [{prun: {}}]}", "unknown conversion 'prun'"),
     ],
 )

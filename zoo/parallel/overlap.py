@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .plan import Machine, _Stack, remote_processes, waited
+from .plan import Machine, remote_processes, waited
+from .plan_facts import Stack
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Pair:
             "experts": 6 * self.width * self.hidden * self.k,
         }
         found = {name: self.tokens * each / (machine.flops * machine.busy) for name, each in flops.items()}
-        rows = self.tokens * remote_processes(_Stack(self.experts, (), self.k, 0), processes)
+        rows = self.tokens * remote_processes(Stack(self.experts, (), self.k, 0), processes)
         return {**found, "exchange": rows * self.width * self.itemsize / machine.bandwidth(processes)}
 
 

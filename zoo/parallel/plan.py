@@ -9,16 +9,11 @@ B bytes an element in computation (2 for bfloat16), T tokens of a process with d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import nn
-
-from ..moe import Experts, MoE, ShortcutMoE
 from .mesh import Sizes
-from .spread import blocks, spreadable
-from .tensor import planned
+from .plan_facts import Facts, Parameter, Stack
 
 
 @dataclass(frozen=True)
@@ -82,83 +77,7 @@ class Estimate:
         return max(s["compute"], s["gather"]) + s["all-to-all"] + s["tensor"]
 
 
-@dataclass(frozen=True)
-class _Parameter:
-    shape: tuple[int, ...]
-    style: str | None  # how tensor parallelism splits it
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """Stacked experts of one layer."""
-
-    experts: int
-    shapes: tuple[tuple[int, ...], ...]
-    k: float
-    rows: int  # of the input projection: what backward keeps of each assignment
-    beside: int = 0  # parameters of the shared expert
-    pair: int = 0  # with a shortcut, those of its two blocks but for gate and experts
-
-
-class Facts:
-    """What a plan needs of a model, which may be on the meta device. `active` parameters work for each token."""
-
-    def __init__(self, model: Any, active: int) -> None:
-        stacks = dict(spreadable(model))
-        inside = {id(p) for experts in stacks.values() for p in experts.parameters()}
-        styles = planned(model)
-        layers = {id(getattr(m.experts, "mlp", m.experts)): m for m in model.modules() if isinstance(m, MoE)}
-        repeated = blocks(model)
-        self.stacks = [self._stack(e, layers.get(id(e)), repeated) for e in stacks.values()]
-        units = [*repeated, model]
-        seen: set[int] = set(inside)
-        self.units: list[list[_Parameter]] = []
-        names = {id(p): name for name, p in model.named_parameters()}
-        for unit in units:
-            mine = [p for p in unit.parameters() if id(p) not in seen]
-            seen.update(id(p) for p in mine)
-            self.units.append([_Parameter(tuple(p.shape), _style(names[id(p)], styles)) for p in mine])
-        self.embedded = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-        self.active = active
-        config = getattr(model, "config", None)
-        self.heads = getattr(config, "num_attention_heads", 0) or 0
-        self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
-        self.width = next((e.dim for e in stacks.values()), 0) or getattr(config, "hidden_size", 0)
-        head = max(getattr(config, "head_dim", None) or 0, self.width // self.heads if self.heads else 0)
-        self.attention = self.heads * head
-        self.vocabulary = getattr(config, "vocab_size", 0) or 0
-        self.kept = sum(m.in_features for unit in repeated for m in unit.modules() if isinstance(m, nn.Linear))
-        # Two layers with a shortcut between them are one block.
-        self.layers = len(self.units) - 1 + sum(isinstance(m, ShortcutMoE) for m in model.modules())
-
-    @staticmethod
-    def _stack(experts: Experts, layer: MoE | None, found: list[nn.Module]) -> _Stack:
-        shapes, k = tuple(tuple(p.shape) for p in experts.parameters()), 1.0
-        beside = pair = 0
-        if layer is not None:
-            k = float(getattr(layer.router, "k", 1) or 1)
-            beside = _numbers(layer.shared)
-            if isinstance(layer, ShortcutMoE):
-                block = next((b for b in found if any(m is layer for m in b.modules())), None)
-                pair = max(0, _numbers(block) - _numbers(layer.experts) - _numbers(layer.router))
-        return _Stack(experts.num_experts, shapes, k, shapes[0][1], beside, pair)
-
-
-def _numbers(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-
-def _style(name: str, styles: dict[str, str]) -> str | None:
-    layer, _, kind = name.rpartition(".")
-    style = styles.get(layer)
-    if style is None or style == "replicated_with_grad_allreduce":
-        return None
-    if style.startswith("rowwise"):
-        return "columns" if kind == "weight" else None
-    return "rows"
-
-
-def _split(parameter: _Parameter, tensor: int) -> tuple[int, ...]:
+def _split(parameter: Parameter, tensor: int) -> tuple[int, ...]:
     """Shape of a parameter on one process of a tensor group."""
     shape = list(parameter.shape)
     if parameter.style is not None and shape:
@@ -174,16 +93,22 @@ def _sharded(shape: tuple[int, ...], parts: int) -> int:
 
 def local_parameters(facts: Facts, sizes: Sizes) -> int:
     """How many parameters the first process holds, exactly."""
-    dense = sum(_sharded(_split(p, sizes.tensor), sizes.shard * sizes.expert) for unit in facts.units for p in unit)
-    return dense + sum(_stack_part(stack, sizes) for stack in facts.stacks)
+    return _held(facts, sizes, lambda _: 1)
 
 
-def _stack_part(stack: _Stack, sizes: Sizes) -> int:
+def _held(facts: Facts, sizes: Sizes, each: Callable[[Parameter | Stack], int]) -> int:
+    """The same, each number of a parameter, or of a stack, taken so many times."""
+    parts = sizes.shard * sizes.expert
+    dense = sum(each(p) * _sharded(_split(p, sizes.tensor), parts) for unit in facts.units for p in unit)
+    return dense + sum(each(stack) * _stack_part(stack, sizes) for stack in facts.stacks)
+
+
+def _stack_part(stack: Stack, sizes: Sizes) -> int:
     held = -(-stack.experts // sizes.expert)
     return sum(held * shape[1] // (sizes.shard * sizes.tensor) * math.prod(shape[2:]) for shape in stack.shapes)
 
 
-def remote_processes(stack: _Stack, parts: int) -> float:
+def remote_processes(stack: Stack, parts: int) -> float:
     """To how many other processes a token goes, on average over even routing: k different experts of all."""
     held = -(-stack.experts // parts)
     k = min(round(stack.k), stack.experts)
@@ -198,33 +123,46 @@ def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estima
     found = Estimate(sizes, local_parameters(facts, sizes))
     tensor, fsdp, parts = sizes.tensor, sizes.shard * sizes.expert, sizes.shard * sizes.tensor
     tokens, width, itemsize = work.tokens, facts.width, work.compute
-    units = [sum(math.prod(_split(p, tensor)) for p in unit) for unit in facts.units]
-    stacks = [_stack_part(stack, sizes) * parts for stack in facts.stacks]
+
+    def kept(p: Parameter | Stack) -> int:
+        return work.parameter if p.learns else min(p.itemsize, work.parameter)
+
+    def gradient(p: Parameter | Stack) -> int:
+        return work.gradient if p.learns else 0
+
+    def whole(each: Callable[[Parameter | Stack], int]) -> tuple[list[int], list[int]]:
+        units = [sum(each(p) * math.prod(_split(p, tensor)) for p in unit) for unit in facts.units]
+        return units, [each(stack) * _stack_part(stack, sizes) * parts for stack in facts.stacks]
+
+    def scattered(units: list[int], stacks: list[int]) -> float:
+        return sum(units) * (fsdp - 1) / fsdp + sum(stacks) * (parts - 1) / parts
+
+    def largest(units: list[int], stacks: list[int]) -> int:
+        return max(units[:-1], default=0) + max(stacks, default=0)
+
     # Two blocks are whole at a time, the one at work and the next, and one block's gradients; the root stays whole.
-    largest = max(units[:-1], default=0) + max(stacks, default=0)
-    whole = (units[-1] * 2 + 3 * largest) * work.parameter
+    weights, gradients = whole(kept), whole(gradient)
+    gathered = weights[0][-1] + gradients[0][-1] + 2 * largest(*weights) + largest(*gradients)
     found.memory = {
-        "parameters": found.parameters * work.parameter,
-        "gradients": found.parameters * work.gradient,
-        "optimizer": found.parameters * work.state,
-        "gathered": whole if fsdp * parts > 1 else 0.0,
+        "parameters": _held(facts, sizes, kept) + facts.coded,
+        "gradients": _held(facts, sizes, gradient),
+        "optimizer": _held(facts, sizes, lambda p: work.state if p.learns else 0),
+        "gathered": gathered if fsdp * parts > 1 else 0.0,
         "activations": _activations(facts, sizes, work),
         "exchange": max((_arriving(s, sizes, tokens) * width * itemsize * 2 for s in facts.stacks), default=0.0),
     }
     passes = 4 if work.recompute else 3  # of the forward's cost: backward is two
     matmul = 2 * (facts.active - facts.embedded) + 2 * work.sequence * facts.attention * facts.layers
-    found.flops = work.accumulate * passes * matmul * tokens / tensor
+    found.flops = work.accumulate * (passes * matmul - 2 * facts.frozen) * tokens / tensor
     # Rows go and come back, and so do gradients; a recomputation goes and comes once more.
     trips = 6 if work.recompute else 4
     exchange = sum(tokens / tensor * remote_processes(s, sizes.expert) for s in facts.stacks) * width * itemsize * trips
-    scatter = sum(units) * (fsdp - 1) / fsdp + sum(stacks) * (parts - 1) / parts
-    gathers = 2 * scatter  # forward and backward
-    copies = 2 * (sizes.replicate - 1) / sizes.replicate * found.parameters
+    copies = 2 * (sizes.replicate - 1) / sizes.replicate * found.memory["gradients"]
     reductions = (passes + 1) * facts.layers * 2 * (tensor - 1) / tensor * tokens * width * itemsize
     found.sent = {
         "all-to-all": work.accumulate * exchange,
-        "all-gather": work.accumulate * gathers * work.parameter,  # autocast casts what has come
-        "reduce-scatter": work.accumulate * scatter * work.gradient + copies * work.gradient,
+        "all-gather": work.accumulate * 2 * scattered(*weights),  # forward and backward; autocast casts what has come
+        "reduce-scatter": work.accumulate * scattered(*gradients) + copies,
         "tensor": work.accumulate * reductions,
     }
     found.seconds = {
@@ -246,7 +184,7 @@ def waited(way: float, beside: float, window: float = 0.0) -> tuple[float, float
     return forward, backward
 
 
-def _exchanging(stack: _Stack, facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> float:
+def _exchanging(stack: Stack, facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> float:
     """Seconds of a micro-batch in which a layer's exchange is waited for."""
     tokens, speed = work.tokens / sizes.tensor, machine.flops * machine.busy
     rows = tokens * remote_processes(stack, sizes.expert) * facts.width * work.compute
@@ -256,7 +194,7 @@ def _exchanging(stack: _Stack, facts: Facts, sizes: Sizes, work: Work, machine: 
     return forward * (2 if work.recompute else 1) + backward
 
 
-def _arriving(stack: _Stack, sizes: Sizes, tokens: int) -> float:
+def _arriving(stack: Stack, sizes: Sizes, tokens: int) -> float:
     """Rows that come to a process with even routing, its own among them."""
     return tokens / sizes.tensor * (remote_processes(stack, sizes.expert) + 1)
 

@@ -99,6 +99,22 @@ def test_flops_are_those_of_the_three_matrices(backend):
     assert counter.get_total_flops() == 2 * forward
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("wanted", "thirds"),
+    [(("x",), 3), (("w_in",), 3), (("w_out",), 1), (("x", "w_out"), 4), (("x", "w_in"), 5), (("weight",), 1)],
+    ids=str,
+)
+def test_flops_are_those_of_the_gradients_that_are_wanted(wanted, thirds, backend):
+    """Of a forward's three matrices two go in: their gradients, and that of x, come by one more product, of w_out."""
+    leaves, routing = problem(tokens=24, dim=16, hidden_dim=8, k=2)
+    leaves = {name: tensor.detach().requires_grad_(name in wanted) for name, tensor in leaves.items()}
+    y = run(leaves, routing, backend)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 24 * 2 * 16 * 8 * thirds
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_changes_no_gradient(reentrant):
     leaves, routing = problem()

@@ -140,7 +140,9 @@ def _forward_flops(x, w_in, w_out, b_in, b_out, weight, token_index, *args, **kw
 
 @register_flop_formula(torch.ops.zoo.moe_mlp_backward)
 def _backward_flops(dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 4 * token_index[0] * (w_in[1] * w_in[2] + w_out[1] * w_out[2])
+    of_x, of_in, of_out, of_b_in, _, of_weight = (int(need) for need in args[3])
+    hidden = of_x or of_in or of_b_in or of_weight  # gradients that go through the activation
+    return 2 * token_index[0] * (w_in[1] * w_in[2] * (of_x + of_in) + w_out[1] * w_out[2] * (hidden + of_out))
 
 
 def check_shapes(
