@@ -7,7 +7,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import zoo
 from zoo.moe import LoRAOfExperts
@@ -18,10 +27,28 @@ SIZES |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 EXPERTS = "model.layers.{}.mlp.experts"
 
 
+def eager(model):
+    model.set_experts_implementation("eager")  # others have no float64
+    return model.double().eval()
+
+
+def mixtral_of(hidden):
+    return eager(MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=hidden, num_local_experts=E)))
+
+
 @pytest.fixture
 def mixtral():
-    model = MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=F, num_local_experts=E)).double().eval()
-    model.set_experts_implementation("eager")  # others have no float64
+    return mixtral_of(F)
+
+
+def gpt_oss(hidden):
+    """Experts as [E, in, out], gate and up in turns; random biases."""
+    config = GptOssConfig(**SIZES, intermediate_size=hidden, num_local_experts=E, head_dim=8, num_experts_per_tok=2)
+    model = eager(GptOssForCausalLM(config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_bias"):
+                parameter.normal_()
     return model
 
 
@@ -90,14 +117,22 @@ def test_linear_layers_with_ranks_and_alphas_of_their_own(rslora, mixtral, token
         assert torch.equal(again(tokens).logits, adapted(tokens).logits)
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["inputs first", "outputs first"])
-def test_stacked_experts(older, mixtral, tokens, tmp_path):
-    """A second parameter's matrices stand around the first one's; before peft 0.19 they were the other way round."""
+@pytest.mark.parametrize("older", [False, True], ids=["last goes in", "middle goes in"])
+@pytest.mark.parametrize("hidden", [F, D // 2, D])
+def test_stacked_experts(older, hidden, tokens, tmp_path):
+    """A second parameter's matrices stand around the first one's; before peft 0.19 they were the other way round.
+
+    Of widths D / 2 and D one of the two is square.
+    """
+    mixtral = mixtral_of(hidden)
     base = base_of(mixtral, tmp_path)
     tensors, weights = {}, dict(mixtral.named_parameters())
     for i in range(2):
         path = EXPERTS.format(i)
-        for name, parameter, size in ((f"{path}.base_layer", "gate_up_proj", (D, 2 * F)), (path, "down_proj", (F, D))):
+        for name, parameter, size in (
+            (f"{path}.base_layer", "gate_up_proj", (D, 2 * hidden)),
+            (path, "down_proj", (hidden, D)),
+        ):
             a, b = pair(2, *(size[::-1] if older else size), E)
             a, b = a.float(), b.float()
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
@@ -105,11 +140,42 @@ def test_stacked_experts(older, mixtral, tokens, tmp_path):
                 mine = of_expert(a.double(), b.double(), e, E)
                 delta = 3 / 2 * mine[1] @ mine[0]
                 weights[f"{path}.{parameter}"].data[e] += delta.T if older else delta
-    folder = write(tmp_path / "lora", tensors, target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    version = {} if older else {"peft_version": "0.21.2"}
+    folder = write(tmp_path / "lora", tensors, target_parameters=targets, **version)
     adapted = zoo.from_pretrained(folder, base=base)
     assert any(isinstance(module, LoRAOfExperts) for module in adapted.modules())
     with torch.no_grad():
         same(adapted(tokens).logits, mixtral(tokens).logits)
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.21.2"])
+@pytest.mark.parametrize("hidden", [F, D])
+def test_experts_that_transformers_holds_transposed_and_in_turns(hidden, version, tokens, tmp_path):
+    model = gpt_oss(hidden)
+    base = base_of(model, tmp_path)
+    tensors, weights = {}, dict(model.named_parameters())
+    for i in range(2):
+        path = EXPERTS.format(i)
+        for name, parameter, size in (
+            (f"{path}.base_layer", "gate_up_proj", (D, 2 * hidden)),
+            (path, "down_proj", (hidden, D)),
+        ):
+            a, b = (side.float() for side in pair(2, *size, E))
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            for e in range(E):
+                mine = of_expert(a.double(), b.double(), e, E)
+                weights[f"{path}.{parameter}"].data[e] += 3 / 2 * (mine[1] @ mine[0]).T
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapted = zoo.from_pretrained(
+        write(tmp_path / "lora", tensors, target_parameters=targets, peft_version=version), base=base
+    )
+    with torch.no_grad():
+        same(adapted(tokens).logits, model(tokens).logits)
+    zoo.save_pretrained(adapted, tmp_path / "again", peft=True)
+    fresh = eager(GptOssForCausalLM.from_pretrained(tmp_path / "base"))
+    with torch.no_grad():
+        same(merged(fresh, tmp_path / "again", transposed=True)(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("where", ["block_sparse_moe", "mlp"])
@@ -144,7 +210,7 @@ def trained(model, *targets, **options):
     return adapted
 
 
-def merged(model, folder, transposed=()):
+def merged(model, folder, transposed=False):
     """transformers' model with what a folder in peft's layout adds to its weights."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = {
@@ -163,7 +229,8 @@ def merged(model, folder, transposed=()):
         a, b = (tensors[f"{path}.lora_{side}.weight"].double() for side in "AB")
         for e in range(E):
             mine = of_expert(a, b, e, E)
-            weights[target].data[e] += scale * mine[1] @ mine[0]
+            delta = scale * mine[1] @ mine[0]
+            weights[target].data[e] += delta.T if transposed else delta
         used += 2
     assert used == len(tensors)
     return model
@@ -204,9 +271,6 @@ def test_what_peft_cannot_hold_is_refused(mixtral, tmp_path):
     ):
         with pytest.raises(ValueError, match=told):
             zoo.save_pretrained(adapted, tmp_path / "out", peft=True)
-    oss = zoo.adapt(zoo.create_model("language/gpt_oss_tiny"), "LoRA", targets=["down"])
-    with pytest.raises(ValueError, match=r"experts.down_proj: peft's LoRAs are for transformers' experts, .* GptOss"):
-        zoo.save_pretrained(oss, tmp_path / "out", peft=True)
     assert not (tmp_path / "out").exists()
 
 

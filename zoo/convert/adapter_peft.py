@@ -1,7 +1,7 @@
 """LoRA in peft's layout (adapter_config.json, adapter_model.safetensors): read beside a model, and written.
 
 A folder holds y = W x + scale * B A x, scale = alpha / r or alpha / sqrt(r), for linear layers (`target_modules`) and
-for stacked experts (`target_parameters`: A is [E r, D], expert after expert, and B [O, r E], the experts innermost).
+for stacked experts (`target_parameters`, see `adapter_peft_experts`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..moe import LoRALinear, LoRAOfExperts
 from ..moe.adapted import features
 from ..pretrained.staging import staged
 from ..pretrained.tensorfile import read_all, read_header, write_file
+from .adapter_peft_experts import VERSION, Layout, layouts, matrices, parts
 from .adapter_targets import _stacks, plain_name
 from .adapting import adapt
 from .dense_mlps import _is_linear
@@ -36,6 +37,8 @@ UNKNOWN = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "tra
 
 # A linear layer ("" and 0) or a stack of experts, which of its parts, and which expert: A [r, D] and scale * B [O, r].
 Pairs = dict[tuple[str, str, int], tuple[Tensor, Tensor]]
+# Such a key, A, B, and the name by which patterns of options know the matrix.
+Place = tuple[tuple[str, str, int], Tensor, Tensor, str]
 
 
 def is_peft(folder: Path) -> bool:
@@ -68,12 +71,19 @@ def read(model: nn.Module, folder: Path) -> Pairs:
             raise ValueError(f"{path}: {name} is no matrix of a LoRA")
         # Parameters of one module have theirs inside one another.
         found[name.rpartition(f".lora_{match[2]}")[0], match[1]][match[2]] = tensor
-    stacks = {name: stack for name, stack, _ in _stacks(model, "")}
+    stacks, version = {name: stack for name, stack, _ in _stacks(model, "")}, str(config.get("peft_version") or "0")
+    known = layouts(model) if any(name in stacks for _, name in found) else {}
     pairs: Pairs = {}
     for (_, name), sides in found.items():
         if set(sides) != {"A", "B"}:
             raise ValueError(f"{path}: {name} has lora_{next(iter(sides))} alone")
-        for key, a, b, label in _places(model, stacks, name, sides["A"], sides["B"], path):
+        what = f"{path}: A {list(sides['A'].shape)} and B {list(sides['B'].shape)} of {name}"
+        places: Iterable[Place]
+        if name in stacks:
+            places = _in_stack(model, name, stacks[name], known.get(name), version, sides["A"], sides["B"], what)
+        else:
+            places = [_alone(model, stacks, name, sides["A"], sides["B"], what, path)]
+        for key, a, b, label in places:
             if key in pairs:
                 raise ValueError(f"{path}: {name} has two LoRAs for one matrix")
             pairs[key] = a, _scale(config, label, a.shape[0]) * b
@@ -115,33 +125,22 @@ def _put(pairs: Pairs, name: str, part: str, lora: Any) -> None:
             lora.b[e].copy_(F.pad(b, (0, lora.rank - b.shape[1])) * (lora.rank / lora.alpha))
 
 
-def _places(
-    model: nn.Module, stacks: Mapping[str, Any], name: str, a: Tensor, b: Tensor, path: Path
-) -> Iterator[tuple[tuple[str, str, int], Tensor, Tensor, str]]:
-    """What of the model a pair belongs to, its A and B, and the name by which patterns of options know it."""
-    what = f"{path}: A {list(a.shape)} and B {list(b.shape)} of {name}"
-    module = stacks.get(name)
-    if module is not None:
-        number, dim, wide = module.num_experts, module.dim, module.hidden_dim * (2 if module.gated else 1)
-        into, out = (dim, wide), (module.hidden_dim, dim)
-        r = a.shape[0] // number
-        if a.shape[0] % number or b.shape[1] != a.shape[0] or not r:
-            raise ValueError(f"{what} are not those of {number} experts")
-        found = a.shape[1], b.shape[0]
-        a, b = a.view(number, r, -1), b.view(-1, r, number).permute(2, 0, 1)
-        if found not in (into, out) and found[::-1] in (into, out):  # peft below 0.19: the other way round
-            found, a, b = found[::-1], b.transpose(1, 2), a.transpose(1, 2)
-        if found not in (into, out) or into == out:
-            raise ValueError(f"{what}: expected them for {list(into)} or {list(out)}, inputs and outputs of an expert")
-        for e in range(number):
-            if found == out:
-                yield (name, "down", e), a[e], b[e], f"{name}.down_proj"
-            elif not module.gated:
-                yield (name, "up", e), a[e], b[e], f"{name}.up_proj"
-            else:
-                for part, rows in zip(("gate", "up"), b[e].chunk(2)):
-                    yield (name, part, e), a[e], rows, f"{name}.gate_up_proj"
-        return
+def _in_stack(
+    model: nn.Module, name: str, stack: Any, layout: Layout | None, version: str, a: Tensor, b: Tensor, what: str
+) -> Iterator[Place]:
+    """Where the parts of stacked experts' A and B belong."""
+    found = None if layout is None else parts(stack, layout, version, a, b)
+    if found is None:
+        raise ValueError(f"{what} are not those of {type(model).__name__}'s experts in transformers")
+    for part, e, one, other in found:
+        parameter = "down_proj" if part == "down" else "gate_up_proj" if stack.gated else "up_proj"
+        yield (name, part, e), one, other, f"{name}.{parameter}"
+
+
+def _alone(
+    model: nn.Module, stacks: Mapping[str, Any], name: str, a: Tensor, b: Tensor, what: str, path: Path
+) -> Place:
+    """Where A and B of one matrix belong: a linear layer's, or an expert's by its published name."""
     key, sizes = (name, "", 0), None
     if match := ONE_EXPERT.fullmatch(name):
         around = f"{match[1].rpartition('.')[0]}.mlp" if f"{match[1]}.experts" not in stacks else match[1]
@@ -156,7 +155,7 @@ def _places(
         raise ValueError(f"{path}: {name} is no layer of {type(model).__name__} that may have a LoRA")
     if (a.shape[1], b.shape[0]) != sizes or a.shape[0] != b.shape[1]:
         raise ValueError(f"{what}: expected [r, {sizes[0]}] and [{sizes[1]}, r]")
-    yield key, a, b, name
+    return key, a, b, name
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -213,6 +212,7 @@ def write(model: Any, folder: str | os.PathLike[str], state: Mapping[str, Tensor
     causal = type(model).__name__.endswith("ForCausalLM")
     config = {
         "peft_type": "LORA",
+        "peft_version": VERSION,
         "task_type": "CAUSAL_LM" if causal else None,
         "base_model_name_or_path": str(getattr(model, "name_or_path", "") or "") or None,
         "r": rank,
@@ -244,41 +244,19 @@ def _linears(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, tuple[T
 
 
 def _experts(model: Any, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """A [E, r, D] and scaled B [E, O, r] of experts' matrices by their names; gate and up are one matrix in peft."""
+    """A [E, r, I] and scaled B [E, O, r] of transformers' parameters of experts, by their names."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, LoRAOfExperts):
-            continue
-        pairs = {}
-        each: Any = module.lora.items()
-        for part, lora in each:
-            scale = lora.alpha / lora.rank
-            pairs[part] = state[f"{name}.lora.{part}.a"], scale * state[f"{name}.lora.{part}.b"]
-        if module.base.gated and pairs.keys() & {"gate", "up"}:
-            wide = {"gate": (0, module.hidden_dim), "up": (module.hidden_dim, 0)}
-            both = [(a, F.pad(b, (0, 0, *wide[part]))) for part, (a, b) in pairs.items() if part != "down"]
-            found[f"{name}.gate_up_proj"] = torch.cat([a for a, _ in both], 1), torch.cat([b for _, b in both], 2)
-        elif "up" in pairs:
-            found[f"{name}.up_proj"] = pairs["up"]
-        if "down" in pairs:
-            found[f"{name}.down_proj"] = pairs["down"]
-    if found:
-        _check_layout(model, found)
-    return found
-
-
-def _check_layout(model: Any, found: Mapping[str, Any]) -> None:
-    """Raise ValueError where transformers holds experts otherwise than we do: peft would put LoRAs elsewhere."""
-    theirs: dict[str, Any] = {}
-    if hasattr(model, "config"):
-        with torch.device("meta"):
-            made: Any = type(model)(model.config)
-        theirs = dict(made.named_parameters())
-    for name, (a, b) in found.items():
-        shape = tuple(theirs[name].shape) if name in theirs else None
-        owner = made.get_submodule(name.rpartition(".")[0]) if shape else None
-        if shape != (a.shape[0], b.shape[1], a.shape[2]) or getattr(owner, "is_transposed", False):
+    inside = {name: module for name, module in model.named_modules() if isinstance(module, LoRAOfExperts)}
+    known = layouts(model) if inside else {}
+    for name, module in inside.items():
+        if name not in known:
             raise ValueError(
-                f"save_pretrained: {name}: peft's LoRAs are for transformers' experts, and those of "
-                f"{type(model).__name__} are in another layout; adapt other layers, or leave out peft"
+                f"save_pretrained: peft's LoRAs are for transformers' experts, and {type(model).__name__} has none "
+                f"called {name}; adapt other layers, or leave out peft"
             )
+        pairs, each = {}, dict[str, Any](module.lora.items())
+        for part, lora in each.items():
+            a, b = (state[f"{name}.lora.{part}.{side}"] for side in "ab")
+            pairs[part] = a, lora.alpha / lora.rank * b
+        found |= {f"{name}.{parameter}": pair for parameter, pair in matrices(module, pairs, known[name]).items()}
+    return found
