@@ -106,9 +106,9 @@ def text(shape: Shape) -> str:
     return ",".join(map(str, shape))
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """Of a from b, relative to the norm of b; infinite for values that are not finite."""
-    error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)
+def distance(a: Tensor, b: Tensor, of: Tensor | None = None) -> float:
+    """Of a from b, relative to the norm of b, or `of` something else; infinite for values that are not finite."""
+    error = (a.double() - b.double()).norm() / (b if of is None else of).double().norm().clamp_min(1e-300)
     return float(error) if error.isfinite() else float("inf")
 
 
