@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import grouped_mm, transformed
+from .grouped_mm import aligned
 from .products import mm
 from .register import backward_of, operator
 
@@ -45,7 +46,7 @@ def _on_grouped_gemm(rows: Tensor, weight: Tensor) -> bool:
 
 def _forward(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _on_grouped_gemm(rows, weight):
-        return F.grouped_mm(rows.contiguous(), weight.contiguous().mT, offs=offsets[1:])
+        return F.grouped_mm(aligned(rows), aligned(weight).mT, offs=offsets[1:])
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         mm(rows[start:end], weight[e].T, out[start:end])
@@ -56,7 +57,7 @@ def _backward(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs
     """Gradients of rows and weight; an empty tensor for one that is not needed."""
     nothing = rows.new_empty(0)
     if _on_grouped_gemm(rows, weight):
-        grad, rows, weight = grad.contiguous(), rows.contiguous(), weight.contiguous()
+        grad, rows, weight = aligned(grad), aligned(rows), aligned(weight)
         return [
             F.grouped_mm(grad, weight, offs=offsets[1:]) if needs[0] else nothing,
             F.grouped_mm(grad.T, rows, offs=offsets[1:]) if needs[1] else nothing,
