@@ -186,6 +186,7 @@ def test_auto_says_what_it_took_and_why():
         ({"w_out": torch.zeros(4, 16)}, r"must be \[E, H, D\] and \[E, D, F\]"),
         ({"x": torch.zeros(2, 3, 16)}, r"x must be \[T, D\], got \[2, 3, 16\]"),
         ({"b_out": torch.zeros(4, 8)}, r"b_out must be \[4, 16\]"),
+        ({"w_out": torch.zeros(4, 16, 8, device="meta")}, "x is on cpu, but w_out on meta"),
         ({"x": torch.zeros(24, 16).double()}, "must share a dtype, got torch.float64, torch.float32"),
     ],
 )

@@ -131,7 +131,7 @@ def _backward_flops(dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, *
 def check_shapes(
     x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, activation: str
 ) -> None:
-    """Raise ValueError naming the first tensor whose shape does not fit the others."""
+    """Raise ValueError naming the first tensor whose shape does not fit the others, or that is elsewhere."""
     if x.dim() != 2:
         raise ValueError(f"moe_mlp: x must be [T, D], got {list(x.shape)}")
     if w_in.dim() != 3 or w_out.dim() != 3:
@@ -146,7 +146,11 @@ def check_shapes(
         ("b_in", b_in, (experts, rows)),
         ("b_out", b_out, (experts, width)),
     ):
-        if tensor is not None and tensor.shape != want:
+        if tensor is None:
+            continue
+        if tensor.shape != want:
             raise ValueError(
                 f"moe_mlp: {name} must be {list(want)} for activation {activation!r}, got {list(tensor.shape)}"
             )
+        if tensor.device != x.device:  # a kernel would read what is not there
+            raise ValueError(f"moe_mlp: x is on {x.device}, but {name} on {tensor.device}")
