@@ -73,7 +73,8 @@ def test_what_does_not_fit_is_named() -> None:
 
 
 def test_torchs_grouped_product_gets_factors_that_begin_where_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    product, starts = torch.nn.functional.grouped_mm, []
+    product = torch.nn.functional.grouped_mm
+    starts: list[int] = []
 
     def seen(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         starts.extend(t.data_ptr() % 16 for t in (a, b))
