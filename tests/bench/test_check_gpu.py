@@ -36,8 +36,8 @@ def test_every_section_runs_and_is_summed_up(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     written = json.loads(file.read_text())
     assert written["machine"]["versions"]["torch"] == torch.__version__
-    names = ["device", "correct", "repeat", "sync", "graphs", "compile", "memory", "far", "bits", "away"]
-    names += ["decode", "time", "tiles"]
+    names = ["device", "correct", "time", "decode", "repeat", "sync", "memory", "far", "graphs", "compile", "bits"]
+    names += ["away", "tiles"]
     assert list(written["sections"]) == names
     summary = done.stdout[done.stdout.index("section   result") :]
     for name in names:
@@ -101,6 +101,37 @@ def test_a_section_that_fails_or_dies_does_not_stop_the_others(tmp_path):
     summary = done.stdout[done.stdout.index("section   result") :]
     assert re.search("^sync +FAIL .*broken here", summary, re.M)
     assert re.search("^memory +ok", summary, re.M)
+
+
+SPOIL_CASES = """
+import torch
+from zoo.bench.gpu import results, setting
+def case(number):
+    if number in {spoiling}:
+        torch.ones = None  # as an illegal access leaves the device
+        raise RuntimeError(f"case {{number}} did it")
+    return setting.Row(f"case {{number}}", True)
+def cases(given):
+    for number in range(5):
+        yield from setting.tried(given, f"case {{number}}", lambda: case(number))
+results.repeat = cases
+"""
+
+
+@pytest.mark.parametrize(("spoiling", "found"), [((1, 3), "+-+-+"), ((4,), "++++-"), ((0, 1, 2, 3, 4), "----")])
+def test_cases_after_one_that_spoils_the_device_are_tried_in_another_process(spoiling, found, tmp_path):
+    file = tmp_path / "check.json"
+    (tmp_path / "sitecustomize.py").write_text(SPOIL_CASES.format(spoiling=spoiling))
+    paths = os.pathsep.join([str(tmp_path), str(SCRIPT.parents[1])])
+    done = script(file, "--device", "cpu", "--only", "repeat,memory", "--shape", "3,16,16,2,1", PYTHONPATH=paths)
+    assert done.returncode == 1, done.stderr
+    sections = json.loads(file.read_text())["sections"]
+    rows = sections["repeat"]["rows"]
+    assert [row["what"] for row in rows] == [f"case {number}" for number in range(len(found))]
+    assert "".join("+" if row["ok"] else "-" for row in rows) == found
+    assert rows[spoiling[0]]["note"] == f"RuntimeError: case {spoiling[0]} did it"
+    assert sections["memory"]["error"] is None
+    assert all(row["ok"] for row in sections["memory"]["rows"])
 
 
 def spoilt(name, monkeypatch, module):

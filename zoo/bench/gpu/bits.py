@@ -33,7 +33,7 @@ def few_bits(setting: Setting) -> Iterator[Row]:
     for format in FORMATS:
         for tokens in (1, min(shape.tokens, 2048)):
             case = shape._replace(tokens=tokens)
-            yield tried(f"{text(case)} {format}", partial(_one, setting, case, format))
+            yield from tried(setting, f"{text(case)} {format}", partial(_one, setting, case, format))
     bandwidth = copy_bandwidth(setting)
     for format in FORMATS:
         few = _made(setting, shape, format)
@@ -42,7 +42,9 @@ def few_bits(setting: Setting) -> Iterator[Row]:
             continue
         for tokens in TOKENS if setting.cuda else setting.few:
             case = shape._replace(tokens=tokens)
-            yield tried(f"{text(case)} {format} in registers", partial(_fused, setting, case, few, bandwidth))
+            yield from tried(
+                setting, f"{text(case)} {format} in registers", partial(_fused, setting, case, few, bandwidth)
+            )
 
 
 def _made(setting: Setting, shape: Shape, format: str) -> QuantisedExperts:
