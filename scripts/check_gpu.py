@@ -2,10 +2,11 @@
 
 PYTHONPATH=. python scripts/check_gpu.py --json check.json --seconds 540
 
-Sections, each of which may fail without stopping the others: device, correct, repeat, sync, graphs, compile, memory,
-far, bits, away, decode, time, tiles. The file holds all figures, and is written after every section. Sections run in a
-process of their own, and in another one after a section that crashes, hangs, or leaves the GPU unusable. With `--device
-cpu` all runs in small on the CPU, to try the script itself; TRITON_INTERPRET=1 takes the Triton kernels for that.
+Sections, each of which may fail without stopping the others: device, correct, time, decode, repeat, sync, memory, far,
+graphs, compile, bits, away, tiles. The file holds all figures, and is written after every finding. Sections run in a
+process of their own, and in another one after a section that crashes, hangs, or leaves the GPU unusable; where that was
+one case of several, as an illegal access spoils it for a process, the others follow there. With `--device cpu` all runs
+in small on the CPU, to try the script itself; TRITON_INTERPRET=1 takes the Triton kernels for that.
 Liger-Kernel, if installed, is timed untuned unless LIGER_FUSED_MOE_AUTOTUNE=1: tuning takes minutes a shape.
 """
 
@@ -24,26 +25,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# Section: where it is, and the most seconds it gets of all.
+# Section: where it is, and the most seconds it gets of all. What matters most comes first.
 SECTIONS = {
     "device": ("times", "ceilings", 20),
     "correct": ("results", "correct", 150),
+    "time": ("times", "timed", 200),
+    "decode": ("times", "decode", 60),
     "repeat": ("results", "repeat", 30),
     "sync": ("capture", "sync", 30),
-    "graphs": ("capture", "graphs", 30),
-    "compile": ("capture", "compiled", 90),
     "memory": ("capture", "memory", 30),
     "far": ("results", "far", 60),
+    "graphs": ("capture", "graphs", 30),
+    "compile": ("capture", "compiled", 90),
     "bits": ("bits", "few_bits", 120),
     "away": ("away", "offloaded", 30),
-    "decode": ("times", "decode", 60),
-    "time": ("times", "timed", 240),
     "tiles": ("tiles", "tiles", 240),
 }
 # A section that is still running so long after its time hangs.
 PATIENCE = 60
-# Exit statuses of the process that runs sections.
-DONE, REFUSED, UNUSABLE = 0, 2, 3
+# Exit statuses of the process that runs sections; LOST where a section had cases left.
+DONE, REFUSED, UNUSABLE, LOST = 0, 2, 3, 4
+# Times that a section goes on in another process.
+AGAIN = 3
 
 
 def options() -> argparse.Namespace:
@@ -111,10 +114,12 @@ class Report:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.results, indent=1, default=str) + "\n")
 
-    def open(self, name: str) -> None:
-        """Begin a section."""
-        self.sections[name] = {"rows": [], "seconds": None, "error": None}
+    def open(self, name: str) -> dict[str, Any]:
+        """Begin a section, or go on with it; what an earlier process found is there."""
+        before: dict[str, Any] = self.sections.get(name, {"rows": [], "seconds": 0.0})
+        self.sections[name] = {"rows": [*before["rows"]], "seconds": None, "error": None}
         self.write()
+        return before
 
     def add(self, name: str, row: Any) -> None:
         """Note and print one finding of a section."""
@@ -157,9 +162,9 @@ def rows_of(name: str) -> Callable[[Any], Iterator[Any]]:
 
 def run(setting: Any, report: Report, name: str, end: float) -> None:
     """One section, its rows as they come; ends the process where no other could run after it."""
-    start = time.monotonic()
-    setting.deadline = min(end, start + SECTIONS[name][2])
-    report.open(name)
+    before = report.open(name)
+    start = time.monotonic() - before["seconds"]
+    setting.deadline, setting.skip = min(end, start + SECTIONS[name][2]), len(before["rows"])
 
     def hangs() -> None:
         report.close(name, time.monotonic() - start, f"it did not end {PATIENCE} s after its time")
@@ -168,12 +173,14 @@ def run(setting: Any, report: Report, name: str, end: float) -> None:
     watch = threading.Timer(max(setting.left, 0) + PATIENCE, hangs)
     watch.daemon = True
     watch.start()
-    error = None
+    error, lost = None, False
     try:
         if setting.left <= 0:
             raise TimeoutError("no time was left")
         for row in rows_of(name)(setting):
             report.add(name, row)
+            if lost := row.ok is False and not usable(setting):
+                break
             if setting.left <= 0:
                 report.sections[name]["stopped"] = True
                 break
@@ -182,8 +189,8 @@ def run(setting: Any, report: Report, name: str, end: float) -> None:
         error = f"{type(caught).__name__}: {str(caught)[:500]}"
     watch.cancel()
     report.close(name, time.monotonic() - start, error)
-    if not usable(setting):
-        os._exit(UNUSABLE)  # an ordinary end would wait for the device
+    if lost or not usable(setting):
+        os._exit(LOST if lost else UNUSABLE)  # an ordinary end would wait for the device
 
 
 def work(args: argparse.Namespace, end: float) -> int:
@@ -207,6 +214,7 @@ def main() -> int:
         return work(args, end)
     report, rest = Report(args.json, resume=False), args.sections
     report.write()
+    again = dict.fromkeys(rest, AGAIN)
     while rest:
         command = [sys.executable, __file__, "--worker", "--only", ",".join(rest), "--device", args.device]
         command += ["--seconds", f"{end - time.monotonic():.0f}", "--json", str(args.json)]
@@ -218,7 +226,11 @@ def main() -> int:
         if (name := report.unfinished()) is not None:
             report.close(name, 0.0, f"its process ended with status {status}")
         left = [name for name in rest if name not in report.sections]
-        if len(left) == len(rest):
+        last = next((name for name in reversed(rest) if name in report.sections), None)
+        if status == LOST and last is not None and again[last]:
+            again[last] -= 1
+            left.insert(0, last)
+        elif len(left) == len(rest):
             print(f"check_gpu: the process that runs {', '.join(rest)} ended with status {status}", file=sys.stderr)
             return 1
         rest = left

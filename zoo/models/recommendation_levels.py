@@ -45,11 +45,11 @@ class Level(nn.Module):
         self.register_buffer("owner", torch.tensor(owners), persistent=False)
         self.experts = ExpertStack(len(owners), dim, hidden, **options)
         # Which experts each gate sees, by number.
-        self.seen = [
-            [e for e, o in enumerate(owners) if sees == "all" or group == tasks or o in (group, tasks)]
-            for group in range(wanted)
-        ]
-        self.gates = nn.ModuleList(Gate(gates(router, dim, len(seen), losses)()) for seen in self.seen)
+        self.gates = nn.ModuleList()
+        for group in range(wanted):
+            seen = [e for e, o in enumerate(owners) if sees == "all" or group == tasks or o in (group, tasks)]
+            self.register_buffer(f"seen{group}", torch.tensor(seen), persistent=False)
+            self.gates.append(Gate(gates(router, dim, len(seen), losses)()))
         self.residual = sees == "all"
         self.own = None
         if self.residual and max(sizes) > 1:
@@ -66,11 +66,10 @@ class Level(nn.Module):
             outputs = self.experts(x.index_select(0, self.owner).transpose(0, 1))
             inputs = list(x.unbind())
         rows = []
-        for i, (gate, seen) in enumerate(zip(self.gates, self.seen)):
-            weight = combine_matrix(gate(inputs[i]))
+        for i, gate in enumerate(self.gates):
+            weight, seen = combine_matrix(gate(inputs[i])), getattr(self, f"seen{i}")
             if len(seen) < self.experts.num_experts:
-                index = torch.tensor(seen, device=weight.device)
-                weight = weight.new_zeros(weight.shape[0], self.experts.num_experts).index_add(1, index, weight)
+                weight = weight.new_zeros(weight.shape[0], self.experts.num_experts).index_add(1, seen, weight)
             if self.residual:
                 start, end = self._spans[i]
                 own = weight.new_ones(end - start) if self.own is None else self.own[i]

@@ -106,7 +106,7 @@ class DepthRouter(Router):
         if mask is not None:
             return self._routing(score, chosen & mask, losses)
         token = (index + length * torch.arange(batch, device=index.device)[:, None]).flatten()
-        offsets = torch.tensor([0, batch * places], dtype=torch.int32, device=index.device)
+        offsets = torch.arange(2, dtype=torch.int32, device=index.device) * (batch * places)
         return Routing(token, offsets, score.flatten().index_select(0, token), batch * length, losses)
 
     def _routing(self, score: Tensor, chosen: Tensor, losses: dict[str, Tensor] | None = None) -> Routing:

@@ -24,7 +24,7 @@ def top_any_load(switches: Tensor, mask: Tensor | None = None) -> Tensor:
 def top_any_cost(switches: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean of DYNMoE's switches [T, E]: the share of all experts that a token meets, the code's efficiency loss."""
     real = switches if mask is None else switches.where(mask.unsqueeze(-1), 0)
-    tokens = torch.tensor(switches.shape[0], device=switches.device) if mask is None else mask.sum()
+    tokens = torch.full((), switches.shape[0], device=switches.device) if mask is None else mask.sum()
     return real.sum() / (tokens.clamp(min=1) * switches.shape[-1])
 
 
@@ -60,7 +60,7 @@ def conditional_budget(gates: Tensor, budget: float, mask: Tensor | None = None)
     """|sum g / T - budget| of CMR's gates [T] over the tokens that are not padding (NLLB's code); 0 without any."""
     if mask is not None:
         gates = gates.where(mask, 0)
-    tokens = torch.tensor(gates.numel(), device=gates.device) if mask is None else mask.sum()
+    tokens = torch.full((), gates.numel(), device=gates.device) if mask is None else mask.sum()
     return (gates.sum() / tokens.clamp(min=1) - budget).abs() * (tokens > 0)
 
 

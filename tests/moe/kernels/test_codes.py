@@ -137,3 +137,26 @@ def test_numbers_without_an_exponent_stay_where_a_process_flushes_them():
     finally:
         torch.set_flush_denormal(False)
     assert torch.equal(found, values)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_every_code_with_every_scale_is_its_number_where_torch_decodes_whole_matrices(kind):
+    """As on a GPU, to which nothing is sent for that."""
+    numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    numbers += [-number for number in numbers]
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(255, -1, -1)
+    scales = torch.arange(255, dtype=torch.uint8)[:, None, None].expand(-1, 16, 1).contiguous()
+    found = FORMATS["mxfp4"].numbers(codes.contiguous(), scales, kind).double()
+    expected = torch.tensor([[[numbers[16 * r + c & 15] for c in range(16)] for r in range(16)]], dtype=torch.float64)
+    second = torch.tensor([[[numbers[(16 * r + c) >> 4] for c in range(16)] for r in range(16)]], dtype=torch.float64)
+    powers = 2.0 ** torch.arange(-127, 128, dtype=torch.float64)[:, None, None]
+    expected = (torch.cat([expected, second], -1) * powers).to(kind).double()
+    finite = expected.isfinite()
+    assert torch.equal(found[finite], expected[finite])
+    assert not found[~finite].isfinite().any()
+
+    codes = torch.arange(256, dtype=torch.uint8).view(2, 128)
+    found = FORMATS["float8"].numbers(codes, torch.tensor([[0.75]]), kind)
+    expected = codes.view(torch.float8_e4m3fn).to(kind) * 0.75
+    finite = expected.isfinite()
+    assert torch.equal(found[finite], expected[finite])

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.moe.kernels import grouped_linear
+from zoo.moe.kernels import grouped_linear, linear
 
 
 def case(counts: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,3 +70,25 @@ def test_what_does_not_fit_is_named() -> None:
         grouped_linear(rows, weight, offsets[1:])
     with pytest.raises(ValueError, match=r"rows \[5, 4\]"):
         grouped_linear(rows[:, :4], weight, offsets)
+
+
+def test_torchs_grouped_product_gets_factors_that_begin_where_it_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = torch.nn.functional.grouped_mm
+    starts: list[int] = []
+
+    def seen(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        starts.extend(t.data_ptr() % 16 for t in (a, b))
+        return product(a, b, offs=offs)
+
+    def off(*size: int) -> Tensor:  # as a view into a buffer of all parameters may lie
+        values = torch.randn(size, dtype=torch.bfloat16)
+        return torch.cat([values.new_zeros(1), values.flatten()])[1:].view(size)
+
+    monkeypatch.setattr(linear, "_on_grouped_gemm", lambda rows, weight: True)
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", seen)
+    rows, weight, grad = off(5, 8).requires_grad_(), off(3, 16, 8).requires_grad_(), off(5, 16)
+    y = grouped_linear(rows, weight, torch.tensor([0, 2, 2, 5], dtype=torch.int32))
+    y.backward(grad)
+    assert starts == [0] * 6
+    expected = torch.stack([weight[e].double() @ row for e, row in zip((0, 0, 2, 2, 2), rows.double())])
+    torch.testing.assert_close(y.double(), expected, rtol=2e-2, atol=2e-2)

@@ -1,8 +1,11 @@
 """The operator as the rest of torch sees it: compile, autocast, checkpointing, FLOP counters, checks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from kernel_cases import make_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -10,9 +13,10 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.moe import Routing
+from zoo.moe import Experts, MoE, Routing
 from zoo.moe.kernels import cpu, explain, moe_mlp
 from zoo.moe.kernels.ops import moe_mlp_backward_op, moe_mlp_op
+from zoo.moe.routers import TopKRouter
 
 BACKENDS = ["reference", "cpu", "grouped_mm"]
 KEYS = ("x", "w_in", "w_out", "b_in", "b_out", "weight")
@@ -202,6 +206,7 @@ def test_auto_says_what_it_took_and_why():
         ({"w_out": torch.zeros(4, 16)}, r"must be \[E, H, D\] and \[E, D, F\]"),
         ({"x": torch.zeros(2, 3, 16)}, r"x must be \[T, D\], got \[2, 3, 16\]"),
         ({"b_out": torch.zeros(4, 8)}, r"b_out must be \[4, 16\]"),
+        ({"w_out": torch.zeros(4, 16, 8, device="meta")}, "x is on cpu, but w_out on meta"),
         ({"x": torch.zeros(24, 16).double()}, "must share a dtype, got torch.float64, torch.float32"),
     ],
 )
@@ -217,3 +222,32 @@ def test_unknown_names_list_the_known_ones():
         run(leaves, routing, "cuda")
     with pytest.raises(ValueError, match="unknown activation 'swish'"):
         run(leaves, routing, activation="swish")
+
+
+def test_on_a_gpu_a_layer_is_one_graph_of_our_operators(monkeypatch):
+    """Traced for a GPU that is only imagined, on tensors without memory: no kernel is launched."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch knows no CUDA")
+    pytest.importorskip("triton")
+    torch._dynamo.reset()
+    cuda, seen = torch.cuda, []
+    for name, value in {"_lazy_init": None, "device_count": 1, "current_device": 0}.items():
+        monkeypatch.setattr(cuda, name, lambda value=value: value)
+    monkeypatch.setattr(cuda, "_get_device_properties", lambda *device: SimpleNamespace(major=9, minor=0), False)
+
+    def keep(graph, inputs):
+        seen.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    with FakeTensorMode(), torch.device("cuda"):
+        layer = MoE(TopKRouter(32, 8, 2), Experts(8, 32, 16))
+        x = torch.randn(20, 32)
+        y = torch.compile(layer, fullgraph=True, backend=keep)(x)
+    assert y.is_cuda
+    assert y.shape == x.shape
+    (names,) = seen
+    assert [name for name in names if name.startswith("zoo.")] == [
+        "zoo.top_k.default",
+        "zoo.sort_choices.default",
+        "zoo.moe_mlp.default",
+    ]

@@ -57,6 +57,18 @@ def test_an_entry_holds_for_its_shape_alone():
     assert tiles.plan_for(40, *layer(odd=True)) is plans.PLANS["90", 2, "odd"]
 
 
+@pytest.mark.parametrize("axes", [(1, 2, 0), (2, 1, 0)])
+def test_weights_whose_experts_lie_side_by_side_are_read_number_by_number(axes):
+    """As SonicMoE keeps them: neither rows nor columns of an expert lie together."""
+    w_in, w_out, x = layer(experts=16)
+    back = [axes.index(i) for i in range(3)]
+    w_in, w_out = (w.permute(axes).contiguous().permute(back) for w in (w_in, w_out))
+    assert w_in.stride(0) == 1
+    assert tiles.plan_for(40, w_in, w_out, x) is plans.PLANS["90", 2, "odd"]
+    turned = [w.mT.contiguous().mT for w in (w_in, w_out)]
+    assert tiles.plan_for(40, *turned, x) is plans.PLANS["90", 2, "few"]
+
+
 def test_entries_are_added_and_replaced(tmp_path):
     other = KEY._replace(dim=128)
     file = tuned.write("A", [Entry(KEY, PLAN), Entry(other, PLAN)])

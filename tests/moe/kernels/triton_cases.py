@@ -17,7 +17,7 @@ from zoo.moe.kernels import ACTIVATIONS, moe_mlp, reference
 from zoo.moe.kernels import triton as kernels
 from zoo.moe.kernels.triton import plans
 from zoo.moe.kernels.triton.backward import d_hidden
-from zoo.moe.kernels.triton.combine import TokenLists, combine
+from zoo.moe.kernels.triton.combine import combine, token_lists
 from zoo.moe.kernels.triton.expert_grads import d_bias, d_weight
 from zoo.moe.kernels.triton.forward import up_projection
 from zoo.moe.kernels.triton.gemm import grouped_gemm
@@ -301,8 +301,8 @@ def test_assignments_beyond_two_to_the_31_are_reached() -> None:
     out = grouped_gemm(hidden, c.w_in, None, last, tile)
     assert distance(out[-rows:], hidden[-rows:].double() @ w_in.T) < 4e-3
 
-    each = torch.arange(rows + 1, device=DEVICE)
-    y = combine(out, None, TokenLists(A - rows + each, each))
+    place = torch.arange(A - rows, A, dtype=torch.int32, device=DEVICE)  # as the sort by expert gives it
+    y = combine(out, None, token_lists(token_index, rows, place[:, None]))
     assert torch.equal(y, out[-rows:])
 
     dw_in, db_in = torch.empty_like(c.w_in), c.w_in.new_empty(1, 32)

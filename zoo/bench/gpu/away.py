@@ -23,7 +23,7 @@ def offloaded(setting: Setting) -> Iterator[Row]:
     shape = setting.shapes[0]
     for tokens in (1, min(shape.tokens, 1024)):
         case = shape._replace(tokens=tokens)
-        yield tried(text(case), partial(_one, setting, case))
+        yield from tried(setting, text(case), partial(_one, setting, case))
 
 
 def _one(setting: Setting, shape: Shape) -> Row:

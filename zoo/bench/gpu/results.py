@@ -105,7 +105,7 @@ def correct(setting: Setting) -> Iterator[Row]:
     cases = [("", shape, setting.dtype, False) for shape in (*setting.shapes, *setting.decoding)]
     for label, shape, dtype, skewed in (*cases, *_unusual(setting)):
         what = f"{text(shape)} {label}".strip()
-        yield tried(what, partial(_correct_case, setting, label, shape, dtype, skewed))
+        yield from tried(setting, what, partial(_correct_case, setting, label, shape, dtype, skewed))
 
 
 def _correct_case(setting: Setting, label: str, shape: Shape, dtype: torch.dtype, skewed: bool) -> Row:
@@ -134,7 +134,7 @@ def repeat(setting: Setting) -> Iterator[Row]:
     """Every result is the same, bit for bit, in repeated runs."""
     few = [shape._replace(tokens=setting.few[-1]) for shape in setting.shapes[:2]]
     for shape in (*setting.shapes[:4], *few):
-        yield tried(text(shape), partial(_repeated, setting, shape))
+        yield from tried(setting, text(shape), partial(_repeated, setting, shape))
 
 
 def _repeated(setting: Setting, shape: Shape) -> Row:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -45,6 +45,7 @@ class Setting:
     repeats: int
     processes: int = 1
     deadline: float = float("inf")
+    skip: int = 0
 
     @property
     def cuda(self) -> bool:
@@ -93,12 +94,19 @@ def cpu(backend: str) -> Setting:
     return Setting("cpu", backend, torch.bfloat16, shapes, (1, 5), far, repeats=1)
 
 
-def tried(what: str, find: Callable[[], Row]) -> Row:
-    """What `find` finds, or its error as a finding, so that the section goes on with the next."""
+def tried(setting: Setting, what: str, find: Callable[[], Row]) -> Iterator[Row]:
+    """What `find` finds, or its error as a finding, so that the section goes on with the next.
+
+    Nothing for as many as `setting.skip`, which an earlier process went through.
+    """
+    if setting.skip:
+        setting.skip -= 1
+        return
     try:
-        return find()
+        row = find()
     except Exception as error:
-        return Row(what, False, f"{type(error).__name__}: {str(error)[:300]}")
+        row = Row(what, False, f"{type(error).__name__}: {str(error)[:300]}")
+    yield row
 
 
 def text(shape: Shape) -> str:
@@ -106,9 +114,9 @@ def text(shape: Shape) -> str:
     return ",".join(map(str, shape))
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """Of a from b, relative to the norm of b; infinite for values that are not finite."""
-    error = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)
+def distance(a: Tensor, b: Tensor, of: Tensor | None = None) -> float:
+    """Of a from b, relative to the norm of b, or `of` something else; infinite for values that are not finite."""
+    error = (a.double() - b.double()).norm() / (b if of is None else of).double().norm().clamp_min(1e-300)
     return float(error) if error.isfinite() else float("inf")
 
 

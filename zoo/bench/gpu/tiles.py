@@ -110,7 +110,7 @@ def tiles(setting: Setting, rounds: int = 2) -> Iterator[Row]:
     compiler = Compiler(setting)
     try:
         for shape in (*setting.shapes, *few):
-            yield tried(text(shape), partial(finding, setting, shape, compiler, rounds))
+            yield from tried(setting, text(shape), partial(finding, setting, shape, compiler, rounds))
     finally:
         compiler.close()
 

@@ -62,7 +62,7 @@ def decode(setting: Setting) -> Iterator[Row]:
     for shape in setting.shapes:
         for tokens in setting.few[:2]:
             few = shape._replace(tokens=tokens)
-            yield tried(text(few), partial(decode_row, setting, few, bandwidth))
+            yield from tried(setting, text(few), partial(decode_row, setting, few, bandwidth))
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def timed(setting: Setting) -> Iterator[Row]:
         (shape._replace(tokens=t), False) for shape in (setting.shapes[0], setting.shapes[-1]) for t in setting.few
     ]
     for shape, backward in cases:
-        yield tried(text(shape), partial(_timed_shape, setting, shape, backward))
+        yield from tried(setting, text(shape), partial(_timed_shape, setting, shape, backward))
 
 
 def _timed_shape(setting: Setting, shape: Shape, backward: bool) -> Row:

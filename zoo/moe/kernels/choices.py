@@ -11,15 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .register import operator
+
 # Most experts that a program of the Triton kernels holds.
 MOST = 1024
-
-_LIBRARY = torch.library.Library("zoo", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define("top_k(Tensor scores, int k) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
-    "sort_choices(Tensor expert, Tensor weight, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)", tags=_TAGS
-)
 
 
 class Sorted(NamedTuple):
@@ -34,7 +29,7 @@ class Sorted(NamedTuple):
 def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k highest scores [T, E] of every token, best first, and their experts: [T, k] each."""
     if scores.dtype != torch.float64 and _can(scores, scores.shape[1]):
-        expert = torch.ops.zoo.top_k(scores.detach(), k)
+        expert = _top_k_op(scores.detach(), k)
         return scores.gather(1, expert), expert
     return scores.topk(k, dim=-1)
 
@@ -42,7 +37,7 @@ def top_k(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def sort_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor | None = None) -> Sorted:
     """Sort choices expert [T, K] int64 with weights [T, K] by expert, without those that keep [T, K] leaves out."""
     if keep is None and _can(expert, num_experts):
-        return Sorted(*torch.ops.zoo.sort_choices(expert, weight, num_experts))
+        return Sorted(*_sort_op(expert, weight, num_experts))
     k = expert.shape[1]
     if keep is not None and torch.compiler.is_exporting():
         # A graph's sizes hang on no values: dropped choices stay, at the last expert and without weight.
@@ -103,10 +98,11 @@ def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
     return None, None if grad is None else grad.index_select(0, place.reshape(-1)).view(place.shape), None
 
 
-for _name, _run, _fake in (
-    ("top_k", _top_k, lambda scores, k: scores.new_empty((scores.shape[0], k), dtype=torch.int64)),
-    ("sort_choices", _sort_choices, _sort_choices_fake),
-):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zoo::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("zoo::sort_choices", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
+_top_k_op = operator(
+    "top_k(Tensor scores, int k) -> Tensor",
+    *(_top_k, lambda scores, k: scores.new_empty((scores.shape[0], k), dtype=torch.int64)),
+)
+_sort_op = operator(
+    "sort_choices(Tensor expert, Tensor weight, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    *(_sort_choices, _sort_choices_fake, _differentiate, _setup_context),
+)

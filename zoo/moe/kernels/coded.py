@@ -15,6 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import transformed
 from .activations import get_activation
+from .register import backward_of, operator
 
 # Rows an expert has on average up to which codes are decoded inside the product. An H200 reads a code of 8 bits in
 # 1 / 4.3 TB/s = 0.23 ps, and multiplies it by m rows in 2 m / 790 TFLOP/s = 0.0025 m ps: up to 92 rows, of 4 bits 46,
@@ -24,23 +25,6 @@ from .activations import get_activation
 # host must know for which experts. So both take as long at about 7 / (0.13 + 0.4 - 0.2) = 21 tiles, 1300 rows; less
 # than half of that leaves room for what such counts forget.
 FUSED = 512
-
-_LIBRARY = torch.library.Library("zoo", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_TENSORS = (
-    "Tensor x, Tensor in_codes, Tensor in_scales, Tensor out_codes, Tensor out_scales, Tensor? b_in, Tensor? b_out,"
-    " Tensor weight"
-)
-_LIBRARY.define(
-    f"moe_mlp_coded({_TENSORS}, Tensor token_index, Tensor offsets, str activation, str format, bool save,"
-    " Tensor? place=None) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    f"moe_mlp_coded_backward(Tensor dy, {_TENSORS}, Tensor pre, Tensor token_index, Tensor offsets, str activation,"
-    " str format, bool[] needs, Tensor? place=None) -> Tensor[]",
-    tags=_TAGS,
-)
 
 
 def unsupported(x: Tensor, dtype: torch.dtype, activation: str) -> str | None:
@@ -75,7 +59,7 @@ def moe_mlp_coded(
     """
     save = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     indices = (token_index, offsets, activation, format)
-    y: Tensor = torch.ops.zoo.moe_mlp_coded(x, *w_in, *w_out, b_in, b_out, weight, *indices, save, place)[0]
+    y: Tensor = _op(x, *w_in, *w_out, b_in, b_out, weight, *indices, save, place)[0]
     return y
 
 
@@ -142,22 +126,25 @@ def _differentiate(ctx, dy, _):  # type: ignore[no-untyped-def]
         return (None,) * 14
     *saved, place = ctx.saved_tensors
     needs = [ctx.needs_input_grad[0], ctx.needs_input_grad[7]]
-    grads = torch.ops.zoo.moe_mlp_coded_backward(dy, *saved, ctx.activation, ctx.format, needs, place)
+    grads = _backward_op(dy, *saved, ctx.activation, ctx.format, needs, place)
     dx, dweight = (g if n else None for g, n in zip(grads, needs))
     return (dx, *(None,) * 6, dweight, *(None,) * 6)
 
 
-def _differentiate_twice(ctx, grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("moe_mlp_coded can be differentiated once; its backward has no gradient")
-
-
-for _name, _run, _fake, _vjp, _context in (
-    ("moe_mlp_coded", _forward, _forward_fake, _differentiate, _setup_context),
-    ("moe_mlp_coded_backward", _backward, _backward_fake, _differentiate_twice, None),
-):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zoo::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"zoo::{_name}", _vjp, setup_context=_context, lib=_LIBRARY)
+_TENSORS = (
+    "Tensor x, Tensor in_codes, Tensor in_scales, Tensor out_codes, Tensor out_scales, Tensor? b_in, Tensor? b_out,"
+    " Tensor weight"
+)
+_INDICES = "Tensor token_index, Tensor offsets, str activation, str format"
+_op = operator(
+    f"moe_mlp_coded({_TENSORS}, {_INDICES}, bool save, Tensor? place=None) -> (Tensor, Tensor)",
+    *(_forward, _forward_fake, _differentiate, _setup_context),
+)
+_backward_op = backward_of(
+    "moe_mlp_coded",
+    f"Tensor dy, {_TENSORS}, Tensor pre, {_INDICES}, bool[] needs, Tensor? place=None",
+    *(_backward, _backward_fake),
+)
 
 
 def _flops(rows: int, wide: int, dim: int, activation: str) -> int:

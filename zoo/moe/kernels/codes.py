@@ -200,7 +200,7 @@ def _bounds() -> Tensor:
 def _mxfp4(codes: Tensor, scales: Tensor, kind: torch.dtype) -> Tensor:
     signed = codes.view(torch.int8)
     values = torch.cat([_moved(half, kind, exponent=2, mantissa=1) for half in (signed << 4, signed & -16)], -1)
-    powers = e8m0().to(codes.device)[scales.int(), 0].to(kind).repeat_interleave(GROUP // 2, -1)
+    powers = _powers(scales).to(kind).repeat_interleave(GROUP // 2, -1)
     # In two steps: 2^126, which makes up for the bias, by the largest power is no number of either kind.
     values.mul_(2.0**126).unflatten(-1, (2, -1)).mul_(powers[..., None, :])
     return values
@@ -214,9 +214,12 @@ def _fill_mxfp4(codes: Tensor, wide: Tensor, out: Tensor) -> Tensor:
 
 
 def _factors_mxfp4(scales: Tensor, rows: int, columns: int) -> Tensor:
-    # A float32 with the exponent, 2^-127 among those without one.
-    powers = (scales.int() << 23).clamp_(min=1 << 22).view(torch.float32)
-    return powers[..., None].expand(-1, -1, GROUP // 2).flatten(1)
+    return _powers(scales)[..., None].expand(-1, -1, GROUP // 2).flatten(1)
+
+
+def _powers(scales: Tensor) -> Tensor:
+    """2^(byte - 127) of scales up to 254: a float32 with the exponent, 2^-127 among those without one."""
+    return (scales.int() << 23).clamp_(min=1 << 22).view(torch.float32)
 
 
 def _sizes_mxfp4(rows: int, columns: int) -> tuple[Size, Size]:

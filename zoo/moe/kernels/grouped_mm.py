@@ -31,8 +31,8 @@ def unsupported(x: Tensor, w_in: Tensor, w_out: Tensor, activation: str) -> str 
     return None
 
 
-def _aligned(w: Tensor) -> Tensor:
-    """Weights as the GEMM can read them: contiguous and starting at a multiple of 16 bytes."""
+def aligned(w: Tensor) -> Tensor:
+    """A factor as the GEMM can read it: contiguous and starting at a multiple of 16 bytes."""
     w = w.contiguous()
     return w.clone() if w.data_ptr() % ALIGNMENT else w
 
@@ -65,10 +65,10 @@ def forward(
     count, ends = token_index.numel(), offsets[1:]
     if not count:
         return x.new_zeros(x.shape), nothing
-    pre = F.grouped_mm(x[token_index], _aligned(w_in).transpose(1, 2), offs=ends)
+    pre = F.grouped_mm(x[token_index], aligned(w_in).transpose(1, 2), offs=ends)
     if b_in is not None:
         pre += b_in[_expert_of_row(offsets, count)]
-    out = F.grouped_mm(get_activation(activation).forward(pre), _aligned(w_out).transpose(1, 2), offs=ends)
+    out = F.grouped_mm(get_activation(activation).forward(pre), aligned(w_out).transpose(1, 2), offs=ends)
     if b_out is not None:
         out += b_out[_expert_of_row(offsets, count)]
     y = _combine(out * weight[:, None].to(out.dtype), token_index, x.shape[0])
@@ -100,7 +100,7 @@ def backward(
     dx = dw_in = dw_out = db_in = db_out = dweight = nothing
     scale = weight[:, None].to(x.dtype)
     g, hidden = dy[token_index], act.forward(pre)
-    d_hidden = F.grouped_mm(g, _aligned(w_out), offs=ends)
+    d_hidden = F.grouped_mm(g, aligned(w_out), offs=ends)
     if need_weight:
         dweight = (d_hidden * hidden).sum(-1, dtype=weight.dtype)
         if b_out is not None:
@@ -116,7 +116,7 @@ def backward(
     if need_b_in and b_in is not None:
         db_in = _sum_rows(d_pre, b_in, offsets)
     if need_x:
-        dx = _combine(F.grouped_mm(d_pre, _aligned(w_in), offs=ends), token_index, x.shape[0])
+        dx = _combine(F.grouped_mm(d_pre, aligned(w_in), offs=ends), token_index, x.shape[0])
     return [dx, dw_in, dw_out, db_in, db_out, dweight]
 
 

@@ -14,15 +14,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from . import grouped_mm, transformed
+from .grouped_mm import aligned
 from .products import mm
-
-_LIBRARY = torch.library.Library("zoo", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_LIBRARY.define("grouped_linear(Tensor rows, Tensor weight, Tensor offsets) -> Tensor", tags=_TAGS)
-_LIBRARY.define(
-    "grouped_linear_backward(Tensor grad, Tensor rows, Tensor weight, Tensor offsets, bool[] needs) -> Tensor[]",
-    tags=_TAGS,
-)
+from .register import backward_of, operator
 
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -42,7 +36,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
         rows = rows.to(torch.get_autocast_dtype(device))
     if transformed.is_active():
         return transformed.grouped_linear(rows, weight.to(rows.dtype), offsets)
-    return torch.ops.zoo.grouped_linear(rows, weight.to(rows.dtype), offsets)
+    return _op(rows, weight.to(rows.dtype), offsets)
 
 
 def _on_grouped_gemm(rows: Tensor, weight: Tensor) -> bool:
@@ -52,7 +46,7 @@ def _on_grouped_gemm(rows: Tensor, weight: Tensor) -> bool:
 
 def _forward(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     if _on_grouped_gemm(rows, weight):
-        return F.grouped_mm(rows.contiguous(), weight.contiguous().mT, offs=offsets[1:])
+        return F.grouped_mm(aligned(rows), aligned(weight).mT, offs=offsets[1:])
     out = rows.new_empty(rows.shape[0], weight.shape[1])
     for e, (start, end) in enumerate(pairwise(offsets.tolist())):
         mm(rows[start:end], weight[e].T, out[start:end])
@@ -63,7 +57,7 @@ def _backward(grad: Tensor, rows: Tensor, weight: Tensor, offsets: Tensor, needs
     """Gradients of rows and weight; an empty tensor for one that is not needed."""
     nothing = rows.new_empty(0)
     if _on_grouped_gemm(rows, weight):
-        grad, rows, weight = grad.contiguous(), rows.contiguous(), weight.contiguous()
+        grad, rows, weight = aligned(grad), aligned(rows), aligned(weight)
         return [
             F.grouped_mm(grad, weight, offs=offsets[1:]) if needs[0] else nothing,
             F.grouped_mm(grad.T, rows, offs=offsets[1:]) if needs[1] else nothing,
@@ -92,20 +86,13 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     needs = list(ctx.needs_input_grad[:2])
-    grads = torch.ops.zoo.grouped_linear_backward(grad, *ctx.saved_tensors, needs)
+    grads = _backward_op(grad, *ctx.saved_tensors, needs)
     return (*(g if n else None for g, n in zip(grads, needs)), None)
 
 
-def _differentiate_twice(ctx, grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("grouped_linear can be differentiated once; its backward has no gradient")
-
-
-_LIBRARY.impl("grouped_linear", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("grouped_linear_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("zoo::grouped_linear", _forward_fake, lib=_LIBRARY)
-torch.library.register_fake("zoo::grouped_linear_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd("zoo::grouped_linear", _differentiate, setup_context=_setup_context, lib=_LIBRARY)
-torch.library.register_autograd("zoo::grouped_linear_backward", _differentiate_twice, lib=_LIBRARY)
+_ARGUMENTS = "Tensor rows, Tensor weight, Tensor offsets"
+_op = operator(f"grouped_linear({_ARGUMENTS}) -> Tensor", _forward, _forward_fake, _differentiate, _setup_context)
+_backward_op = backward_of("grouped_linear", f"Tensor grad, {_ARGUMENTS}, bool[] needs", _backward, _backward_fake)
 
 
 @register_flop_formula(torch.ops.zoo.grouped_linear)

@@ -14,27 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .activations import get_activation
+from .register import backward_of, operator
 
 BACKENDS = ("reference", "cpu", "grouped_mm", "triton")
 # These read weights of another dtype than x's and cast one expert at a time; the others want one dtype.
 CASTS_WEIGHTS = ("reference", "cpu")
-
-# Defined without torch.library.custom_op, whose checks at each call cost more than decoding one token.
-_LIBRARY = torch.library.Library("zoo", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-_TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor weight"
-_LIBRARY.define(
-    f"moe_mlp({_TENSORS}, Tensor token_index, Tensor offsets, str activation, str backend, bool save,"
-    " Tensor? place=None) -> (Tensor, Tensor)",
-    tags=_TAGS,
-)
-_LIBRARY.define(
-    f"moe_mlp_backward(Tensor dy, {_TENSORS}, Tensor pre, Tensor token_index, Tensor offsets, str activation,"
-    " str backend, bool[] needs, Tensor? place=None) -> Tensor[]",
-    tags=_TAGS,
-)
-moe_mlp_op = torch.ops.zoo.moe_mlp.default
-moe_mlp_backward_op = torch.ops.zoo.moe_mlp_backward.default
 
 
 def backend_module(name: str) -> ModuleType:
@@ -120,17 +104,18 @@ def _differentiate(ctx, dy, _):  # type: ignore[no-untyped-def]
     return (*(g if n else None for g, n in zip(grads, needs)), *(None,) * 6)
 
 
-def _differentiate_twice(ctx, grads):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("moe_mlp can be differentiated once; its backward has no gradient")
-
-
-for _name, _run, _fake, _vjp, _context in (
-    ("moe_mlp", _forward, _forward_fake, _differentiate, _setup_context),
-    ("moe_mlp_backward", _backward, _backward_fake, _differentiate_twice, None),
-):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"zoo::{_name}", _fake, lib=_LIBRARY)
-    torch.library.register_autograd(f"zoo::{_name}", _vjp, setup_context=_context, lib=_LIBRARY)
+_TENSORS = "Tensor x, Tensor w_in, Tensor w_out, Tensor? b_in, Tensor? b_out, Tensor weight"
+_INDICES = "Tensor token_index, Tensor offsets, str activation, str backend"
+moe_mlp_op = operator(
+    f"moe_mlp({_TENSORS}, {_INDICES}, bool save, Tensor? place=None) -> (Tensor, Tensor)",
+    *(_forward, _forward_fake, _differentiate, _setup_context),
+)
+moe_mlp_backward_op = backward_of(
+    "moe_mlp",
+    f"Tensor dy, {_TENSORS}, Tensor pre, {_INDICES}, bool[] needs, Tensor? place=None",
+    _backward,
+    _backward_fake,
+)
 
 
 @register_flop_formula(torch.ops.zoo.moe_mlp)
@@ -148,7 +133,7 @@ def _backward_flops(dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, *
 def check_shapes(
     x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None, activation: str
 ) -> None:
-    """Raise ValueError naming the first tensor whose shape does not fit the others."""
+    """Raise ValueError naming the first tensor whose shape does not fit the others, or that is elsewhere."""
     if x.dim() != 2:
         raise ValueError(f"moe_mlp: x must be [T, D], got {list(x.shape)}")
     if w_in.dim() != 3 or w_out.dim() != 3:
@@ -163,7 +148,11 @@ def check_shapes(
         ("b_in", b_in, (experts, rows)),
         ("b_out", b_out, (experts, width)),
     ):
-        if tensor is not None and tensor.shape != want:
+        if tensor is None:
+            continue
+        if tensor.shape != want:
             raise ValueError(
                 f"moe_mlp: {name} must be {list(want)} for activation {activation!r}, got {list(tensor.shape)}"
             )
+        if tensor.device != x.device:  # a kernel would read what is not there
+            raise ValueError(f"moe_mlp: x is on {x.device}, but {name} on {tensor.device}")

@@ -89,7 +89,7 @@ class ReMoERouter(LinearRouter):
         """Remember how many gates were positive; a recomputation does not count."""
         if not self.training or is_recomputation():
             return
-        tokens = torch.tensor(met.shape[0], device=met.device) if mask is None else mask.sum()
+        tokens = torch.full((), met.shape[0], device=met.device) if mask is None else mask.sum()
         counted = torch.stack([met.sum(), tokens * self.num_experts])
         self.met_since_update = counted if self.met_since_update is None else self.met_since_update + counted
 

@@ -234,7 +234,7 @@ class TopKRouter(Router):
         """Logits with noise, and its width; the logits themselves and None where there is none."""
         if not self.training or self.noise is None or (std is None and not self.noise_std):
             return logits, None
-        std = logits.new_tensor(self.noise_std) if std is None else std.reshape_as(logits)
+        std = logits.new_full((), self.noise_std) if std is None else std.reshape_as(logits)
         return logits + torch.randn_like(logits) * std, std
 
     def _probs(self, logits: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def combine_kernel(
     total = tl.zeros([BLOCK_D], tl.float32)
     for first in range(tl.load(bounds + t), end, BLOCK_J):
         j = first + tl.arange(0, BLOCK_J)
-        a = tl.load(order + j, mask=j < end, other=0)
+        a = tl.load(order + j, mask=j < end, other=0).to(tl.int64)
         inside = (j < end)[:, None] & (d < D)[None, :]
         value = tl.load(rows + a[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
         if weight is not None:

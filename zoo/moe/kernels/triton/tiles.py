@@ -23,7 +23,8 @@ def architecture(device: torch.device) -> str:
 def aligned(*tensors: Tensor) -> bool:
     """Whether rows of all can be read 16 elements at a time."""
     return all(
-        1 in t.stride() and t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride()) for t in tensors
+        1 in t.stride()[-2:] and t.data_ptr() % 16 == 0 and all(s == 1 or s % 16 == 0 for s in t.stride())
+        for t in tensors
     )
 
 
