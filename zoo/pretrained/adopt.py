@@ -15,7 +15,7 @@ from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from .context import pass_context
 from .decoders import put_attention, put_depth, put_shortcuts
-from .language import TABLES, Family, activation_of, resolve_dtype
+from .language import ALSO, TABLES, Family, activation_of, resolve_dtype
 from .stand_in import stand_in
 
 RouterFactory = Callable[[], Router]
@@ -23,6 +23,7 @@ RouterFactory = Callable[[], Router]
 
 def family_of(model_type: str, where: str = "") -> Family:
     """The family of a configuration's model_type; raises ValueError naming the nearest ones and `where` it was read."""
+    model_type = ALSO.get(model_type, model_type)
     if model_type not in TABLES:
         raise unknown(f"language family{where}", str(model_type), TABLES)
     return TABLES[model_type]

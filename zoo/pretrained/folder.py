@@ -20,7 +20,7 @@ from ..moe.routers import TopKRouter
 from ..parallel import Mesh
 from ..parallel.parts import is_spread, whole_state
 from . import adopt, few_bits, hub, sharded
-from .language import TABLES, Family, resolve_dtype, tensors_on_disk
+from .language import ALSO, TABLES, Family, resolve_dtype, tensors_on_disk
 from .peek import peek
 from .quantised import dequantised, method_of, plain
 from .shards import INDEX, WEIGHTS, bytes_of, write_configs, write_weights
@@ -35,7 +35,7 @@ GATE = re.compile(r".*\.gate\.(weight|e_score_correction_bias)")
 
 def has_table(folder: Path) -> bool:
     """Whether a folder's config.json names one of the families that are read here."""
-    return peek(folder).get("model_type") in TABLES
+    return peek(folder).get("model_type") in TABLES.keys() | ALSO.keys()
 
 
 def from_pretrained(
@@ -59,15 +59,16 @@ def from_pretrained(
     """A published checkpoint of a language model as a transformers model on our layers.
 
     Families: Mixtral, OLMoE, Qwen2-MoE, Qwen3-MoE, DeepSeek-V3, and those of `zoo.pretrained.language.READABLE`:
-    FlexOlmo, Mellum, DeepSeek-V2 and V3.2, dots.llm1, GLM-4.5, 4.7 Flash and 5, Solar Open.
+    FlexOlmo, Mellum, DeepSeek-V2 and V3.2, dots.llm1, GLM-4.5, 4.7 Flash and 5, Kimi K2, Solar Open.
 
     source: a folder with config.json and safetensors files, or a hub repository id (then revision, cache_dir,
     local_files_only and token are the hub's). dtype "auto" keeps the checkpoint's. router, losses and capacity are
     those of `create_model`, for training on: a gate given here takes over the checkpoint's weight and selection bias
     where it has such, and starts fresh otherwise. backend is that of `moe_mlp`. The model is in eval mode. Tensors go
     from the files straight into the stacked weights: peak memory is the model's plus one tensor. DeepSeek-V3's
-    multi-token prediction layers are left out, as transformers does. FP8 and MXFP4 weights are dequantised while they
-    are read (`zoo.pretrained.quantised`), to config.json's dtype with "auto", and the model has no quantization_config.
+    multi-token prediction layers are left out, as transformers does. Weights in few bits are dequantised while they are
+    read (`zoo.pretrained.quantised`, `compressed`, `gptq`), to config.json's dtype with "auto", and the model has no
+    quantization_config.
 
     With `mesh` the model is spread over processes (`zoo.parallel.parallelize`) before it is read: each reads the bytes
     of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.
@@ -89,6 +90,8 @@ def from_pretrained(
     family = adopt.family_of(str(raw.get("model_type")), where=f" in {folder / CONFIG}")
     entries = entries_of(folder, raw)
     config = plain(family.classes()[0].from_pretrained(folder))
+    config.model_type = type(config).model_type  # of what is of this family by another name
+    vars(config).pop("auto_map", None)  # names code beside the checkpoint, which is not used
     as_stored = dtype == "auto"
     if as_stored:
         dtype = config.dtype or stored_dtype(entries)

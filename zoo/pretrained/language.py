@@ -129,6 +129,9 @@ READABLE: dict[str, Family] = {
 
 TABLES = FAMILIES | READABLE
 
+# What a configuration may call a family besides: Kimi K2's is DeepSeek-V3's in other numbers.
+ALSO = {"kimi_k2": "deepseek_v3"}
+
 CODED = {"codes": "weight", "scales": "weight_scale_inv"}  # what is what of quantised experts on disk
 
 # Dense families, and the layout in which they are written once upcycled; see `sparse_relatives`.

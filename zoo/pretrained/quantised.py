@@ -20,7 +20,7 @@ from torch import Tensor
 from ..moe.kernels.codes import GROUP, e2m1_pairs, e4m3, e8m0, looked_up
 from .tensorfile import DTYPES, Entry
 
-METHODS = ("fp8", "mxfp4")
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
 BLOCK = (128, 128)  # where a configuration does not say
 
 
@@ -118,8 +118,12 @@ def method_of(raw: Mapping[str, Any], where: Path) -> str | None:
     if method not in METHODS or not isinstance(settings, Mapping):
         raise ValueError(
             f"{where}: the checkpoint is quantised (quantization_config.quant_method={method!r}); expected float32, "
-            f"bfloat16 or float16 weights, or {' or '.join(METHODS)}. Take or make an unquantised copy of it"
+            f"bfloat16 or float16 weights, or {', '.join(METHODS)}. Take or make an unquantised copy of it"
         )
+    if method not in ("fp8", "mxfp4"):
+        from . import compressed, gptq
+
+        (gptq if method in ("gptq", "awq") else compressed).check(method, settings, where)
     return method
 
 
@@ -130,6 +134,11 @@ def dequantised(entries: Mapping[str, Entry], raw: Mapping[str, Any], where: Pat
     Raises ValueError as `method_of`, and naming file and tensor, for scales that are missing or wrong in shape or type.
     """
     settings, method = settings_of(raw), method_of(raw, where)
+    if method not in (None, "fp8", "mxfp4"):
+        from . import compressed, gptq
+
+        make = gptq.dequantised if method in ("gptq", "awq") else compressed.dequantised
+        return make(method, entries, settings, where)
     found: dict[str, Entry] = {}
     used: set[str] = set()
     for key, entry in entries.items():
@@ -218,7 +227,7 @@ def _check_scale(scale: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...], 
         raise ValueError(f"{scale.path}: tensor {scale.key} is stored as {scale.dtype}; expected {', '.join(dtypes)}")
 
 
-def _bytes(entry: Quantised, shape: tuple[int, ...], box: Sequence[slice]) -> tuple[Tensor, int]:
+def _bytes(entry: Entry, shape: tuple[int, ...], box: Sequence[slice]) -> tuple[Tensor, int]:
     """A part of the codes, of this shape, as bytes; and how many were read for it."""
     codes = Entry(entry.path, entry.key, "U8", shape, entry.start, entry.stop)
     part = torch.empty(
