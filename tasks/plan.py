@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cli import checked_config
+from tasks.numbers import amount, count
 
 INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
     "nvlink-infiniband": (450e9, 50e9),
@@ -20,31 +21,15 @@ INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zoo plan", description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file of `zoo language` or `zoo vision`")
-    parser.add_argument("--gpus", type=_count, required=True, help="processes in all")
-    parser.add_argument("--gpu-memory", type=_amount, default=141, help="GB of each (141)")
-    parser.add_argument("--gpu-tflops", type=_amount, default=989, help="bfloat16 peak of each (989)")
-    parser.add_argument("--gpus-per-node", type=_count, default=8, help="8 by default")
+    parser.add_argument("--gpus", type=count, required=True, help="processes in all")
+    parser.add_argument("--gpu-memory", type=amount, default=141, help="GB of each (141)")
+    parser.add_argument("--gpu-tflops", type=amount, default=989, help="bfloat16 peak of each (989)")
+    parser.add_argument("--gpus-per-node", type=count, default=8, help="8 by default")
     parser.add_argument("--interconnect", choices=list(INTERCONNECTS), default="nvlink-infiniband")
     for name in ("replicate", "shard", "expert", "tensor"):
-        parser.add_argument(f"--{name}", type=_count, help="a size of the mesh; without any all meshes are compared")
-    parser.add_argument("--top", type=_count, default=8, help="meshes to show (8)")
+        parser.add_argument(f"--{name}", type=count, help="a size of the mesh; without any all meshes are compared")
+    parser.add_argument("--top", type=count, default=8, help="meshes to show (8)")
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        amount = float(text)
-    except ValueError:
-        amount = 0.0
-    if not 0 < amount < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return amount
 
 
 def main(argv: Sequence[str]) -> int:
