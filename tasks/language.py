@@ -288,7 +288,8 @@ class LanguageTask(Task):
             nats = self.nats(batch).double()
         text = batch["target_bytes"] >= 0
         targets, size = (batch["labels"] >= 0).sum(), batch["target_bytes"].clamp(min=0).sum()
-        self.add_to_evaluation(step, torch.stack([nats.sum(), targets.double(), nats[text].sum(), size.double()]))
+        sums = torch.stack([nats.sum(), targets.double(), nats[text].sum(), size.double()])
+        self.add_to_evaluation(step, sums, (batch["labels"] >= 0).any(1))
 
     test_step = validation_step
 

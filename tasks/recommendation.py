@@ -253,7 +253,7 @@ class RecommendationTask(Task):
         with self._use.watch(real) as step:
             outputs = self.model(batch)
         self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
-        self._balance.update(step)
+        self._balance.update(step, real)
 
     test_step = validation_step
 

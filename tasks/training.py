@@ -281,9 +281,9 @@ class Task(LightningModule):
             self._log_balance("train", balance, prog_bar=True)
         return loss
 
-    def add_to_evaluation(self, step: Step, sums: Tensor) -> None:
-        """Add a batch's sums [any length] and its balance to those of the evaluation."""
-        self._balance.update(step)
+    def add_to_evaluation(self, step: Step, sums: Tensor, real: Tensor | None = None) -> None:
+        """Add a batch's sums [any length], and its balance over the rows that are `real` [B], to the evaluation's."""
+        self._balance.update(step, real)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def evaluated(self, sums: list[float]) -> tuple[dict[str, float], str]:
