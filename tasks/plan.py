@@ -58,7 +58,18 @@ def read(config: Path) -> tuple[Any, Any]:
     model, data, trainer = (content.get(section) or {} for section in ("model", "data", "trainer"))
     if not isinstance(model, dict) or "network" not in model:
         raise ValueError(f"{config}: a plan needs model.network, the name of a model")
-    if str(model["network"]).startswith("recommendation/"):
+    sizes = {}
+    for section, settings, name in (
+        ("data", data, "batch_size"),
+        ("data", data, "sequence_length"),
+        ("trainer", trainer, "accumulate_grad_batches"),
+    ):
+        if not isinstance(settings, dict):
+            raise ValueError(f"{config}: expected {section} to be a section with options, got {settings!r}")
+        size = sizes[name] = settings.get(name)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{config}: {section}.{name}: expected a whole number of at least 1, got {size!r}")
+    if str(model["network"]).startswith(("recommendation/", "vision_language/")):  # whose tokens data does not say
         raise ValueError(f"{config}: expected a model of language or vision, got {model['network']}")
     options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
     with torch.device("meta"):
@@ -67,13 +78,13 @@ def read(config: Path) -> tuple[Any, Any]:
     if not all(p.requires_grad for p in network.parameters()) or _has_few_bits(network):
         raise ValueError(f"{config}: a plan is of models that learn as a whole; convert leaves weights frozen")
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
-    sequence = patches or data.get("sequence_length") or 256
+    sequence = patches or sizes["sequence_length"] or 256
     precision = str(trainer.get("precision", "32"))
     low, kept = precision.startswith(("bf16", "16")), 2 if precision.endswith("16-true") else 4
     work = Work(
-        tokens=sequence * (data.get("batch_size") or 16),
+        tokens=sequence * (sizes["batch_size"] or 16),
         sequence=sequence,
-        accumulate=trainer.get("accumulate_grad_batches") or 1,
+        accumulate=sizes["accumulate_grad_batches"] or 1,
         recompute=bool(model.get("activation_checkpointing", False)),
         compute=2 if low else 4,
         parameter=kept,
