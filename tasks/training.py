@@ -20,7 +20,7 @@ from tasks import conversions
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
-from tasks.optim import learning_rate, parameter_groups
+from tasks.optim import learning_rate, parameter_groups, regroup
 from zoo.moe import QuantisedExperts, Step
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
 from zoo.pretrained.dispatch import check_savable
@@ -201,6 +201,8 @@ class Task(LightningModule):
             for callback in trainer.callbacks if trainer is not None and trainer.training else ():
                 if isinstance(callback, WeightAveraging):
                     callback.setup(trainer, self, "fit")  # the copy that it has is of the model before
+        if trainer is not None and trainer.training and not isinstance(trainer.strategy, ModelParallelStrategy):
+            regroup(checkpoint, self.parameter_groups(), self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what data decided of the model's shape."""
