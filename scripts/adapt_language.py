@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from zoo.convert.adapter_kinds import KINDS, PARTS
 from zoo.data.corpus import open_corpus
 from zoo.moe import balance, record
@@ -135,11 +136,11 @@ def main() -> None:
     )
     parser.add_argument("--model", help="folder or hub repository of a language model, with its tokenizer")
     parser.add_argument("--domains", nargs=2, default=[None, None], help="files, folders or patterns, one a domain")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--base-steps", type=int, default=300)
+    parser.add_argument("--steps", type=count, default=300)
+    parser.add_argument("--base-steps", type=count, default=300)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=count, default=128)
+    parser.add_argument("--batch", type=count, default=16)
     parser.add_argument("--consistency", type=float, default=0.0, help="weight of AdaMix's loss between two passes")
     parser.add_argument("--out", help="folder for the adapters")
     args = parser.parse_args()

@@ -14,6 +14,7 @@ import torch
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from zoo.analysis import analyse
 from zoo.data import open_tokenizer
 from zoo.report.analysis import build_analysis
@@ -27,8 +28,8 @@ def main() -> None:
     parser.add_argument("texts", nargs="+", type=Path, help="text files")
     parser.add_argument("--out", type=Path, default=Path("analysis.html"), help="default %(default)s")
     parser.add_argument("--earlier", nargs="+", default=[], help="checkpoints of Lightning, or folders")
-    parser.add_argument("--length", type=int, default=128, help="of a sequence; default %(default)s")
-    parser.add_argument("--tokens", type=int, default=50_000, help="of each text at most; default %(default)s")
+    parser.add_argument("--length", type=count, default=128, help="of a sequence; default %(default)s")
+    parser.add_argument("--tokens", type=count, default=50_000, help="of each text at most; default %(default)s")
     args = parser.parse_args()
     try:
         page = analysis(args)
@@ -47,8 +48,6 @@ def analysis(args: argparse.Namespace) -> str:
         raise ValueError(f"--out: {args.out} exists; nothing was changed")
     if not args.out.parent.is_dir():
         raise ValueError(f"--out: there is no folder {args.out.parent}")
-    if args.length < 1:
-        raise ValueError(f"--length: expected at least 1, got {args.length}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = zoo.from_pretrained(args.model, device=device), open_tokenizer(args.model)
     batches = []

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from tasks.numbers import count
 from zoo.moe.routers import BASERouter
 
 
@@ -20,10 +21,10 @@ def seconds(call: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--tokens", type=count, default=8192)
+    parser.add_argument("--experts", type=count, default=64)
+    parser.add_argument("--width", type=count, default=1024)
+    parser.add_argument("--repeats", type=count, default=11)
     args = parser.parse_args()
     torch.manual_seed(0)
     x = torch.randn(args.tokens, args.width)

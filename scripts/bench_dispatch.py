@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
+from tasks.numbers import count
 from zoo.moe import ExpertParallel, Experts, HierarchicalExpertParallel, MoE, StaticExpertParallel
 from zoo.moe.routers import TopKRouter
 
@@ -101,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"processes": 2, "tokens": 2048, "dim": 256, "hidden": 512, "experts": 16, "k": 2, "repeats": 15}
     for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"{default} by default")
     args = parser.parse_args()
     if args.experts % args.processes:
         parser.error(f"{args.processes} processes do not divide {args.experts} experts")

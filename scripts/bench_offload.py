@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import zoo
+from tasks.numbers import count
 from zoo.moe import OffloadedExperts
 
 
@@ -62,13 +63,13 @@ def decode(model: torch.nn.Module, ids: torch.Tensor, tokens: int, before: Calla
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--expert", type=int, default=2048, help="hidden width of an expert")
-    parser.add_argument("--experts", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--slots", type=int, nargs="+", default=[4, 8])
-    parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden", type=count, default=1024)
+    parser.add_argument("--expert", type=count, default=2048, help="hidden width of an expert")
+    parser.add_argument("--experts", type=count, default=16)
+    parser.add_argument("--layers", type=count, default=8)
+    parser.add_argument("--slots", type=count, nargs="+", default=[4, 8])
+    parser.add_argument("--tokens", type=count, default=16)
+    parser.add_argument("--repeats", type=count, default=3)
     parser.add_argument("--cold", action="store_true", help="the system forgets the files before every token")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -13,6 +13,7 @@ import argparse
 import torch
 from torch import Tensor
 
+from tasks.numbers import count
 from zoo.parallel.placement import place
 from zoo.parallel.replicas import Sent, kept, lent, step
 
@@ -35,7 +36,9 @@ def trace(args: argparse.Namespace, steps: int, generator: torch.Generator, orde
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"processes": 8, "experts": 64, "k": 2, "tokens": 8192, "dim": 1024, "hidden": 512, "steps": 20}
-    for name, default in {**sizes, "limit": 4, "drift": 1, "seed": 0}.items():
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"{default} by default")
+    for name, default in {"limit": 4, "drift": 1, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
     parser.add_argument("--skew", type=float, default=1.2, help="exponent of Zipf's law, 1.2 by default")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ its links by default, and nothing else is on the links.
 
 import argparse
 
+from tasks.numbers import amount, count
 from zoo.models.language import MODELS, configuration
 from zoo.parallel.overlap import Pair, exposed
 from zoo.parallel.plan import Machine
@@ -37,14 +38,16 @@ def pair_of(name: str, tokens: int, sequence: int) -> Pair:
 def main() -> None:
     machine = Machine()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, nargs="+", default=[8, 64], help="that share experts, 8 64 by default")
+    parser.add_argument(
+        "--processes", type=count, nargs="+", default=[8, 64], help="that share experts, 8 64 by default"
+    )
     parser.add_argument("--models", nargs="+", default=NAMES, choices=[n for n in MODELS if "deepseek" not in n])
-    parser.add_argument("--tokens", type=int, default=8192, help="of a process, 8192 by default")
-    parser.add_argument("--sequence", type=int, default=4096, help="4096 by default")
+    parser.add_argument("--tokens", type=count, default=8192, help="of a process, 8192 by default")
+    parser.add_argument("--sequence", type=count, default=4096, help="4096 by default")
     for name, unit in (("flops", "operations a second"), ("busy", "share of them reached")):
-        parser.add_argument(f"--{name}", type=float, default=getattr(machine, name), help=unit)
+        parser.add_argument(f"--{name}", type=amount, default=getattr(machine, name), help=unit)
     for name in ("within", "between"):
-        parser.add_argument(f"--{name}", type=float, default=getattr(machine, name), help="bytes a second, by node")
+        parser.add_argument(f"--{name}", type=amount, default=getattr(machine, name), help="bytes a second, by node")
     args = parser.parse_args()
     machine = Machine(flops=args.flops, busy=args.busy, within=args.within, between=args.between)
     print(f"{'model':15}{'processes':>10}{'compute':>9}{'exchange':>10}{'MoE waits':>11}{'of the pair':>13}", end="")

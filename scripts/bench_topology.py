@@ -15,6 +15,7 @@ import argparse
 import torch
 from torch import Tensor
 
+from tasks.numbers import count
 from zoo.moe import Routing
 from zoo.moe.routers import TopKRouter
 
@@ -129,8 +130,9 @@ def measure(args: argparse.Namespace, task: Task, experts: Tensor, routers: list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = {"processes": 8, "within": 4, "experts": 16, "k": 2, "dim": 32, "tokens": 64, "steps": 300}
-    for name, default in {**sizes, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=count, default=default, help=f"{default} by default")
+    parser.add_argument("--seed", type=int, default=0, help="0 by default")
     parser.add_argument("--weight", type=float, default=0.3, help="of either loss, 0.3 by default")
     parser.add_argument("--lr", type=float, default=1e-2, help="0.01 by default")
     parser.add_argument("--costs", type=float, nargs=3, default=[1, 2, 16], help="of a byte, by kind of link")

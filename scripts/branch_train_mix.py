@@ -23,6 +23,7 @@ import transformers
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from zoo.models import DomainEnsemble
 from zoo.moe import MoE, record
 
@@ -80,13 +81,13 @@ def bits(model: Any, text: torch.Tensor, args: argparse.Namespace) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="of the seed, and of each branch; a quarter for gates")
-    parser.add_argument("--k", type=int, default=2, help="experts that a token meets")
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128, help="bytes a sequence")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--pieces", type=int, default=128, help="sequences of each domain to evaluate on")
+    parser.add_argument("--steps", type=count, default=400, help="of the seed, and of each branch; a quarter for gates")
+    parser.add_argument("--k", type=count, default=2, help="experts that a token meets")
+    parser.add_argument("--width", type=count, default=128)
+    parser.add_argument("--layers", type=count, default=4)
+    parser.add_argument("--length", type=count, default=128, help="bytes a sequence")
+    parser.add_argument("--batch-size", type=count, default=16)
+    parser.add_argument("--pieces", type=count, default=128, help="sequences of each domain to evaluate on")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the sparse model, in Mixtral's layout")

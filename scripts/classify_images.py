@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from tasks.vision_data import VisionData, channels_of
 from zoo.data.images import image_files
 from zoo.data.images_rows import ImageRows, unlabelled
@@ -19,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder, hub repository, or prefix of a V-MoE checkpoint")
     parser.add_argument("images", nargs="+", help="files and folders")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=count, default=32)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

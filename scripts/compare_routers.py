@@ -26,6 +26,7 @@ import torch
 import zoo
 from tasks.balance import LayerBalance
 from tasks.language import LanguageData, LanguageTask
+from tasks.numbers import count
 from tasks.optim import parameter_groups
 from tasks.vision import VisionData, VisionTask
 from zoo.data.images_rows import IGNORE
@@ -330,15 +331,13 @@ def write(folder: Path, found: list[dict[str, Any]], domains: list[Any]) -> None
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/routers"), help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps a gate, default %(default)s")
-    parser.add_argument("--seeds", type=int, default=1, help="models a gate, default %(default)s")
-    parser.add_argument("--eval-batches", type=int, default=20, help="default %(default)s")
+    parser.add_argument("--steps", type=count, default=300, help="optimizer steps a gate, default %(default)s")
+    parser.add_argument("--seeds", type=count, default=1, help="models a gate, default %(default)s")
+    parser.add_argument("--eval-batches", type=count, default=20, help="default %(default)s")
     parser.add_argument("--domains", nargs="+", choices=("language", "vision"), default=["language", "vision"])
     parser.add_argument("--routers", nargs="+", default=["*"], help="names or patterns of rows; default all")
     parser.add_argument("--text", default="stdlib", help="what the language model reads (see tasks.language)")
     args = parser.parse_args()
-    if args.seeds < 1 or args.steps < 1:
-        parser.error(f"--seeds and --steps must be at least 1, got {args.seeds} and {args.steps}")
     if not any(fnmatchcase(name, pattern) for name in ("dense twin", *GATES) for pattern in args.routers):
         parser.error(f"no gate is called {' or '.join(args.routers)}; there are: dense twin, {', '.join(GATES)}")
     made = {"language": lambda: Language(args.text, args.steps), "vision": lambda: Vision("digits", args.steps)}

@@ -14,6 +14,7 @@ import torch
 import zoo
 from tasks.cli import run_script
 from tasks.language import LanguageData, LanguageTask
+from tasks.numbers import count
 
 
 def batches(data: LanguageData, split: str, number: int, device: str) -> Iterator[dict[str, Any]]:
@@ -39,15 +40,15 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub repository, with its tokenizer")
     parser.add_argument("source", nargs="*", help="text files, folders or patterns (default: Python's own source)")
     parser.add_argument("--out", required=True, help="folder for the result, in the family's own layout")
-    parser.add_argument("--keep", type=int, help="experts that each layer keeps")
+    parser.add_argument("--keep", type=count, help="experts that each layer keeps")
     parser.add_argument("--by", default="probs", help='scores of experts: "probs", "weight" or "counts"')
     parser.add_argument("--drop-blocks", type=int, default=0, help="whole blocks to leave out")
     parser.add_argument("--dense", help='make it dense: "average", "sum", "topk", "svd", "concatenate" or "used"')
     parser.add_argument("--weights", choices=["usage"], help="weigh experts by how much they are used")
     parser.add_argument("--shared", type=float, help="what takes the place of a shared expert's gate (Qwen2-MoE)")
-    parser.add_argument("--width", type=int, help="neurons of the dense MLPs, filled up with zeros (DeepSeek)")
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--batches", type=int, default=20, help="of 16 sequences, to calibrate and to evaluate with")
+    parser.add_argument("--width", type=count, help="neurons of the dense MLPs, filled up with zeros (DeepSeek)")
+    parser.add_argument("--sequence-length", type=count, default=256)
+    parser.add_argument("--batches", type=count, default=20, help="of 16 sequences, to calibrate and to evaluate with")
     args = parser.parse_args()
     if args.keep is None and not args.drop_blocks and not args.dense:
         parser.error("nothing to do: give --keep, --drop-blocks or --dense")

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 
 from tasks.cli import run_script
 from tasks.language import LanguageData, LanguageTask
+from tasks.numbers import count
 
 
 def main() -> None:
@@ -16,8 +17,8 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub repository, with its tokenizer")
     parser.add_argument("source", nargs="*", help="text files, folders or patterns (default: Python's own source)")
     parser.add_argument("--out", required=True, help="folder for the result, in the family's own layout")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--steps", type=count, default=100)
+    parser.add_argument("--sequence-length", type=count, default=256)
     args = parser.parse_args()
 
     data = LanguageData(args.source or "stdlib", tokenizer=args.model, sequence_length=args.sequence_length)

@@ -10,6 +10,7 @@ import torch
 import zoo
 from tasks.answering import answer, open_image, open_processor
 from tasks.cli import run_script
+from tasks.numbers import count
 from zoo.data.images import image_files
 
 
@@ -18,7 +19,7 @@ def main() -> None:
     parser.add_argument("model", help="folder or hub repository, with its processor")
     parser.add_argument("images", nargs="+", help="files and folders")
     parser.add_argument("--prompt", default="Describe this image.", help="what is asked of each; default %(default)s")
-    parser.add_argument("--tokens", type=int, default=128, help="how many to write at most")
+    parser.add_argument("--tokens", type=count, default=128, help="how many to write at most")
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

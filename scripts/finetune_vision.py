@@ -8,6 +8,7 @@ import argparse
 import lightning.pytorch as pl
 
 from tasks.cli import run_script
+from tasks.numbers import count
 from tasks.vision import VisionData, VisionTask
 from zoo.data.images_transforms import Augment
 
@@ -17,9 +18,9 @@ def main() -> None:
     parser.add_argument("model", help="prefix of a V-MoE checkpoint, folder or hub repository")
     parser.add_argument("source", help="a folder with a folder a class, or a CSV file of paths and labels")
     parser.add_argument("--out", required=True, help="folder for the result, in timm's layout")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--image-size", type=int, help="default: the checkpoint's")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--steps", type=count, default=500)
+    parser.add_argument("--image-size", type=count, help="default: the checkpoint's")
+    parser.add_argument("--batch-size", type=count, default=32)
     args = parser.parse_args()
 
     augment = Augment(crop=(0.3, 1.0), flip=0.5)

@@ -11,6 +11,7 @@ import zoo
 from tasks import labels
 from tasks.cli import run_script
 from tasks.generation import check_sampling, generate, prompt_ids
+from tasks.numbers import count
 from zoo.data import open_tokenizer
 
 
@@ -18,12 +19,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="folder or hub repository, with its tokenizer")
     parser.add_argument("prompts", nargs="+")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to add")
+    parser.add_argument("--tokens", type=count, default=200, help="how many to add")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quantise", choices=["float8", "int8", "mxfp4"], help="keep experts in few bits")
     parser.add_argument(
-        "--offload", type=int, metavar="N", help="memory for N experts a layer; all stay in their files"
+        "--offload", type=count, metavar="N", help="memory for N experts a layer; all stay in their files"
     )
     parser.add_argument("--label", type=int, help="the domain, task or cluster of the text, where gates go by one")
     args = parser.parse_args()

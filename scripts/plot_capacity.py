@@ -9,6 +9,7 @@ from pathlib import Path
 import zoo
 from tasks.capacity import FACTORS, trade_off
 from tasks.cli import run_script
+from tasks.numbers import amount, count
 from tasks.vision_data import VisionData, channels_of
 from zoo.report.chart import Series
 from zoo.report.picture import picture
@@ -21,8 +22,8 @@ def main() -> None:
     parser.add_argument("model", help="folder or prefix of a V-MoE checkpoint")
     parser.add_argument("source", nargs="?", default="digits", help="images as data.source has them")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--factors", type=float, nargs="+", default=FACTORS, help="capacities to try")
-    parser.add_argument("--choices", type=int, nargs="+", help="experts a token (default: the model's own)")
+    parser.add_argument("--factors", type=amount, nargs="+", default=FACTORS, help="capacities to try")
+    parser.add_argument("--choices", type=count, nargs="+", help="experts a token (default: the model's own)")
     parser.add_argument("--out", type=Path, default=Path("capacity.svg"))
     args = parser.parse_args()
 

@@ -15,6 +15,7 @@ import torch
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from zoo.data.tables import open_files
 from zoo.data.tables_stream import Stream
 
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of a model")
     parser.add_argument("input", nargs="+", help="CSV or Parquet files, folders or patterns")
     parser.add_argument("--out", required=True, help="Parquet file of scores, a column a task")
-    parser.add_argument("--batch-size", type=int, default=8192)
+    parser.add_argument("--batch-size", type=count, default=8192)
     args = parser.parse_args()
 
     out = Path(args.out)

@@ -19,6 +19,7 @@ import torch
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from tasks.vision_models import check_timm
 from zoo.convert import set_k
 from zoo.convert.split_predictor import oracle
@@ -34,10 +35,10 @@ def main() -> None:
     parser.add_argument("--images", help="a folder of images, in folders or not, for a timm model")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--layers", default="all", help='which MLPs: "all", "every-2", "last-2"')
-    parser.add_argument("--experts", type=int, default=16)
+    parser.add_argument("--experts", type=count, default=16)
     parser.add_argument("--batches", type=int, default=8, help="half of them to learn from, half to measure on")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--batch-size", type=count, default=8)
+    parser.add_argument("--length", type=count, default=128, help="tokens of a sequence")
     parser.add_argument("--scratch", action="store_true", help="do not fetch timm's weights")
     args = parser.parse_args()
     if args.batches < 2:

@@ -9,14 +9,15 @@ import lightning.pytorch as pl
 
 from tasks.cli import run_script
 from tasks.language import LanguageData, LanguageTask
+from tasks.numbers import count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="*", help="text files, folders or patterns (default: Python's own source)")
     parser.add_argument("--out", default="runs/my-model", help="folder for model and tokenizer")
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--steps", type=count, default=500)
+    parser.add_argument("--sequence-length", type=count, default=256)
     args = parser.parse_args()
 
     data = LanguageData(args.source or "stdlib", tokenizer="bpe:4096", sequence_length=args.sequence_length)

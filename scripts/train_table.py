@@ -10,6 +10,7 @@ import argparse
 import lightning.pytorch as pl
 
 from tasks.cli import run_script
+from tasks.numbers import count
 from tasks.recommendation import RecommendationData, RecommendationTask
 
 
@@ -19,8 +20,8 @@ def main() -> None:
     parser.add_argument("schema", help="YAML file with features and tasks")
     parser.add_argument("--out", required=True, help="folder for the model")
     parser.add_argument("--network", default="recommendation/mmoe", help="see `zoo models 'recommendation/*'`")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--steps", type=count, default=1000)
+    parser.add_argument("--batch-size", type=count, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
 

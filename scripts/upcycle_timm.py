@@ -8,6 +8,7 @@ import argparse
 import lightning.pytorch as pl
 
 from tasks.cli import run_script
+from tasks.numbers import count
 from tasks.vision import VisionData, VisionTask
 from zoo.data.images_transforms import Augment
 
@@ -18,10 +19,10 @@ def main() -> None:
     parser.add_argument("source", help="a folder with a folder a class, or a CSV file of paths and labels")
     parser.add_argument("--out", required=True, help="folder for the result")
     parser.add_argument("--layers", default="last-2", help='blocks that get experts: "last-2", "every-2"')
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--image-size", type=int, help="default: the model's")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--experts", type=count, default=8)
+    parser.add_argument("--steps", type=count, default=500)
+    parser.add_argument("--image-size", type=count, help="default: the model's")
+    parser.add_argument("--batch-size", type=count, default=32)
     parser.add_argument("--scratch", action="store_true", help="do not fetch timm's weights")
     args = parser.parse_args()
 

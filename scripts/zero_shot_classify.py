@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 import zoo
 from tasks.cli import run_script
+from tasks.numbers import count
 from tasks.zero_shot import class_embeddings
 from zoo.data import open_tokenizer
 from zoo.data.images import image_files
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--classes", nargs="+", required=True, help="names to choose from")
     parser.add_argument("--templates", nargs="+", default=["{}"], help="what is said of a class; default %(default)s")
     parser.add_argument("--tokenizer", help="bytes, or another folder or hub repository")
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=count, default=32)
     args = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,12 +23,15 @@ class LayerBalance:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, step: Step) -> None:
-        """Add what the layers decided in `step`; gates that are not sparse have no load and are left out."""
+    def update(self, step: Step, real: Tensor | None = None) -> None:
+        """Add what the layers decided in `step`; gates that are not sparse have no load and are left out.
+
+        Rows of the batch that are not `real` [B], as those that fill it up, do not count, nor do their tokens.
+        """
         for name, calls in step.routings.items():
             for routing in calls:
                 if isinstance(routing, Routing):
-                    sums = _sums(routing)
+                    sums = _sums(routing if real is None else _of_rows(routing, real))
                     self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def compute(self) -> dict[str, dict[str, float]]:
@@ -38,6 +43,27 @@ class LayerBalance:
             dist.all_reduce(flat)
         parts = flat.cpu().split([len(s) for s in self._sums.values()])
         return {name.removeprefix("model."): _figures(part) for name, part in zip(self._sums, parts)}
+
+
+def _of_rows(routing: Routing, real: Tensor) -> Routing:
+    """What was decided of the tokens of real rows; all of it where a layer saw other tokens than the rows' own."""
+    rows, tokens = len(real), routing.num_tokens
+    if not rows or tokens % rows or bool(real.all()):
+        return routing
+    here = real.repeat_interleave(tokens // rows)
+    kept = here[routing.token_index]
+    before = torch.cat([kept.new_zeros(1, dtype=torch.int32), kept.cumsum(0, dtype=torch.int32)])
+    asked, probs = routing.asked, routing.probs
+    return replace(
+        routing,
+        token_index=(here.cumsum(0) - 1)[routing.token_index[kept]],
+        offsets=before[routing.offsets.long()],
+        weight=routing.weight[kept],
+        num_tokens=int(here.sum()),
+        probs=None if probs is None else probs[here],
+        asked=asked[here] if isinstance(asked, Tensor) else asked,
+        place=None,
+    )
 
 
 def _sums(routing: Routing) -> Tensor:

@@ -188,7 +188,7 @@ class LanguageTask(Task):
         rows = torch.stack([figure.double().sum(1) for figure in each], dim=1)  # [B, 4]
         source = batch.get("source", torch.zeros(len(rows), dtype=torch.int64, device=rows.device))
         sums = rows.new_zeros(max(len(self._sources()), 1), 4).index_add(0, source, rows)
-        self.add_to_evaluation(step, sums.flatten())
+        self.add_to_evaluation(step, sums.flatten(), (batch["labels"] >= 0).any(1))
 
     test_step = validation_step
 

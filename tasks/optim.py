@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection
@@ -64,6 +65,26 @@ def layered(model: nn.Module, groups: list[dict[str, Any]], lr: float, decay: fl
             empty = {**group, "params": [], "lr": lr * decay ** (deepest - block)}
             split.setdefault((number, block), empty)["params"].append(parameter)
     return list(split.values())
+
+
+def regroup(checkpoint: dict[str, Any], groups: list[dict[str, Any]], model: nn.Module) -> None:
+    """Let what a checkpoint has of an optimizer and its schedule fit these groups of a model's parameters, in place.
+
+    A file that was gathered from a mesh has a group for each of its meshes, with parameters numbered as the model's
+    are. Where it is of other parameters nothing is changed.
+    """
+    number = {parameter: i for i, parameter in enumerate(model.parameters())}
+    for state, schedule in zip(checkpoint.get("optimizer_states", ()), checkpoint.get("lr_schedulers", ())):
+        options = {i: group for group in state.get("param_groups", ()) for i in group["params"]}
+        told = [[number[parameter] for parameter in group["params"]] for group in groups]
+        if len(state.get("param_groups", groups)) == len(groups) or {i for each in told for i in each} != set(options):
+            continue
+        place = {i: new for new, i in enumerate(itertools.chain.from_iterable(told))}
+        state["state"] = {place[i]: kept for i, kept in state["state"].items()}
+        state["param_groups"] = [{**options[each[0]], "params": [place[i] for i in each]} for each in told]
+        rates = {"base_lrs": "initial_lr", "_last_lr": "lr"}
+        schedule |= {name: [group[rate] for group in state["param_groups"]] for name, rate in rates.items()}
+        schedule["lr_lambdas"] = schedule["lr_lambdas"][:1] * len(groups)
 
 
 class Beside(torch.optim.Optimizer):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.cli import checked_config
+from tasks.numbers import amount, count
 
 INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
     "nvlink-infiniband": (450e9, 50e9),
@@ -20,31 +21,15 @@ INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zoo plan", description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file of `zoo language` or `zoo vision`")
-    parser.add_argument("--gpus", type=_count, required=True, help="processes in all")
-    parser.add_argument("--gpu-memory", type=_amount, default=141, help="GB of each (141)")
-    parser.add_argument("--gpu-tflops", type=_amount, default=989, help="bfloat16 peak of each (989)")
-    parser.add_argument("--gpus-per-node", type=_count, default=8, help="8 by default")
+    parser.add_argument("--gpus", type=count, required=True, help="processes in all")
+    parser.add_argument("--gpu-memory", type=amount, default=141, help="GB of each (141)")
+    parser.add_argument("--gpu-tflops", type=amount, default=989, help="bfloat16 peak of each (989)")
+    parser.add_argument("--gpus-per-node", type=count, default=8, help="8 by default")
     parser.add_argument("--interconnect", choices=list(INTERCONNECTS), default="nvlink-infiniband")
     for name in ("replicate", "shard", "expert", "tensor"):
-        parser.add_argument(f"--{name}", type=_count, help="a size of the mesh; without any all meshes are compared")
-    parser.add_argument("--top", type=_count, default=8, help="meshes to show (8)")
+        parser.add_argument(f"--{name}", type=count, help="a size of the mesh; without any all meshes are compared")
+    parser.add_argument("--top", type=count, default=8, help="meshes to show (8)")
     return parser.parse_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _amount(text: str) -> float:
-    try:
-        amount = float(text)
-    except ValueError:
-        amount = 0.0
-    if not 0 < amount < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return amount
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,7 +58,18 @@ def read(config: Path) -> tuple[Any, Any]:
     model, data, trainer = (content.get(section) or {} for section in ("model", "data", "trainer"))
     if not isinstance(model, dict) or not {"network", "pretrained"} & {name for name in model if model[name]}:
         raise ValueError(f"{config}: a plan needs model.network, the name of a model, or model.pretrained")
-    if str(model.get("network")).startswith("recommendation/"):
+    sizes = {}
+    for section, settings, name in (
+        ("data", data, "batch_size"),
+        ("data", data, "sequence_length"),
+        ("trainer", trainer, "accumulate_grad_batches"),
+    ):
+        if not isinstance(settings, dict):
+            raise ValueError(f"{config}: expected {section} to be a section with options, got {settings!r}")
+        size = sizes[name] = settings.get(name)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{config}: {section}.{name}: expected a whole number of at least 1, got {size!r}")
+    if str(model.get("network")).startswith(("recommendation/", "vision_language/")):  # whose tokens data does not say
         raise ValueError(f"{config}: expected a model of language or vision, got {model['network']}")
     options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
     options |= model.get("overrides") or {}
@@ -84,13 +80,13 @@ def read(config: Path) -> tuple[Any, Any]:
             network = zoo.from_pretrained(model["pretrained"], **options)
         network = conversions.converted(network, conversions.parse(model.get("convert") or []))
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
-    sequence = patches or data.get("sequence_length") or 256
+    sequence = patches or sizes["sequence_length"] or 256
     precision = str(trainer.get("precision", "32"))
     low, kept = precision.startswith(("bf16", "16")), 2 if precision.endswith("16-true") else 4
     work = Work(
-        tokens=sequence * (data.get("batch_size") or 16),
+        tokens=sequence * (sizes["batch_size"] or 16),
         sequence=sequence,
-        accumulate=trainer.get("accumulate_grad_batches") or 1,
+        accumulate=sizes["accumulate_grad_batches"] or 1,
         recompute=bool(model.get("activation_checkpointing", False)),
         compute=2 if low else 4,
         parameter=kept,

@@ -33,7 +33,7 @@ from tasks.training import Overrides, Task
 from zoo.data import Loader
 from zoo.data.tables import Preparation
 from zoo.data.tables_batch import TableBatch
-from zoo.data.tables_schema import Schema, Target
+from zoo.data.tables_schema import Categorical, Schema, Target
 from zoo.models.task_weighting import FixedWeighting, task_weighting
 from zoo.nearest import unknown
 
@@ -186,11 +186,37 @@ class RecommendationTask(Task):
         self._fuse_tables()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let the data object first; without one build the model as the checkpoint's data says."""
+        """Let the data object first; without one build the model as the checkpoint's data says.
+
+        Raises ArgumentMistake for a checkpoint with another weighting, or to train on with other optimizers of tables.
+        """
         super().on_load_checkpoint(checkpoint)
+        self._check_alike(checkpoint.get("hyper_parameters", {}))
         if self.model is None:
             self.preparation = Preparation.read(checkpoint[RecommendationData.__qualname__]["preparation"])
             self.configure_model()
+
+    def _check_alike(self, theirs: dict[str, Any]) -> None:
+        from tasks.lightning_cli import ArgumentMistake
+
+        def said(name: str, settings: Any) -> Any:
+            value = settings.get(name, self.hparams[name])
+            return value.get("name") if isinstance(value, dict) else value
+
+        names = ["weighting", *(["embedding_optimizer"] if self._fits_tables() else [])]
+        for name in names:
+            if (there := said(name, theirs)) != (here := said(name, self.hparams)):
+                raise ArgumentMistake(
+                    f"{name}: the checkpoint was trained with {there}, not with {here}; go on with that, or start from "
+                    "its export with model.pretrained"
+                )
+
+    def _fits_tables(self) -> bool:
+        """Whether a run trains a model with embedding tables."""
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        return (
+            fitting and self.model is not None and any(isinstance(f, Categorical) for f in self.model.schema.features)
+        )
 
     def _fuse_tables(self) -> None:
         """For training let embedding tables be updated in backward, by an optimizer of their own."""
@@ -253,7 +279,7 @@ class RecommendationTask(Task):
         with self._use.watch(real) as step:
             outputs = self.model(batch)
         self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
-        self._balance.update(step)
+        self._balance.update(step, real)
 
     test_step = validation_step
 

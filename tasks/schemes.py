@@ -20,7 +20,7 @@ import zoo
 from zoo.convert.numbers_said import say_numbers
 from zoo.convert.usage import usage_of
 from zoo.moe import Experts, MoE
-from zoo.moe.kept import keep_experts, rows_of
+from zoo.moe.kept import check_kept, keep_experts, rows_of
 from zoo.parallel.parts import is_spread
 
 
@@ -38,7 +38,8 @@ class ExpertPruning(Callback):
     A checkpoint is read by runs with this callback, which shrinks the model as far first.
 
     Raises ValueError for numbers that are none, and on starting: for several processes, for a callback that averages
-    whole weights, for a model without experts, and naming a gate that one cannot take experts from.
+    whole weights, for a model without experts, naming a gate that one cannot take experts from, all but `keep` of them
+    or one at a time, and for a model to be exported whose layout cannot say that it has lost some (LIMoE).
     """
 
     def __init__(
@@ -79,13 +80,20 @@ class ExpertPruning(Callback):
             self._hooked = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that every layer can lose experts."""
+        """Check that every layer can lose experts, and the model then be exported, where asked for."""
         layers = sparse_layers("ExpertPruning", pl_module)
         owners: dict[int, str] = {}
         for name, moe in layers.items():
             for tensor in rows_of(f"ExpertPruning: {name}", moe).values():
                 if (owner := owners.setdefault(id(tensor), name)) != name:
                     raise ValueError(f"ExpertPruning: {name} and {owner} share their weights; expected each its own")
+            check_kept(f"ExpertPruning: {name}", moe, range(min(self.keep, moe.router.num_experts)))
+        made: Any = getattr(getattr(pl_module, "model", None), "made_with", None)
+        if made and pl_module.hparams.get("export"):
+            raise ValueError(
+                f"ExpertPruning: export: the layout of {made['network']} cannot say that experts were dropped; leave "
+                "out model.export, and keep the checkpoint"
+            )
         self._step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -20,7 +20,7 @@ from tasks import conversions, frozen, labels
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
-from tasks.optim import learning_rate, parameter_groups
+from tasks.optim import learning_rate, parameter_groups, regroup
 from zoo.moe import QuantisedExperts, Step
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
@@ -209,6 +209,8 @@ class Task(LightningModule):
             for callback in trainer.callbacks if trainer is not None and trainer.training else ():
                 if isinstance(callback, WeightAveraging):
                     callback.setup(trainer, self, "fit")  # the copy that it has is of the model before
+        if trainer is not None and trainer.training and not isinstance(trainer.strategy, ModelParallelStrategy):
+            regroup(checkpoint, self.parameter_groups(), self)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note what data decided of the model's shape; leave out frozen weights that its files have."""
@@ -302,9 +304,9 @@ class Task(LightningModule):
             self._log_balance("train", balance, prog_bar=True)
         return loss
 
-    def add_to_evaluation(self, step: Step, sums: Tensor) -> None:
-        """Add a batch's sums [any length] and its balance to those of the evaluation."""
-        self._balance.update(step)
+    def add_to_evaluation(self, step: Step, sums: Tensor, real: Tensor | None = None) -> None:
+        """Add a batch's sums [any length], and its balance over the rows that are `real` [B], to the evaluation's."""
+        self._balance.update(step, real)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def evaluated(self, sums: list[float]) -> tuple[dict[str, float], str]:

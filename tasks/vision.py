@@ -277,7 +277,7 @@ class VisionTask(Task):
         loss = (self._cross_entropy(logits, targets) * real).sum()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums = [loss, real.sum(), best[:, 0].sum(), best.sum(), batch["skipped"].sum()]
-        self.add_to_evaluation(step, torch.stack([value.double() for value in sums]))
+        self.add_to_evaluation(step, torch.stack([value.double() for value in sums]), real)
 
     test_step = validation_step
 

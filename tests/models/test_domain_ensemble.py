@@ -103,6 +103,67 @@ def test_generation_takes_the_likeliest_token_and_ends_with_each_text():
         assert row == [*whole[: stop + 1], *[0] * (len(row) - stop - 1)]
 
 
+def gpt2() -> nn.Module:
+    config = transformers.GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2, n_positions=32,
+                                     initializer_range=0.8, bos_token_id=1, eos_token_id=2)  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).double().eval()
+
+
+def recurrent() -> nn.Module:
+    """A model with a state that its outputs do not give, and without a mask."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.cell, self.head = nn.Embedding(11, 8), nn.GRU(8, 8, batch_first=True), nn.Linear(8, 11)
+            for parameter in self.parameters():
+                nn.init.normal_(parameter)
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.head(self.cell(self.table(input_ids))[0]))
+
+    return Recurrent().double().eval()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_texts_behind_padding_go_on_as_they_do_alone(make):
+    """Also where positions are learnt one by one: padding must not count."""
+    ensemble = DomainEnsemble([make(), make()], [0.4, 0.6])
+    ids, lengths = torch.randint(3, 11, (3, 6)), (2, 5, 6)
+    mask = torch.stack([torch.arange(6) >= 6 - n for n in lengths]).long()
+    found = ensemble.generate(ids, mask, max_new_tokens=7)
+    for row, text, n in zip(found, ids, lengths):
+        alone = text[None, 6 - n :]
+        with torch.no_grad():
+            for _ in range(7):
+                alone = torch.cat([alone, ensemble(alone).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        assert torch.equal(row[6:], alone[0, n:])
+
+
+@pytest.mark.parametrize("makes", [[recurrent], [recurrent, recurrent], [llama, recurrent]])
+def test_models_without_a_cache_read_the_whole_text(makes):
+    ensemble = DomainEnsemble([make() for make in makes])
+    ids = torch.randint(3, 11, (3, 4))
+    found, past = ensemble.generate(ids, max_new_tokens=8), ensemble(ids, use_cache=True).past_key_values
+    assert past is None
+    with torch.no_grad():
+        for _ in range(8):
+            ids = torch.cat([ids, ensemble(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(found, ids)
+
+
+def test_any_of_several_tokens_ends_a_text():
+    ensemble = DomainEnsemble([llama(), llama()])
+    prompts = torch.randint(3, 11, (4, 3))
+    whole = ensemble.generate(prompts, max_new_tokens=8)
+    ends = [int(whole[0, 5]), int(whole[1, 4])]
+    for pad in (None, 0):
+        ended = ensemble.generate(prompts, max_new_tokens=8, eos_token_id=ends, pad_token_id=pad)
+        for row, free in zip(ended.tolist(), whole.tolist()):
+            stop = next((s for s in range(3, 11) if free[s] in ends), 10)
+            assert row == [*free[: stop + 1], *[ends[0] if pad is None else pad] * (len(row) - stop - 1)]
+
+
 def test_generation_draws_among_the_likeliest():
     ensemble = DomainEnsemble([llama(), llama()])
     prompt = torch.randint(3, 11, (1, 4)).expand(400, -1)
@@ -127,8 +188,11 @@ def test_the_prior_is_a_running_mean_of_the_posterior_after_each_batch():
         last = torch.stack([by_hand(models, text, prior)[1][-1] for text in ids]).mean(0)
         mean = last if mean is None else 0.7 * mean + 0.3 * last
         prior = mean.tolist()
-    assert torch.allclose(ensemble.estimate_prior(batches), mean, rtol=1e-8)
-    assert torch.allclose(ensemble.prior, mean, rtol=1e-8)
+    few = DomainEnsemble(models, [0.9, 0.1], top_k=1)  # all domains count, whatever is mixed later
+    for each in (ensemble, few):
+        assert torch.allclose(each.estimate_prior(batches), mean, rtol=1e-8)
+        assert torch.allclose(each.prior, mean, rtol=1e-8)
+    assert few.top_k == 1
     with pytest.raises(ValueError, match="at least one batch"):
         ensemble.estimate_prior([])
 
@@ -167,3 +231,10 @@ def test_what_does_not_fit_is_refused():
         DomainEnsemble([llama()], top_k=2)
     with pytest.raises(ValueError, match="evidence must be 'text' or 'token', got 'all'"):
         DomainEnsemble([llama()], evidence="all")
+    prompt, half = torch.ones(2, 3, dtype=torch.int64), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    for ids, mask in ((prompt, half), (prompt[:, :0], None)):
+        with pytest.raises(ValueError, match="a prompt has a token at least, and padding stands before it"):
+            DomainEnsemble([llama()]).generate(ids, mask)
+    for wrong in ({"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": -1}):
+        with pytest.raises(ValueError, match=r"temperature above 0 and top_p above 0 and at most 1, got"):
+            DomainEnsemble([llama()]).generate(prompt, do_sample=True, **wrong)

@@ -60,3 +60,7 @@ def test_what_does_not_fit_is_refused():
         FusionOfExperts([nn.Linear(2, 2)], 3)
     with pytest.raises(ValueError, match=r"expected the width of each of 1 models, got \[2, 2\]"):
         FusionOfExperts([nn.Linear(2, 2)], 3, widths=[2, 2])
+    with pytest.raises(ValueError, match="num_outputs=0 and hidden_dim=256; expected at least 1"):
+        FusionOfExperts([vit(3)], 0)
+    with pytest.raises(ValueError, match=r"expected models that give \[3, 4\] numbers each, got \[3, 5\]"):
+        FusionOfExperts([vit(3), vit(5)], 2, widths=[3, 4])(torch.randn(1, 3, 32, 32))

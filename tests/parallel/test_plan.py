@@ -308,6 +308,14 @@ def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.Captur
         ("model: [3]", "a plan needs model.network"),
         ("model: {network: recommendation/mmoe}", "expected a model of language or vision, got recommendation/mmoe"),
         ("model: {pretrained: nowhere/there/is}", "nowhere/there/is: no such folder"),
+        ("model: {network: vision_language/limoe_tiny}", "expected a model of language or vision, got vision_language"),
+        ("model: {network: language/mixtral_tiny}\ndata: [1]", "expected data to be a section with options, got [1]"),
+        ("model: {network: language/mixtral_tiny}\ndata: {batch_size: -3}", "data.batch_size: expected a whole number"),
+        ("model: {network: vision/vmoe_tiny_test}\ndata: {batch_size: many}", "at least 1, got 'many'"),
+        (
+            "model: {network: language/mixtral_tiny}\ntrainer: {accumulate_grad_batches: 0}",
+            "trainer.accumulate_grad_batches: expected a whole number of at least 1, got 0",
+        ),
         ("model: {network: language/mixtral_tiny, convert: [{prun: {}}]}", "unknown conversion 'prun'"),
     ],
 )

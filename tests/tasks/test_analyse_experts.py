@@ -94,7 +94,6 @@ def test_mistakes_are_one_line(model, texts, tmp_path, capsys):
         ([model, tmp_path / "no.txt"], "there is no"),
         ([model, short], "short.txt has 3 tokens"),
         ([model, text, "--tokens", 100], "too few for one sequence of --length 128"),
-        ([model, text, "--length", 0], "--length: expected at least 1"),
         ([model, text, "--out", tmp_path / "no" / "page.html"], "there is no folder"),
         ([model, text, "--out", kept], "exists; nothing was changed"),
         ([model, text, "--earlier", tmp_path / "no.ckpt"], "there is no"),

@@ -52,6 +52,17 @@ def test_another_mesh_goes_on_with_one_file(
         assert logged(tmp_path, f"lr-AdamW/pg{group + 1}")[1:] == logged(alone, "lr-AdamW/pg1")[MIDDLE + 1 :]
 
 
+def test_one_process_goes_on_with_what_a_mesh_gathered_without_its_strategy(
+    text: str, alone: Path, halves: dict[str, str], tmp_path: Path
+) -> None:
+    args = [*arguments(text, tmp_path), "--trainer.devices=1", "--ckpt_path", halves["gathered"]]
+    assert main([*args, "--model.export", str(tmp_path / "model")]) == 0
+    assert logged(tmp_path, "val/loss") == pytest.approx(logged(alone, "val/loss")[1:], rel=1e-5)
+    same(weights(tmp_path / "model"), weights(alone / "model"))
+    for group in range(2):
+        assert logged(tmp_path, f"lr-AdamW/pg{group + 1}")[1:] == logged(alone, "lr-AdamW/pg1")[MIDDLE + 1 :]
+
+
 def test_parts_without_a_strategy_that_reads_them_are_one_line(
     text: str,
     halves: dict[str, str],

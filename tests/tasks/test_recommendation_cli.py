@@ -296,6 +296,30 @@ def test_learnt_weights_of_tasks_are_logged_and_kept(weighting, trained, tmp_pat
     assert any(name.startswith("weighting.") for name in torch.load(checkpoint(tmp_path))["state_dict"])
 
 
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (
+            "embedding_optimizer=null",
+            "embedding_optimizer: the checkpoint was trained with rowwise_adagrad, not with None",
+        ),
+        (
+            "embedding_optimizer=sgd",
+            "embedding_optimizer: the checkpoint was trained with rowwise_adagrad, not with sgd",
+        ),
+        ("weighting=uncertainty", "weighting: the checkpoint was trained with fixed, not with uncertainty"),
+        ("weighting={name: gradnorm, alpha: 1}", "weighting: the checkpoint was trained with fixed, not with gradnorm"),
+    ],
+)
+def test_what_a_checkpoint_was_trained_with_cannot_be_changed_on_the_way(option, told, trained, capsys):
+    resumed = ["--config", trained / "config.yaml", "--ckpt_path", checkpoint(trained), "--trainer.max_steps=45"]
+    assert cli("fit", *resumed, f"--model.{option}") == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert told in line
+    if option.startswith("embedding"):  # which matters to training alone
+        assert cli("validate", *resumed[:-1], f"--model.{option}") == 0
+
+
 def test_training_stops_early_on_a_named_task(trained, tmp_path):
     write(tmp_path / "train.csv", rows(600))
     stop = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/auc/buy", "mode": "max", "patience": 1}}

@@ -164,10 +164,14 @@ def test_mistakes_are_named(make):
     for router, callbacks, message in (
         ("XMoERouter", [ExpertPruning(1, 2)], r"ExpertPruning: .*layers\.0\.mlp: experts of a XMoERouter"),
         (None, [ExpertPruning(1, 2), RunningAverage()], "RunningAverage averages weights whose shapes change"),
+        ("GShardRouter", [ExpertPruning(1, 2)], r"ExpertPruning: .*layers\.0\.mlp: GShardRouter chooses two experts"),
     ):
         task = make.task(**({} if router is None else {"router": {"name": router}}))
         with pytest.raises(ValueError, match=message):
             make.trainer(max_steps=1, callbacks=callbacks).fit(task, make.data())
+    task = make.task(router={"name": "TopKRouter", "k": 2, "num_groups": 2, "group_topk": 1})
+    with pytest.raises(ValueError, match=r"ExpertPruning: .*the gate chooses among 2 groups of experts"):
+        make.trainer(max_steps=1, callbacks=[ExpertPruning(1, 2)]).fit(task, make.data())
     task = make.task(convert=[{"share_depth": {}}])
     with pytest.raises(ValueError, match=r"layers\.1\.mlp and .*layers\.0\.mlp share their weights"):
         make.trainer(max_steps=1, callbacks=[ExpertPruning(1, 2)]).fit(task, make.data())

@@ -50,3 +50,20 @@ def test_a_teacher_that_does_not_fit_is_an_error_before_training(text, make, tmp
     path = config(text, tmp_path, make.tiny, teacher={"pretrained": str(tmp_path / "teacher")}, vocab_size=259)
     assert main(["language", "fit", "--config", str(path)]) == 2
     assert "teacher: its vocabulary has 100 tokens, the model's 259" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_exported_without_its_experts_is_an_error_before_training(tmp_path, capsys):
+    limoe = Path(__file__).parents[2] / "configs" / "vision_language" / "limoe_digits.yaml"
+    pruning = {"class_path": "tasks.schemes.ExpertPruning", "init_args": {"every_n_steps": 1, "until_step": 2}}
+    quiet = {"enable_progress_bar": False, "default_root_dir": str(tmp_path), "callbacks": [pruning]}
+    trainer = {"max_steps": 2, "limit_val_batches": 1, "accelerator": "cpu", **quiet}
+    (tmp_path / "pruned.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    run = ["vision_language", "fit", "--config", str(limoe), "--config", str(tmp_path / "pruned.yaml")]
+    run += ["--data.pictures={train: 64, val: 16, test: 16}", "--data.batch_size=16"]
+    assert main([*run, "--model.export", str(tmp_path / "out")]) == 2
+    assert "export: the layout of vision_language/limoe_tiny cannot say" in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert main(run) == 0
+    (checkpoint,) = tmp_path.rglob("last.ckpt")
+    state = torch.load(checkpoint, weights_only=False)["state_dict"]
+    assert {len(tensor) for name, tensor in state.items() if name.endswith("experts.down_proj")} == {1}

@@ -16,7 +16,7 @@ class Stream:
 
     Rank r of W has the r-th share of every W * batch_size rows, as in `Loader`; rows that only make ranks' batches
     equally long have the number -1. A batch is shorter where a file ends. Raises ValueError for a column that is not
-    there and for values that cannot be encoded, naming file or row.
+    there and for values that cannot be encoded, naming file or row, and for a batch_size below 1.
     """
 
     files: TableFiles
@@ -25,6 +25,10 @@ class Stream:
     skip: int = 0
     rank: int = 0
     world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def check(self) -> None:
         """Raise ValueError when the first file lacks a column of a feature."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ class DomainEnsemble(nn.Module):
         number = len(self.models)
         if not number:
             raise ValueError("DomainEnsemble: expected at least one model")
-        sizes = {getattr(getattr(model, "config", None), "vocab_size", None) for model in self.models}
-        if len(sizes) > 1:
-            raise ValueError(f"DomainEnsemble: the models' vocabularies have different sizes, {sorted(sizes, key=str)}")
+        said = [getattr(getattr(model, "config", None), "vocab_size", None) for model in self.models]
+        if len(sizes := {size for size in said if size is not None}) > 1:
+            raise ValueError(f"DomainEnsemble: the models' vocabularies have different sizes, {sorted(sizes)}")
         if top_k is not None and not 1 <= top_k <= number:
             raise ValueError(f"DomainEnsemble: top_k must be between 1 and {number}, got {top_k}")
         if evidence not in ("text", "token"):
@@ -109,11 +110,17 @@ class DomainEnsemble(nn.Module):
         """Probabilities of the token after each of ids [B, S]; the mask [B, past and S] is 0 for padding.
 
         labels [B, S] are ids, -100 where there is no loss; loss is the mean negative log-likelihood of each next one.
+        With use_cache there is a past only where every model gives past_key_values; else give the whole text again.
         """
         logp, caches = [], []
+        padding = {} if attention_mask is None else {"attention_mask": attention_mask}
+        counted = {}
+        if attention_mask is not None:  # models of absolute positions count padding otherwise
+            places = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            counted = {"position_ids": places[:, -input_ids.shape[1] :]}
         for j, model in enumerate(self.models):
             past = {} if past_key_values is None else {"past_key_values": past_key_values.caches[j]}
-            options = {} if attention_mask is None else {"attention_mask": attention_mask}
+            options = padding | (counted if _takes_positions(model) else {})
             out = model(input_ids=input_ids, use_cache=use_cache, **past, **options)
             wide = torch.promote_types(out.logits.dtype, torch.float32)
             logp.append(out.logits.to(wide).log_softmax(-1))
@@ -145,7 +152,8 @@ class DomainEnsemble(nn.Module):
         loss = None
         if labels is not None:
             loss = F.nll_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
-        kept_for_next = Past(caches, after, real[:, -1], each[:, -1]) if use_cache else None
+        cached = use_cache and all(cache is not None for cache in caches)
+        kept_for_next = Past(caches, after, real[:, -1], each[:, -1]) if cached else None
         return EnsembleOutput(logits, weight.exp(), loss, kept_for_next)
 
     @torch.no_grad()
@@ -156,10 +164,14 @@ class DomainEnsemble(nn.Module):
         which the first batch begins, and which is the prior of the next batch. Raises ValueError without any batch.
         """
         mean: Tensor | None = None
-        for ids in batches:
-            last = self(ids).posterior[:, -1].double().mean(0)
-            mean = last if mean is None else torch.lerp(mean, last, rate)
-            self.set_prior(mean)
+        top_k, self.top_k = self.top_k, None  # or domains beside the likeliest would lose their share for good
+        try:
+            for ids in batches:
+                last = self(ids).posterior[:, -1].double().mean(0)
+                mean = last if mean is None else torch.lerp(mean, last, rate)
+                self.set_prior(mean)
+        finally:
+            self.top_k = top_k
         if mean is None:
             raise ValueError("DomainEnsemble: estimate_prior needs at least one batch")
         return self.prior
@@ -175,15 +187,27 @@ class DomainEnsemble(nn.Module):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
         pad_token_id: int | None = None,
     ) -> Tensor:
         """Ids [B, S + new] that continue prompts [B, S], which padding [B, S] may precede; named as transformers' own.
 
         The likeliest token each time, or one drawn among the top_k likeliest (0: all) of which top_p is the share.
-        After eos_token_id a text has pad_token_id, or that again.
+        After eos_token_id, or any of several, a text has pad_token_id, or the first of those. Models that give no
+        past_key_values read the whole text for each token.
+
+        Raises ValueError for prompts that end with padding or are empty, and for numbers that sampling does not know.
         """
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = attention_mask
+        if not input_ids.shape[1] or not (mask is None or bool((mask[:, -1] != 0).all())):
+            raise ValueError("DomainEnsemble: a prompt has a token at least, and padding stands before it, not after")
+        if max_new_tokens < 0 or (do_sample and not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0)):
+            raise ValueError(
+                "DomainEnsemble: expected max_new_tokens and top_k of at least 0, temperature above 0 and top_p above "
+                f"0 and at most 1, got {max_new_tokens}, {top_k}, {temperature} and {top_p}"
+            )
+        given = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+        ends = torch.tensor(given, dtype=input_ids.dtype, device=input_ids.device)
         ids, new, past = input_ids, input_ids, None
         done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
@@ -191,14 +215,23 @@ class DomainEnsemble(nn.Module):
             past = out.past_key_values
             logits = out.logits[:, -1]
             token = _draw(logits / temperature, top_p, top_k) if do_sample else logits.argmax(-1)
-            if eos_token_id is not None:
-                token = token.masked_fill(done, eos_token_id if pad_token_id is None else pad_token_id)
-                done = done | (token == eos_token_id)
-            new = token[:, None]
-            ids, mask = torch.cat([ids, new], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            if given:
+                token = token.masked_fill(done, given[0] if pad_token_id is None else pad_token_id)
+                done = done | torch.isin(token, ends)
+            ids = torch.cat([ids, token[:, None]], 1)
+            mask = None if mask is None else torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            new = ids if past is None else token[:, None]
             if bool(done.all()):
                 break
         return ids
+
+
+def _takes_positions(model: nn.Module) -> bool:
+    """Whether a model can be told positions from 0; RoBERTa's begin after the row of its table that is for padding."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    tables = [table for name, table in model.named_modules() if name.endswith("position_embeddings")]
+    return all(getattr(table, "padding_idx", None) is None for table in tables)
 
 
 def _draw(logits: Tensor, top_p: float, top_k: int) -> Tensor:

@@ -16,7 +16,8 @@ class FusionOfExperts(nn.Module):
     themselves as num_classes or config.num_labels. They stay in eval mode and without gradients; only the fuser learns,
     on data of all domains. num_outputs is the number of classes or, to choose a model for each input as the authors do
     for generation, of models. The authors' code has this network with the size of the hidden layer as an argument. Its
-    weights start as `nn.Linear`'s. Raises ValueError without models, and for widths that are neither said nor given.
+    weights start as `nn.Linear`'s. Raises ValueError without models, for sizes below one, for widths that are neither
+    said nor given, and when called for those that are not what a model gives.
     """
 
     def __init__(
@@ -29,7 +30,12 @@ class FusionOfExperts(nn.Module):
         said = [_width(model) for model in self.models] if widths is None else list(widths)
         if len(said) != len(self.models) or not all(said):
             raise ValueError(f"FusionOfExperts: expected the width of each of {len(self.models)} models, got {said}")
-        self.hidden = nn.Linear(sum(said), hidden_dim)  # type: ignore[arg-type]
+        if num_outputs < 1 or hidden_dim < 1:
+            raise ValueError(
+                f"FusionOfExperts: num_outputs={num_outputs} and hidden_dim={hidden_dim}; expected at least 1"
+            )
+        self.widths: list[Any] = list(said)
+        self.hidden = nn.Linear(sum(self.widths), hidden_dim)
         self.out = nn.Linear(hidden_dim, num_outputs)
 
     def train(self, mode: bool = True) -> FusionOfExperts:
@@ -42,7 +48,10 @@ class FusionOfExperts(nn.Module):
         """Logits [.., num_outputs] of what every model is called with."""
         with torch.no_grad():
             found = [model(*inputs, **keywords) for model in self.models]
-        each = torch.cat([getattr(out, "logits", out) for out in found], -1)
+        logits = [getattr(out, "logits", out) for out in found]
+        if (widths := [values.shape[-1] for values in logits]) != self.widths:
+            raise ValueError(f"FusionOfExperts: expected models that give {self.widths} numbers each, got {widths}")
+        each = torch.cat(logits, -1)
         return self.out(self.hidden(each.to(self.hidden.weight.dtype)).relu())
 
 

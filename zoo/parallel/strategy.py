@@ -40,7 +40,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     Checkpoints are folders (see `zoo.parallel.checkpoint`) that any other sizes read, and are whole or absent; with
     background_checkpoints they are written while training goes on; save_distributed_checkpoint=False gathers them into
     one file. Training goes on from either with this strategy, on one process too, and from what one process saved
-    without it. Under SLURM a job whose time ends is saved after the step it is in, and queued again (`requeue`).
+    without it; `tasks` go on from one file without it too.
+    Under SLURM a job whose time ends is saved after the step it is in, and queued again (`requeue`).
 
     Raises ValueError where the sizes do not make the world.
     """
