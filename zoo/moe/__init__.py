@@ -26,6 +26,7 @@ from .prompts import PromptMixture
 from .quantised import QuantisedExperts
 from .residual import ResidualExperts
 from .routers import Router
+from .routers.base import is_recomputation
 from .routing import Routing
 from .shortcut import Shortcut, ShortcutMoE
 from .slots import Slots
@@ -78,6 +79,7 @@ __all__ = [
     "ZeroComputationExperts",
     "balance",
     "expert_losses",
+    "is_recomputation",
     "kernels",
     "record",
     "rotary",
