@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.moe import MLP, Capacity, Experts, MoE
+from zoo.moe import MLP, Capacity, Experts, MoE, record
 from zoo.moe.kernels import ACTIVATIONS, get_activation
 from zoo.moe.routers import TopKRouter
 
@@ -208,3 +208,26 @@ def test_shapes_are_those_of_the_meta_device() -> None:
     y = layer(torch.empty(2, 5, 6, device="meta"))
     assert y.is_meta
     assert y.shape == (2, 5, 6)
+
+
+class Around(nn.Module):
+    """What a library of adapters may put around a module: it has nothing but the module's forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **told: Any) -> Any:
+        return self.module(*given, **told)
+
+
+def test_router_and_experts_may_be_wrapped_afterwards() -> None:
+    layer, x = MoE(TopKRouter(6, 4, losses={"z": 1.0}), Experts(4, 6, 5)), torch.randn(2, 7, 6)
+    expected, mask = layer(x), torch.rand(2, 7) > 0.5
+    masked = layer(x, mask=mask)
+    layer.router, layer.experts = Around(layer.router), Around(layer.experts)  # type: ignore[assignment]
+    with record(layer) as step:
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x, mask=mask), masked)
+    step.losses()["z"].backward()
+    assert layer.router.module.weight.grad.any()  # type: ignore[operator, union-attr]

@@ -33,7 +33,8 @@ class Recorded(nn.Module):
 
     def _decide(self, x: Tensor, context: dict[str, Any]) -> Decision:
         """The gate's decision on tokens x [..., D]."""
-        _check(type(self).__name__, x, self.router.dim, context.get("mask"))
+        # What wraps a router, such as peft's adapters of a parameter, need not say its width.
+        _check(type(self).__name__, x, getattr(self.router, "dim", x.shape[-1]), context.get("mask"))
         if (parallel := self._parallel()) is not None:
             context["parallel"] = parallel  # a loss may ask how far away experts are
         routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
