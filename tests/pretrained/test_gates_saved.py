@@ -1,4 +1,4 @@
-"""A gate that a published layout cannot express is refused; what is written routes in transformers as it does here."""
+"""Gates and experts that a layout cannot express are refused; what is written does the same in transformers."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import zoo
-from zoo.moe import MoE
+from zoo.moe import Experts, MoE
 from zoo.moe.routers import GShardRouter, SparseMixerRouter, TopKRouter
 
 
@@ -127,3 +127,40 @@ def test_a_switch_transformer_is_written_with_the_gate_that_it_means_alone(optio
     other = zoo.from_pretrained(tmp_path / "theirs", router={"name": "TopKRouter", "k": 1, **options})
     with pytest.raises(ValueError, match=f"{next(iter(options))}=.*cannot be expressed in switch_transformers"):
         zoo.save_pretrained(other, tmp_path / "out")
+
+
+class Doubled(Experts):
+    """Twice what the experts give."""
+
+    def compute_with(self, weights, x, routing):
+        return 2 * super().compute_with(weights, x, routing)
+
+
+class Named(Experts):
+    """The same experts by another name."""
+
+
+@pytest.mark.parametrize("network", ["mixtral_tiny", "deepseek_v3_tiny"])
+@pytest.mark.parametrize(
+    ("experts", "message"),
+    [
+        (
+            {"name": "Experts", "activation": "geglu"},
+            "experts: activation='geglu' cannot be expressed in the .* layout",
+        ),
+        ({"name": "Experts", "weigh_input": True}, "experts: weigh_input=True cannot be expressed in the .* layout"),
+        ({"name": "Experts", "hidden_dim": 32}, "experts: hidden_dim=32 cannot be expressed in the .* layout"),
+        (Doubled, "experts: the compute_with of Doubled cannot be expressed in the .* layout; keep the state_dict"),
+    ],
+)
+def test_experts_that_compute_otherwise_are_refused_before_anything_is_written(network, experts, message, tmp_path):
+    model = zoo.create_model(f"language/{network}", experts=experts)
+    for check in (zoo.pretrained.causal.check_published, lambda model: zoo.save_pretrained(model, tmp_path / "out")):
+        with pytest.raises(ValueError, match=message):
+            check(model)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("experts", [Named, {"name": "Experts", "dropout": 0.5}])
+def test_experts_that_compute_the_same_are_written(experts, tmp_path):
+    assert saved(zoo.create_model("language/mixtral_tiny", experts=experts), tmp_path / "out") < 1e-3

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import MoE
+from ..moe import Experts, MoE
 from ..moe.grown import joined_state
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
@@ -182,6 +182,20 @@ def _decision(router: TopKRouter) -> dict[str, Any]:
         "unit_weights": router.unit_weights,
         "level": getattr(router, "level", "token"),  # one decision a token, or a sentence
     }
+
+
+def check_experts(name: str, experts: Any, family: Family, config: Any) -> None:
+    """Raise ValueError unless transformers, reading `config`, would compute what the experts of a layer do."""
+    layout = f"cannot be expressed in the {family.prefix} layout"
+    if isinstance(experts, Experts):
+        for method in ("forward", "compute", "compute_with"):
+            if getattr(type(experts), method) is not getattr(Experts, method):
+                raise ValueError(f"{name}: the {method} of {type(experts).__name__} {layout}; keep the state_dict")
+        if experts.weigh_input:
+            raise ValueError(f"{name}: weigh_input=True {layout}; keep the state_dict")
+    for option, means in {"activation": activation_of(config), "hidden_dim": getattr(config, family.hidden)}.items():
+        if (found := getattr(experts, option, means)) != means:
+            raise ValueError(f"{name}: {option}={found!r} {layout}; its configuration means {means!r}")
 
 
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}
