@@ -143,7 +143,8 @@ def _handed_on(make: type, filled: dict[str, Any], given: Mapping[str, Any]) -> 
             return False
         return True
 
-    above = {name for kind in make.__mro__[1:-1] for name in inspect.signature(kind.__init__).parameters}
+    makers = (vars(kind)["__init__"] for kind in make.__mro__[1:-1] if "__init__" in vars(kind))
+    above = {name for maker in makers for name in inspect.signature(maker).parameters}
     more = {name: value for name, value in given.items() if name in above and name not in filled}
     if more and not fits(more):
         more = {name: value for name, value in more.items() if fits({name: value})}
