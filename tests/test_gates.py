@@ -138,6 +138,66 @@ def test_losses_are_handed_to_another_gate_as_well():
         gates(EveryOther, losses={"z": 0.1})
 
 
+class WithOptions(TopKRouter):
+    """Hands on all that it does not know, as subclasses often do."""
+
+    def __init__(self, *args, sharp: float = 2.0, **options) -> None:
+        super().__init__(*args, **options)
+        self.sharp = sharp
+
+
+class Decided(TopKRouter):
+    """Fixes k itself."""
+
+    def __init__(self, dim: int, num_experts: int, **options) -> None:
+        super().__init__(dim, num_experts, k=3, **options)
+
+
+def by_function(dim: int, num_experts: int, **options) -> Router:
+    return TopKRouter(dim, num_experts, **options)
+
+
+def ks(model) -> set[int]:
+    return {module.router.k for module in model.modules() if isinstance(module, MoE)}
+
+
+@pytest.mark.parametrize("router", [WithOptions, by_function, functools.partial(WithOptions, sharp=1.0)])
+def test_options_that_a_class_hands_on_are_filled_in_too(router):
+    olmoe = zoo.create_model(
+        "language/olmoe_tiny", num_experts_per_tok=3, router=router, losses={"z": 0.1}, capacity=2.0
+    )
+    assert ks(olmoe) == {3}
+    assert ks(zoo.create_model("language/olmoe_tiny", num_experts_per_tok=3, router=[router], losses={"z": 0.1})) == {3}
+    for k in (1, 3):
+        assert ks(zoo.create_model("vision/vmoe_tiny_test", router=router, k=k)) == {k}
+    assert ks(zoo.create_model("vision/vmoe_tiny_test", router=functools.partial(router, k=4), k=3)) == {3}
+    dense = zoo.create_model("language/mixtral_tiny", dense=True).eval()
+    tokens = torch.randint(0, 1024, (2, 9))
+    sparse = zoo.upcycle(dense, num_experts=4, k=3, router=router)
+    assert ks(sparse) == {3}
+    with torch.no_grad():  # its weights are normalised, and so copies give what the MLP does
+        torch.testing.assert_close(sparse(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_class_that_fixes_an_option_is_left_alone_and_no_random_number_is_drawn_to_find_out():
+    torch.manual_seed(0)
+    model = zoo.create_model("language/olmoe_tiny", router=Decided)
+    assert ks(model) == {3}
+    torch.manual_seed(0)
+    other = zoo.create_model("language/olmoe_tiny", router=functools.partial(TopKRouter, k=3))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_what_is_wrong_with_a_module_of_ones_own_is_said(tmp_path, monkeypatch):
+    (tmp_path / "own_gates_a.py").write_text("import a_library_that_is_not_there\n")
+    (tmp_path / "own_gates_b.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"router 'own_gates_a.Mine': No module named 'a_library_that_is_not_there'"):
+        gates("own_gates_a.Mine")
+    with pytest.raises(ValueError, match=r"router 'own_gates_b.Mine': module 'own_gates_b' has no attribute 'Mine'$"):
+        gates({"class_path": "own_gates_b.Mine"})
+
+
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [

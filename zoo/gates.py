@@ -9,6 +9,8 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from .moe import Router, routers
 from .moe.capacity import as_capacity
 from .nearest import unknown
@@ -24,7 +26,8 @@ def gate_factory(
 ) -> Callable[[], Router]:
     """A function that makes a new gate each time; `k` and `defaults` are for gates that have such arguments.
 
-    What spec says goes first, then what is given, then the defaults.
+    A gate of one's own has those too that its class, by **options, hands to the class it derives from. What spec says
+    goes first, then what is given, then the defaults.
 
     Raises ValueError naming the nearest classes for an unknown one and the nearest arguments for an unknown argument,
     and TypeError for a spec that is no description of a gate.
@@ -34,12 +37,16 @@ def gate_factory(
     signature = inspect.signature(make)
     if isinstance(make, functools.partial):
         arguments = {**make.keywords, **arguments}
+    if isinstance(arguments.get("capacity", given.get("capacity")), Mapping):
+        arguments["capacity"] = as_capacity(arguments.get("capacity", given.get("capacity")))
     accepted = {name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD}
     anything = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     optional = {**(defaults or {}), **({} if k is None else {"k": k})}
+    if anything and getattr(make, "func", make) not in vars(routers).values():
+        said = {"dim": dim, "num_experts": num_experts, **given, **arguments}
+        unsaid = optional.keys() - said.keys() - accepted
+        accepted |= {name for name in unsaid if _hands_on(make, said, name, optional[name])}
     arguments = {**{name: v for name, v in optional.items() if name in accepted}, **given, **arguments}
-    if isinstance(arguments.get("capacity"), Mapping):
-        arguments["capacity"] = as_capacity(arguments["capacity"])
     for name in arguments:
         if name not in accepted and not anything:
             raise unknown(f"argument of {label}", name, accepted - {"dim", "num_experts"})
@@ -53,6 +60,15 @@ def gate_factory(
     return gate
 
 
+def _hands_on(make: Callable[..., Any], arguments: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a class with **options hands one to the class it derives from; a gate made without memory shows it."""
+    try:
+        with torch.random.fork_rng([]), torch.device("meta"):
+            return getattr(make(**{name: value}, **arguments), name, None) == value
+    except Exception:  # a class of a user's own that fixes it, or cannot be made so
+        return False
+
+
 def layer_gates(specs: Sequence[Any], dim: int, num_experts: int, **given: Any) -> Callable[[], Router]:
     """A function that makes the gates of a model's MoE layers in order; the last of specs goes on for all the rest.
 
@@ -62,7 +78,8 @@ def layer_gates(specs: Sequence[Any], dim: int, num_experts: int, **given: Any) 
     makers, used = [], set()
     for spec in specs:
         parameters = inspect.signature(parse_gate(spec)[0]).parameters
-        takes = {name: v for name, v in given.items() if name in ("k", "defaults") or name in parameters}
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        takes = {n: v for n, v in given.items() if anything or n in ("k", "defaults") or n in parameters}
         used |= set(takes)
         makers.append(gate_factory(spec, dim, num_experts, **takes))
     if not makers:
@@ -118,5 +135,8 @@ def _named(name: str, what: str, known: Mapping[str, Any], home: str) -> Callabl
         return known[short]
     try:
         return getattr(importlib.import_module(module), short)
-    except (ImportError, AttributeError):
-        raise unknown(what, name, [*known, *(f"{home}.{n}" for n in known)]) from None
+    except (ImportError, AttributeError) as error:
+        # A name of one's own is near to none of ours; what is wrong with its module says only its import.
+        message, _, near = str(unknown(what, name, [*known, *(f"{home}.{n}" for n in known)])).partition("; ")
+        hint = f"; {near}" if near.startswith("did you mean") else ""
+        raise ValueError(f"{message}: {error}{hint}") from error

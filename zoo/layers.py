@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .gates import gate_factory, parse_spec
@@ -131,6 +132,25 @@ def _placed(spec: Any, depth: int, default: str = "all") -> tuple[tuple[int, ...
     return moe_layers(rest.pop(LAYERS, default), depth), rest
 
 
+def _handed_on(make: type, filled: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a class with **options, and what else is known and taken by the class that it hands them on to."""
+
+    def fits(more: dict[str, Any]) -> bool:
+        try:
+            with torch.random.fork_rng([]), torch.device("meta"):
+                make(**filled, **more)
+        except Exception:  # a class of a user's own that fixes some of them
+            return False
+        return True
+
+    makers = (vars(kind)["__init__"] for kind in make.__mro__[1:-1] if "__init__" in vars(kind))
+    above = {name for maker in makers for name in inspect.signature(maker).parameters}
+    more = {name: value for name, value in given.items() if name in above and name not in filled}
+    if more and not fits(more):
+        more = {name: value for name, value in more.items() if fits({name: value})}
+    return {**more, **filled}
+
+
 def _factory(
     make: Callable[..., Any], arguments: dict[str, Any], given: dict[str, Any], like: Callable[..., Any] | None = None
 ) -> Callable[[], Any]:
@@ -143,6 +163,8 @@ def _factory(
             if name not in accepted:
                 raise unknown(f"argument of {label}", name, accepted - {"dim"})
     filled = {**{name: value for name, value in given.items() if name in accepted}, **arguments}
+    if inspect.isclass(make) and len(accepted) < len(signature):
+        filled = _handed_on(make, filled, given)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     needed = [n for n, p in signature.items() if p.kind in named and p.default is p.empty and n not in filled]
     if needed and like is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.models import count_parameters, dense_twin
-from zoo.moe import MoH, NeuronExperts, SwitchHead, ZeroComputationExperts
+from zoo.moe import Experts, MoH, NeuronExperts, SwitchHead, ZeroComputationExperts
 from zoo.pretrained.language import FAMILIES
 
 MOA = {"name": "MoA", "num_experts": 5, "router": {"name": "TopKRouter", "k": 2, "losses": {"switch": 0.01}}}
@@ -255,3 +255,25 @@ def test_what_cannot_be_says_so(tmp_path: Any) -> None:
             zoo.save_pretrained(small(**options), tmp_path / "model")
     assert not (tmp_path / "model").exists()
     assert isinstance(depth, nn.Module)
+
+
+class Handing(Experts):
+    """Hands on all that it is given, as subclasses often do."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+
+
+class Fixed(Experts):
+    """Fixes the activation itself."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, **options: Any) -> None:
+        super().__init__(num_experts, dim, hidden_dim, "relu", **options)
+
+
+@pytest.mark.parametrize(("kind", "activation"), [(Handing, "gelu_tanh"), (Fixed, "relu")])
+def test_what_a_model_knows_reaches_experts_that_hand_it_on(kind: Any, activation: str) -> None:
+    model = zoo.create_model("vision/vmoe_tiny_test", experts=kind, backend="reference", expert_dropout=0.25)
+    (experts,) = (module for module in model.modules() if isinstance(module, kind))
+    assert (experts.activation, experts.backend, experts.dropout) == (activation, "reference", 0.25)
+    assert experts.b_in is not None

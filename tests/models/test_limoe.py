@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import zoo
 from zoo.models import count_parameters
 from zoo.models.limoe import LIMoE
-from zoo.moe import MoE, record, telemetry
-from zoo.moe.routers import TopKRouter
+from zoo.moe import Blend, MoE, Router, Slots, record, telemetry
+from zoo.moe.routers import SoftRouter, TopKRouter
 
 TINY = "vision_language/limoe_tiny"
 LENGTHS = (7, 16, 1)
@@ -142,6 +142,54 @@ def test_gates_that_mix_tokens_route_modalities_apart() -> None:
     torch.testing.assert_close(model(image, ids.flip(0), mask.flip(0)).image, out.image)  # no caption shows through
     with pytest.raises(ValueError, match="would see its own caption"):
         make(router="SoftRouter", routed="together")
+
+
+class Mixture(Router):
+    """Slots of one's own: every slot is the mean of a sequence, every token the mean of the slots."""
+
+    def forward(self, x: Tensor, **context: Any) -> Slots:
+        groups, size, _ = x.shape
+        even = x.new_ones(groups, size, self.num_experts, 1)
+        return Slots(even / size, even / self.num_experts, groups * size)
+
+
+class Average(Router):
+    """The plain mean of the experts, whatever the tokens are."""
+
+    merges = True
+
+    def forward(self, x: Tensor, **context: Any) -> Blend:
+        groups, size, _ = x.shape
+        offsets = torch.arange(groups + 1, dtype=torch.int32) * size
+        return Blend(x.new_full((groups, self.num_experts), 1 / self.num_experts), offsets, groups * size)
+
+
+def soft(dim: int, num_experts: int) -> Router:
+    return SoftRouter(dim, num_experts, slots=1)
+
+
+def single(dim: int, num_experts: int) -> Router:
+    return TopKRouter(dim, num_experts, 1)
+
+
+@pytest.mark.parametrize(("router", "routed"), [(Average, "apart"), (soft, "apart"), (single, "together")])
+def test_a_gate_of_ones_own_that_mixes_tokens_never_lets_an_image_see_its_caption(router: Any, routed: str) -> None:
+    model = make(router=router)
+    assert model.routed == routed
+    image, ids, _ = batch()
+    with torch.no_grad():
+        first = model(image, ids).image
+        assert (first - model(image, (ids + 1) % 64).image).abs().max() < 1e-12
+    if routed == "apart":
+        with pytest.raises(ValueError, match="an image would see its own caption"):
+            make(router=router, routed="together")
+
+
+def test_a_gate_that_does_not_say_that_it_mixes_tokens_is_refused_when_it_does() -> None:
+    image, ids, mask = batch()
+    with pytest.raises(ValueError, match=r"Mixture mixes tokens, .* make the model with routed='apart'"):
+        make(router=Mixture)(image, ids, mask)
+    assert make(router=Mixture, routed="apart")(image, ids, mask).image.shape[0] == len(image)
 
 
 def test_the_losses_are_those_of_the_paper() -> None:

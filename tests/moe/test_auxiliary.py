@@ -28,7 +28,7 @@ def scaled(probs: Tensor, factor: float) -> Tensor:
 @pytest.fixture(autouse=True)
 def losses_of_a_user() -> Iterator[None]:
     module = ModuleType("losses_of_a_user")
-    module.spread, module.scaled = spread, scaled  # type: ignore[attr-defined]
+    module.spread, module.scaled, module.factors = spread, scaled, [1.0]  # type: ignore[attr-defined]
     sys.modules[module.__name__] = module
     yield
     del sys.modules[module.__name__]
@@ -51,6 +51,12 @@ def hierarchical(**options: Any) -> Router:
         (top_k, {"switch": {"weight": 0.1, "selected": "unbiasd"}}, "'switch': selected names 'unbiasd', which is no"),
         (top_k, {"switch": None}, "'switch': expected a number or a table with 'weight', got None"),
         (top_k, {"switch": "much"}, "'switch': expected a number or a table with 'weight', got 'much'"),
+        (
+            top_k,
+            {"losses_of_a_user.factors": 0.1},
+            "'losses_of_a_user.factors': expected a function of tensors, found a",
+        ),
+        (top_k, {spread: 0.1}, "losses: expected names or import paths of functions, got <function spread"),
         (top_k, ["switch"], "losses: expected a table of names and weights, got ['switch']"),
         # There is no such logit, and a loss on noise must not be left out without a word.
         (lambda **o: DSelectKRouter(4, 8, **o), {"z": 0.1}, "auxiliary loss 'z' needs logits"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from zoo.moe import MLP, Capacity, Experts, MoE
+from zoo.moe import MLP, Capacity, Experts, MoE, Router, Routing, record
 from zoo.moe.kernels import ACTIVATIONS, get_activation
 from zoo.moe.routers import TopKRouter
 
@@ -208,3 +208,66 @@ def test_shapes_are_those_of_the_meta_device() -> None:
     y = layer(torch.empty(2, 5, 6, device="meta"))
     assert y.is_meta
     assert y.shape == (2, 5, 6)
+
+
+class Around(nn.Module):
+    """What a library of adapters may put around a module: it has nothing but the module's forward pass."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **told: Any) -> Any:
+        return self.module(*given, **told)
+
+
+def test_router_and_experts_may_be_wrapped_afterwards() -> None:
+    layer, x = MoE(TopKRouter(6, 4, losses={"z": 1.0}), Experts(4, 6, 5)), torch.randn(2, 7, 6)
+    expected, mask = layer(x), torch.rand(2, 7) > 0.5
+    masked = layer(x, mask=mask)
+    layer.router, layer.experts = Around(layer.router), Around(layer.experts)  # type: ignore[assignment]
+    with record(layer) as step:
+        assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x, mask=mask), masked)
+    step.losses()["z"].backward()
+    assert layer.router.module.weight.grad.any()  # type: ignore[operator, union-attr]
+
+
+class Always(Router):
+    """Returns what it was made with, called with the tokens where that is a function."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__(6, 4)
+        self.returned = returned
+
+    def forward(self, x: Tensor, **context: Any) -> Any:
+        return self.returned(x) if callable(self.returned) else self.returned
+
+
+def first_of_each(x: Tensor) -> Routing:
+    """As many tokens as there are sequences, the mistake of a gate that takes [B, S, D] for [T, D]."""
+    return Routing.from_choices(torch.zeros(x.shape[0], 1, dtype=torch.long), x.new_ones(x.shape[0], 1), 4)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (None, TypeError, "Always returned a NoneType, expected a zoo.moe.Routing, Slots or Blend"),
+        (torch.rand(14, 4), TypeError, "Always returned a Tensor, expected a zoo.moe.Routing, Slots or Blend"),
+        (first_of_each, ValueError, "Always decided for 2 tokens, but got [2, 7, 6]; expected 14"),
+    ],
+)
+def test_a_decision_that_is_none_or_for_other_tokens_is_named(returned: Any, error: Any, message: str) -> None:
+    layer = MoE(Always(returned), Experts(4, 6, 5))
+    with pytest.raises(error, match=re.escape(message)):
+        layer(torch.randn(2, 7, 6))
+    if returned is first_of_each:
+        assert layer(torch.randn(14, 6)).shape == (14, 6)
+
+
+def test_an_exported_layer_takes_any_number_of_tokens() -> None:
+    model = nn.Sequential(MoE(TopKRouter(6, 4), Experts(4, 6, 5))).eval()
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=64)}
+    program = torch.export.export(model, (torch.randn(3, 5, 6),), dynamic_shapes={"input": sizes})
+    x = torch.randn(4, 9, 6)
+    torch.testing.assert_close(program.module()(x), model(x))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import zoo.moe
-from zoo.moe import MoE, record
+from zoo.moe import MoE, Router, Routing, record
 from zoo.moe.routers import TopKRouter
 
 LOSSES = {"switch": 0.5, "z": 0.1}
@@ -263,3 +263,29 @@ def test_a_copy_made_meanwhile_is_not_recorded() -> None:
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(twin(x), y)
     assert [len(calls) for calls in step.routings.values()] == [1, 1]
+
+
+class Counting(Router):
+    """A gate of one's own that counts its passes in training."""
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__(dim, num_experts)
+        self.weight = nn.Parameter(torch.randn(num_experts, dim))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor, **context: Any) -> Routing:
+        probs = (x.flatten(0, -2) @ self.weight.T).softmax(-1)
+        if self.training and not zoo.moe.is_recomputation():
+            self.passes += 1
+        weight, expert = probs.topk(2, -1)
+        return Routing.from_choices(expert, weight, self.num_experts)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_gate_of_ones_own_can_tell_a_recomputation(use_reentrant: bool) -> None:
+    layer = MoE(Counting(12, 6), zoo.moe.Experts(6, 12, 8))
+    for _ in range(3):
+        x = torch.randn(5, 12, requires_grad=True)
+        y: Any = checkpoint(layer, x, use_reentrant=use_reentrant)
+        y.sum().backward()
+    assert int(layer.router.passes) == 3  # type: ignore[arg-type]

@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..moe import MoE
 from ..moe.label_losses import IMAGE, TEXT
-from .limoe_gates import limoe_spec, mixes_tokens
+from .limoe_gates import limoe_spec, mixes_tokens, refuse_mixtures
 from .vision_experts import put_experts, undecayed
+from .vision_gates import vision_gate
 from .vision_init import init_module
 from .vision_transformer import CheckedPatchEmbed
 
@@ -89,7 +90,7 @@ class LIMoE(nn.Module):
     looking at it; the same holds of images and texts that are not in pairs.
 
     Raises ValueError for sizes that do not fit, blocks that do not exist, an unknown router, and a gate that mixes
-    tokens of both modalities.
+    tokens of both modalities, one of a user's own when it first does.
     """
 
     def __init__(
@@ -121,7 +122,10 @@ class LIMoE(nn.Module):
     ) -> None:
         super().__init__()
         _check(locals())
-        mixing = mixes_tokens(router)
+        patches = (image_size // patch_size) ** 2
+        spec: Any = limoe_spec(router, num_experts, group_pairs)
+        asked: dict[str, Any] = {"k": k, "capacity": capacity, "losses": losses, "group_images": group_pairs}
+        mixing = mixes_tokens(router, vision_gate(spec, embed_dim, num_experts, tokens=patches, **asked))
         if routed == "together" and mixing:
             raise ValueError("routed='together': this gate mixes tokens, so that an image would see its own caption")
         self.routed = routed or ("apart" if mixing else "together")
@@ -129,7 +133,6 @@ class LIMoE(nn.Module):
         self.vocab_size, self.text_length, self.temperature = vocab_size, text_length, temperature
         self.grad_checkpointing = False
         self.patch_embed = CheckedPatchEmbed(image_size, patch_size, channels, embed_dim)
-        patches = self.patch_embed.num_patches
         self.token_embed = nn.Embedding(vocab_size, embed_dim)
         self.image_positions = nn.Parameter(torch.empty(1, patches, embed_dim))
         self.text_positions = nn.Parameter(torch.empty(1, text_length, embed_dim))
@@ -143,17 +146,17 @@ class LIMoE(nn.Module):
             self,
             moe_layers=moe_layers,
             num_experts=num_experts,
-            k=k,
-            router=limoe_spec(router, num_experts, group_pairs),
-            capacity=capacity,
-            losses=losses,
-            group_images=group_pairs,
+            router=spec,
+            **asked,
             experts=experts,
             shared_init=shared_init,
             dense=dense,
             backend=backend,
             tokens=patches + (text_length if self.routed == "together" else 0),
         )
+        for layer in self.modules():
+            if self.routed == "together" and isinstance(layer, MoE):
+                layer.router.register_forward_hook(refuse_mixtures)
         self.init_weights()
 
     @torch.no_grad()

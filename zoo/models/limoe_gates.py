@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..gates import parse_gate
-from ..moe import Capacity
+from ..moe import Capacity, Decision, Router, Routing
 from ..moe.label_losses import IMAGE, TEXT
 from ..moe.routers import LoryRouter, MEORouter, MoTRouter, SMEARRouter, SoftRouter, TopKRouter
 from .vision_gates import merged
@@ -47,10 +50,26 @@ def limoe_spec(spec: Any, num_experts: int, group_pairs: int | None) -> Any:
     return merged(defaults, spec, {})
 
 
-def mixes_tokens(spec: Any) -> bool:
-    """Whether a gate's experts see mixtures of a group's tokens, as in Soft MoE."""
+def mixes_tokens(spec: Any, make: Callable[[], Router]) -> bool:
+    """Whether a gate's experts see mixtures of a group's tokens, as in Soft MoE; `make` makes the gate that spec means.
+
+    A gate of another's is known to where it says so (`merges`); `refuse_mixtures` finds the others.
+    """
     kind = gate_class(spec)
-    return isinstance(kind, type) and issubclass(kind, MIXING)
+    if not isinstance(kind, type):
+        with torch.device("meta"):
+            gate = make()
+        return gate.merges or isinstance(gate, MIXING)
+    return issubclass(kind, MIXING) or bool(getattr(kind, "merges", False))
+
+
+def refuse_mixtures(router: Router, given: Any, decision: Decision) -> None:
+    """A hook for gates that hear an image and its text as one sequence; raises ValueError where these are mixed."""
+    if not isinstance(decision, Routing):
+        raise ValueError(
+            f"LIMoE: {type(router).__name__} mixes tokens, so that an image would see its own caption; make the model "
+            "with routed='apart'"
+        )
 
 
 def gate_class(spec: Any) -> Any:

@@ -45,7 +45,9 @@ def vision_spec(
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     make, chosen = parse_gate(spec)
-    kind = make.func if isinstance(make, functools.partial) else make
+    kind = make
+    if isinstance(make, functools.partial):
+        kind, chosen = make.func, {**make.keywords, **chosen}
     capacity = None if capacity is None else as_capacity(capacity, multiple_of=CAPACITY.multiple_of)
     asked = {"k": k, "losses": losses, "capacity": capacity, **_groups(group_images)}
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -63,8 +65,8 @@ def vision_spec(
         asked.update(slots=None, tokens=tokens * (group_images or 1), capacity_factor=capacity.factor)
     elif kind is SoftRouter and "tokens" not in chosen:
         defaults["slots"] = 1
-    if "k" not in accepted:
-        asked.pop("k", None)
+    if "k" not in accepted and "k" not in chosen:
+        asked.pop("k", None)  # `gate_factory` finds out whether the gate has one
     return merged(defaults, spec, asked)
 
 
@@ -72,7 +74,7 @@ def vision_gate(
     spec: Any, dim: int, num_experts: int, *, tokens: int, k: int | None = None, **options: Any
 ) -> Callable[[], Router]:
     """A function that makes the gate of one layer; arguments as in `vision_spec`, raises as `gate_factory`."""
-    return gate_factory(vision_spec(spec, num_experts, tokens=tokens, k=k, **options), dim, num_experts)
+    return gate_factory(vision_spec(spec, num_experts, tokens=tokens, k=k, **options), dim, num_experts, k=k)
 
 
 def _groups(images: int | None) -> dict[str, Any]:

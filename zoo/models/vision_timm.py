@@ -124,4 +124,4 @@ def build_from_timm(
     tokens = patches + getattr(model, "num_prefix_tokens", 0)
     options = {"k": k, "capacity": capacity, "losses": losses, "group_images": group_images, "normalize": normalize}
     spec = vision_spec(router, num_experts, tokens=tokens, **options)
-    return upcycle(model, moe_layers, num_experts, spec, backend=backend)
+    return upcycle(model, moe_layers, num_experts, spec, backend=backend, k=k)

@@ -27,6 +27,7 @@ from .quantised import QuantisedExperts
 from .rank_one import RankOneExperts
 from .residual import ResidualExperts
 from .routers import Router
+from .routers.base import is_recomputation
 from .routing import Routing
 from .shortcut import Shortcut, ShortcutMoE
 from .slots import Slots
@@ -84,6 +85,7 @@ __all__ = [
     "ZeroComputationExperts",
     "balance",
     "expert_losses",
+    "is_recomputation",
     "kernels",
     "record",
     "rotary",

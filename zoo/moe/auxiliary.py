@@ -183,6 +183,8 @@ def _split(name: str, term: Term, arguments: dict[str, Any], split: tuple[int, i
 
 def _term(name: str, spec: float | Mapping[str, Any]) -> Term:
     function = LOSSES.get(name) or _imported(name)
+    if not callable(function):
+        raise ValueError(f"auxiliary loss {name!r}: expected a function of tensors, found a {type(function).__name__}")
     options = dict(spec) if isinstance(spec, Mapping) else {"weight": spec}
     try:
         weight = float(options.pop("weight"))
@@ -199,6 +201,8 @@ def _term(name: str, spec: float | Mapping[str, Any]) -> Term:
 
 
 def _imported(path: str) -> Callable[..., Tensor]:
+    if not isinstance(path, str):
+        raise ValueError(f"losses: expected names or import paths of functions, got {path!r}")
     module, _, attribute = path.rpartition(".")
     if module:
         try:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from . import autocast
 from .routing import Routing
@@ -43,7 +44,7 @@ class Blend:
     def apply(self, x: Tensor, experts: nn.Module) -> Tensor:
         """Merge the stacked experts once a group, and run its tokens, of x [T, D], through the result.
 
-        Raises ValueError when a parameter of `experts` is not stacked, [E, ...].
+        Raises ValueError when a parameter of `experts` is not stacked, [E, ...], or lies in parts on processes.
         """
         if self.added is not None:
             x = x + self.added.to(x.dtype)
@@ -62,6 +63,11 @@ class Blend:
         merged = {}
         with autocast.off(self.weight):
             for name, value in experts.named_parameters():
+                if isinstance(value, DTensor) and not isinstance(self.weight, DTensor):
+                    raise ValueError(
+                        f"experts are merged whole, but {name} lies in parts on processes: for `zoo.parallel` the "
+                        "gate's class must say merges = True, and FSDP must shard the layer, not its experts alone"
+                    )
                 if value.dim() < 1 or value.shape[0] != self.num_experts:
                     raise ValueError(
                         f"experts are merged by their stacked weights, but {name} of {type(experts).__name__} has "

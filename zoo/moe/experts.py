@@ -72,7 +72,8 @@ class Experts(nn.Module):
     `weigh_input` multiplies what an expert reads by the combine weight, instead of what it gives: f_e(g_e x), Llama 4.
 
     With `parallel` set, to an `ExpertParallel`, the parameters hold that process's part of the experts (`keep_own`);
-    gradient_scale multiplies the gradients of parameters.
+    gradient_scale multiplies the gradients of parameters. A subclass that computes something else overrides
+    `compute_with`, which gets the weights as they are held here, and not `forward`.
 
     Raises ValueError on an unknown activation, a size below one, a dropout outside [0, 1), or one with weigh_input.
     """

@@ -33,12 +33,15 @@ class Recorded(nn.Module):
 
     def _decide(self, x: Tensor, context: dict[str, Any]) -> Decision:
         """The gate's decision on tokens x [..., D]."""
-        _check(type(self).__name__, x, self.router.dim, context.get("mask"))
+        # What wraps a router, such as peft's adapters of a parameter, need not say its width.
+        _check(type(self).__name__, x, getattr(self.router, "dim", x.shape[-1]), context.get("mask"))
         if (parallel := self._parallel()) is not None:
             context["parallel"] = parallel  # a loss may ask how far away experts are
-        routing = self.router(x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1]), **context)
-        self._keep(routing)
-        return routing
+        tokens = x.flatten(1, -2) if x.dim() > 2 else x.reshape(-1, x.shape[-1])
+        decision = self.router(tokens, **context)
+        _check_decision(self.router, decision, tokens)
+        self._keep(decision)
+        return decision
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made while `record` runs is no part of what is recorded.
@@ -81,7 +84,8 @@ class MoE(Recorded):
     def forward(self, x: Tensor, **context: Any) -> Tensor:
         """Apply to tokens x [..., D]; keywords go to the router (see `Router`).
 
-        Raises ValueError for tokens of another width, and for a mask that is not one a token.
+        Raises ValueError for tokens of another width, for a mask that is not one a token, and where the router did not
+        decide for every token; TypeError where it returned no decision.
         """
         parallel = self._parallel()
         routing = self._decide(x, context)
@@ -117,6 +121,20 @@ def _check(layer: str, x: Tensor, dim: int, mask: Tensor | None) -> None:
     apart = len(tokens) > 1 and mask.dim() > 1 and mask.shape[0] != tokens[0]
     if mask.numel() != tokens.numel() or apart:
         raise ValueError(f"{layer}: expected a mask {list(tokens)}, one a token, got {list(mask.shape)}")
+
+
+def _check_decision(router: nn.Module, decision: Decision, x: Tensor) -> None:
+    kind = type(router).__name__
+    if not hasattr(decision, "apply"):
+        raise TypeError(f"{kind} returned a {type(decision).__name__}, expected a zoo.moe.Routing, Slots or Blend")
+    if torch.compiler.is_compiling():
+        return  # the number of tokens is to stay open
+    tokens = x.shape[:-1].numel()
+    if (found := getattr(decision, "num_tokens", tokens)) != tokens:
+        raise ValueError(
+            f"{kind} decided for {found} tokens, but got {list(x.shape)}; expected {tokens}, those of a sequence after "
+            "those of the one before"
+        )
 
 
 class _Calls:

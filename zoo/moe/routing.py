@@ -72,7 +72,11 @@ class Routing:
         probs: Tensor | None = None,
         asked: Tensor | int | None = None,
     ) -> Routing:
-        """Build from each token's choices: expert [T, K] int64, weight [T, K], keep [T, K] bool or None."""
+        """Build from each token's choices: expert [T, K] int64, weight [T, K], keep [T, K] bool or None.
+
+        asked is K for every token where it is not given, so that what keep leaves out counts as dropped; a gate that
+        leaves out padding says asked [T], 0 there.
+        """
         choices = sort_choices(expert, weight, num_experts, keep)
         return cls(
             token_index=choices.token_index,

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import MoE
+from ..moe import Experts, MoE
 from ..moe.grown import joined_state
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
+from .gate_probe import decides_alike
 
 if TYPE_CHECKING:
     from .sparse_rows import SparseBlock
@@ -145,18 +146,28 @@ def check_router(name: str, router: Any, family: Family | SparseBlock, config: A
     """
     if not isinstance(router, TopKRouter):
         raise ValueError(f"{name}: {type(router).__name__} cannot be expressed in the {family.prefix} layout")
-    published = TopKRouter(router.dim, router.num_experts, **family.router(config))
+    with torch.device("meta"):
+        published = TopKRouter(router.dim, router.num_experts, **family.router(config))
     if published.group_score == "top2_sum" and (per_group := router.num_experts // published.num_groups) < 2:
         raise ValueError(
             f"{name}: in the {family.prefix} layout transformers adds up the two best experts of each group, and here "
             f"a group has {per_group}; keep the state_dict, or make the model dense (zoo.to_dense)"
         )
+    check_same(name, router, published, f"the {family.prefix} layout")
+
+
+def check_same(name: str, router: TopKRouter, published: TopKRouter, layout: str) -> None:
+    """Raise ValueError unless, in evaluation and without capacity, `router` decides as the gate that a layout means."""
     for (option, found), expected in zip(_decision(router).items(), _decision(published).values()):
         if found != expected:
             raise ValueError(
-                f"{name}: {option}={found!r} cannot be expressed in the {family.prefix} layout; its configuration "
-                f"means {expected!r}"
+                f"{name}: {option}={found!r} cannot be expressed in {layout}; its configuration means {expected!r}"
             )
+    if not decides_alike(router, published):
+        raise ValueError(
+            f"{name}: {type(router).__name__} cannot be expressed in {layout}, by which tokens meet other experts, or "
+            "with other weights; keep the state_dict"
+        )
 
 
 def _decision(router: TopKRouter) -> dict[str, Any]:
@@ -167,12 +178,27 @@ def _decision(router: TopKRouter) -> dict[str, Any]:
         "k": router.k,
         "score": "softmax" if after else router.score,
         "normalize": router.normalize or after,
+        "normalize_logits": router.normalize_logits,
         "scale": router.scale,
         "selection_bias": router.selection_bias is not None,
         "groups": groups,
         "unit_weights": router.unit_weights,
         "level": getattr(router, "level", "token"),  # one decision a token, or a sentence
     }
+
+
+def check_experts(name: str, experts: Any, family: Family, config: Any) -> None:
+    """Raise ValueError unless transformers, reading `config`, would compute what the experts of a layer do."""
+    layout = f"cannot be expressed in the {family.prefix} layout"
+    if isinstance(experts, Experts):
+        for method in ("forward", "compute", "compute_with"):
+            if getattr(type(experts), method) is not getattr(Experts, method):
+                raise ValueError(f"{name}: the {method} of {type(experts).__name__} {layout}; keep the state_dict")
+        if experts.weigh_input:
+            raise ValueError(f"{name}: weigh_input=True {layout}; keep the state_dict")
+    for option, means in {"activation": activation_of(config), "hidden_dim": getattr(config, family.hidden)}.items():
+        if (found := getattr(experts, option, means)) != means:
+            raise ValueError(f"{name}: {option}={found!r} {layout}; its configuration means {means!r}")
 
 
 ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu", "gelu_pytorch_tanh": "geglu_tanh", "relu": "reglu"}

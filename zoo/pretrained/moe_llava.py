@@ -277,10 +277,14 @@ def _said(moes: list[MoE]) -> dict[str, Any]:
     """The authors' table "moe" for gates like these; raises ValueError where it cannot say them."""
     router: Any = moes[0].router
     k = router.k if isinstance(router, TopKRouter) else None
-    two = isinstance(router, GShardRouter) and router.renormalize == "after"
+    two = type(router) is GShardRouter and router.renormalize == "after"
     one = type(router) is TopKRouter and k == 1 and not router.normalize
     same = {(type(m.router), getattr(m.router, "k", None), getattr(m.router, "capacity", None)) for m in moes}
-    if not (two or one) or len(same) > 1 or router.bias is not None or router.scale != 1.0:
+    plain = two or one
+    if plain:
+        options = (router.bias, router.scale, router.score, router.normalize_logits, router.selection_bias)
+        plain = options == (None, 1.0, "softmax", None, None) and router.num_groups == 1
+    if not plain or len(same) > 1:
         raise ValueError(
             f"save_pretrained: MoE-LLaVA's layout means DeepSpeed's gate of one or two experts in every sparse layer "
             f"(zoo.pretrained.moe_llava.deepspeed_gate), and has no place for {type(router).__name__} with k={k}"

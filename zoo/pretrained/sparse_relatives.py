@@ -16,7 +16,7 @@ from ..moe.grown import joined_state
 from ..moe.residual import folded_state
 from . import adopt, few_bits
 from .decoders import DecoderAttention, DecoderDepth
-from .language import RELATIVES, TABLES, check_router
+from .language import RELATIVES, TABLES, check_experts, check_router
 
 OWN = ("model_type", "architectures", "transformers_version", "layer_types", "max_window_layers")
 
@@ -58,7 +58,9 @@ def published_config(model: Any) -> Any:
     if reshaped:  # layers may differ from each other
         check_tensors(model, config, label)
     for name, layer in layers.items():
-        check_router(f"{name}.router", layer.router, adopt.family_of(config.model_type), config)
+        family = adopt.family_of(config.model_type)
+        check_router(f"{name}.router", layer.router, family, config)
+        check_experts(f"{name}.experts", layer.experts, family, config)
     return config
 
 

@@ -15,6 +15,7 @@ from ..moe import Capacity, Experts, MoE
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from . import adopt, image_text, shards
+from .language import check_same
 from .peek import peek
 from .staging import staged
 from .stand_in import stand_in
@@ -125,8 +126,14 @@ def save(
     """
     image_text.check_reshaped(model, put_layers)
     for name, layer in model.named_modules():
-        if isinstance(layer, MoE) and not (isinstance(layer.router, TopKRouter) and layer.router.k == 1):
-            raise ValueError(f"{name}.router: {type(layer.router).__name__} cannot be expressed in {MODEL_TYPE}")
+        if not isinstance(layer, MoE):
+            continue
+        router: Any = layer.router
+        if not isinstance(router, TopKRouter):
+            raise ValueError(f"{name}.router: {type(router).__name__} cannot be expressed in {MODEL_TYPE}")
+        with torch.device("meta"):
+            means = TopKRouter(router.dim, router.num_experts, 1, bias=model.config.router_bias)
+        check_same(f"{name}.router", router, means, MODEL_TYPE)
     limit = shards.bytes_of(max_shard_size)
     state = dict(tensors_of_transformers(model.state_dict() if state_dict is None else state_dict))
     with staged(folder, overwrite) as staging:

@@ -60,6 +60,19 @@ def test_no_gate_is_missing() -> None:
 
 @every_gate
 @pytest.mark.parametrize("training", [True, False])
+def test_probabilities_are_a_distribution(gate: Gate, training: bool) -> None:
+    moe = layer(gate, torch.float64).train(training)
+    x, cluster = tokens(dtype=torch.float64)
+    with record(moe) as step:
+        run(moe, 3 * x, **gate.context(x, cluster))
+    probs = getattr(step.routings[""][0], "probs", None)
+    if probs is not None:
+        assert probs.min() >= 0
+        torch.testing.assert_close(probs.sum(-1), torch.ones(len(probs), dtype=probs.dtype), rtol=0, atol=1e-6)
+
+
+@every_gate
+@pytest.mark.parametrize("training", [True, False])
 def test_masked_tokens_are_nowhere(gate: Gate, training: bool) -> None:
     moe = layer(gate, torch.float64).train(training)
     x, cluster = tokens(dtype=torch.float64)

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from zoo.moe import Blend, Experts, MoE, record, telemetry
 from zoo.moe.routers import LoryRouter, MEORouter, SMEARRouter
@@ -234,6 +237,17 @@ def test_autocast_merges_in_full_and_computes_low() -> None:
         y = moe(x)
     assert y.dtype == torch.bfloat16
     assert (y.float() - moe(x)).norm() < 0.03 * moe(x).norm()
+
+
+def test_experts_in_parts_are_refused(tmp_path: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        layer = MoE(SMEARRouter(8, 4), Experts(4, 8, 6))
+        fully_shard(layer.experts, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"gate_up_proj lies in parts on processes: .* merges = True"):
+            layer(torch.randn(2, 3, 8))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_experts_that_are_not_stacked_are_refused() -> None:

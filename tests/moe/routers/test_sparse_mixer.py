@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.moe import telemetry
 from zoo.moe.routers import SparseMixerRouter
 
 
@@ -50,6 +51,22 @@ def test_an_expert_is_drawn_as_often_as_its_probability() -> None:
     expected = torch.tensor([1.0, 0.5, 0.0, float("-inf")]).softmax(0)
     assert (routing.counts / 20000 - expected).abs().max() < 5 * (0.25 / 20000) ** 0.5
     assert routing.counts[3] == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_losses_and_telemetry_get_the_softmax_of_all_experts(training: bool) -> None:
+    """GRIN's balance loss, E sum_e f_e P_e, in a loop (transformers' auxiliary loss takes the same softmax)."""
+    logits = (3 * torch.randn(17, 6, dtype=torch.float64)).requires_grad_()
+    router = SparseMixerRouter(3, 6, threshold=0.3, losses={"switch": 0.7}, eval_losses=True).train(training)
+    routing = router.route(logits)
+    probs = torch.stack([row.exp() / row.exp().sum() for row in logits.unbind()])
+    torch.testing.assert_close(routing.probs, probs)
+    share = routing.counts.double() / routing.counts.sum()
+    expected = 0.7 * 6 * sum(share[e] * probs[:, e].mean() for e in range(6))
+    torch.testing.assert_close(routing.losses["switch"], expected)
+    grads = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (routing.losses["switch"], expected)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(telemetry.entropy(routing), -(probs * probs.log()).sum(-1).mean().float())
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,9 @@ class Router(nn.Module, ABC):
     do not count in any loss), token_ids, causal (True where a token must not depend on later ones), and what single
     routers name, such as domain or task. A router ignores what it does not use.
 
+    State that a forward pass in training moves, such as counts in a buffer, should stay where it is when
+    `zoo.moe.is_recomputation()` says so: activation checkpointing runs the pass a second time.
+
     merges says that a decision averages experts into one (`Blend`), so that processes cannot share them out;
     unit_weights that every expert a token meets counts with weight one; label names the keyword of the context by which
     a gate goes instead of by x, a whole number below num_labels.

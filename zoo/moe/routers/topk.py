@@ -208,7 +208,8 @@ class TopKRouter(Router):
         asked = expert if keep is None else expert.where(keep, self.num_experts)
         asked_for = self.k if keep is None else keep.sum(-1)
         self._count_load(asked)
-        probs = scores if self.score == "softmax" and noisy is logits else self._probs(logits)
+        plain = self.score == "softmax" and noisy is logits and type(self)._scores is TopKRouter._scores
+        probs = scores if plain else self._probs(logits)
         losses = {}
         if self.losses.terms and (self.training or self.eval_losses):
             sources = choice_sources(
