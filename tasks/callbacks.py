@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 class ExactResume(Callback):
@@ -178,6 +179,29 @@ class Before(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save."""
         self.saver.on_train_end(trainer, pl_module)
+
+
+class Begun(Callback):
+    """Tells whether a batch has begun, which a resumed run's counters do not."""
+
+    def __init__(self) -> None:
+        self.yes = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """It has."""
+        self.yes = True
+
+    def on_validation_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        """It has, unless training is still to come."""
+        self.yes = self.yes or trainer.state.fn != TrainerFn.FITTING
+
+    def on_test_batch_start(self, *args: Any) -> None:
+        """It has."""
+        self.yes = True
+
+    def on_predict_batch_start(self, *args: Any) -> None:
+        """It has."""
+        self.yes = True
 
 
 def random_state() -> dict[str, Any]:

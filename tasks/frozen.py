@@ -12,7 +12,11 @@ from zoo.convert.adapting import adapter_state
 from zoo.moe import QuantisedExperts
 
 FINGERPRINT = "frozen_weights"
-EXACT = {"adapt", "compose_adapters", "quantise"}  # conversions that make the same frozen weights of the same files, every time
+EXACT = {
+    "adapt",
+    "compose_adapters",
+    "quantise",
+}  # conversions that make the same frozen weights of the same files, every time
 # Overrides that draw no weights.
 PLAIN = {"attn_implementation", "backend", "base", "capacity", "device", "dtype", "quantise", "revision"}
 

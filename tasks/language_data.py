@@ -141,8 +141,8 @@ class LanguageData(LightningDataModule):
         return {"tokenizer": self.tokenizer.fingerprint, "sources": self.names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError when the checkpoint was trained with another tokenizer."""
-        if state_dict.get("sources", self.names) != self.names:
+        """Raise ValueError when the checkpoint was trained with another tokenizer, or sources had other numbers."""
+        if self.names and state_dict.get("sources", self.names) not in (self.names, []):
             raise ValueError(
                 f"the checkpoint was trained on the sources {state_dict['sources']}, in this order, got {self.names}"
             )

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from tasks.callbacks import Before, SaveLast
+from tasks.callbacks import Before, Begun, SaveLast
 from tasks.cli import TASKS
 from tasks.folders import check_writable
 from zoo.nearest import unknown
@@ -79,6 +79,9 @@ def quiet() -> None:
 
 
 MISTAKES = (ValueError, OSError, ImportError, AssertionError, MisconfigurationException)  # timm asserts
+
+
+OF_ANOTHER, LONG = "Error(s) in loading state_dict", 400  # torch names every tensor
 
 
 @contextmanager
@@ -234,9 +237,20 @@ class TaskCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; what is wrong with data or options and shows before the first batch is one line, not a traceback."""
-        loop = self.trainer.fit_loop.epoch_loop if subcommand == "fit" else getattr(self.trainer, f"{subcommand}_loop")
-        with _one_line(*MISTAKES, unless=lambda: loop.batch_progress.total.ready > 0):
-            super()._run_subcommand(subcommand)
+        begun = next(callback for callback in self._callbacks() if isinstance(callback, Begun))
+        with _one_line(*MISTAKES, unless=lambda: begun.yes):
+            try:
+                super()._run_subcommand(subcommand)
+            except RuntimeError as error:
+                told = " ".join(str(error).split())
+                if begun.yes or not told.startswith(OF_ANOTHER):
+                    raise
+                told = told if len(told) < LONG else f"{told[:LONG]}..."
+                raise ValueError(f"the checkpoint is of another model: {told}") from error
+
+    def _callbacks(self) -> list[Callback]:
+        trainer: Any = self.trainer
+        return trainer.callbacks
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
@@ -284,7 +298,7 @@ class TaskCLI(LightningCLI):
             kwargs["enable_checkpointing"] = any(isinstance(c, ModelCheckpoint) for c in callbacks)
         if fitting and kwargs.get("logger", config.get("logger")):
             callbacks += [LearningRateMonitor("step")]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        return super().instantiate_trainer(callbacks=[*callbacks, Begun()], **kwargs)
 
     def after_predict(self) -> None:
         """Show what was predicted."""

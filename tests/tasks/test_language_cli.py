@@ -104,6 +104,16 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
     assert torch.load(tmp_path / "language" / "version_1" / "checkpoints" / "last.ckpt")["global_step"] == 5
     assert torch.load(checkpoint)["global_step"] == 3
 
+    capsys.readouterr()
+    for subcommand in ("fit", "validate"):  # the counters that it restores are no sign of a batch
+        other = ["--model.overrides.num_hidden_layers=5", "--ckpt_path", checkpoint]
+        assert cli(subcommand, config, *options, *other) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert (
+            "the checkpoint is of another model: Error(s) in loading state_dict for LanguageTask: Missing key" in line
+        )
+        assert len(line) < 600
+
 
 def test_a_run_with_lightnings_average_goes_on_with_its_own_weights(text, tmp_path):
     average = ["--trainer.callbacks=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
