@@ -142,8 +142,8 @@ def test_a_broken_index_is_named(broken, content):
 
 
 def test_quantised_checkpoints_are_refused_by_name(broken):
-    edit(broken / "config.json", lambda c: c.update(quantization_config={"quant_method": "gptq"}))
-    raises(broken, ValueError, broken / "config.json", "quant_method='gptq'", "fp8 or mxfp4")
+    edit(broken / "config.json", lambda c: c.update(quantization_config={"quant_method": "hqq"}))
+    raises(broken, ValueError, broken / "config.json", "quant_method='hqq'", "fp8, mxfp4, compressed-tensors")
     edit(broken / "config.json", lambda c: c.pop("quantization_config"))
     path = change_shard(broken, KEY, lambda held: held.update({KEY: held[KEY].to(torch.float8_e4m3fn)}))
     raises(broken, ValueError, path, KEY, "F8_E4M3")

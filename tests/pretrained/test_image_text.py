@@ -364,8 +364,8 @@ def test_what_is_wrong_with_a_checkpoint_is_named(broken):
     (broken / "model.safetensors").unlink()
     raises(broken, FileNotFoundError, "no weights")
     config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "awq"}}))
-    raises(broken, ValueError, "quant_method='awq'")
+    (broken / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "hqq"}}))
+    raises(broken, ValueError, "quant_method='hqq'")
     (broken / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_vl_mo"}))
     raises(broken, ValueError, "vision-language family", "'qwen3_vl_mo'; did you mean qwen3_vl")
 

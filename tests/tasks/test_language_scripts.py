@@ -19,7 +19,11 @@ def run(monkeypatch, name, *args):
 @pytest.mark.parametrize(
     ("name", "args", "told"),
     [
-        ("generate.py", ["model", "x", "--tokens", 0], "max_new_tokens must be at least 1, got 0"),
+        (
+            "generate.py",
+            ["model", "x", "--tokens", 0],
+            "argument --tokens: expected a whole number of at least 1, got '0'",
+        ),
         ("generate.py", ["model", "x", "--temperature", -1], "temperature must be at least 0, got -1.0"),
         ("generate.py", ["nowhere", "x"], "nowhere: no such folder"),
         ("generate.py", ["empty", "x"], "empty/config.json: no such file"),

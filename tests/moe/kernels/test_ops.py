@@ -231,7 +231,8 @@ def test_on_a_gpu_a_layer_is_one_graph_of_our_operators(monkeypatch):
     pytest.importorskip("triton")
     torch._dynamo.reset()
     cuda, seen = torch.cuda, []
-    for name, value in {"_lazy_init": None, "device_count": 1, "current_device": 0}.items():
+    # Said to be away, lest its random state be asked for; Lightning makes torch believe the number of devices.
+    for name, value in {"_lazy_init": None, "device_count": 1, "current_device": 0, "is_available": False}.items():
         monkeypatch.setattr(cuda, name, lambda value=value: value)
     monkeypatch.setattr(cuda, "_get_device_properties", lambda *device: SimpleNamespace(major=9, minor=0), False)
 
