@@ -174,8 +174,7 @@ class Step:
         judged: dict[type, tuple[Router, list[Decision]]] = {}
         for layer, calls in self.routings.items():
             router = self._layers[layer].router
-            together = getattr(router, "together", None)  # a wrapper's is the router's inside it
-            joint = router.training and getattr(together, "__func__", None) is not Router.together
+            joint = router.training and getattr(type(router), "together", None) not in (None, Router.together)
             if joint and calls:
                 judged.setdefault(type(router), (router, []))[1].extend(calls)
             for routing in calls:
