@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint setup pins
 
 demo: $(READY)  ## train the demonstration models and write runs/demo/report.html
-	$(BIN)/zoo demo
+	$(BIN)/zoo demo $(DEMO)
 
 test: $(READY)  ## the whole test suite
 	@# In their own order: those with few tests, which take longest, would come last otherwise.

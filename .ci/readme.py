@@ -1,6 +1,7 @@
 """Run what the READMEs tell a user to run: each line of their ```bash blocks, and each ```python block.
 
-`make test` is left to the caller, who has just run it. Stops at the first failure.
+`make test` is left to the caller, who has just run it; `make demo` trains for a third of its time. Stops at the first
+failure.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> None:
     lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
     commands = [command for line in lines if (command := line.split("#")[0].strip()) and command != "make test"]
     for command in (command for command in commands if command.startswith("make ")):
-        run(command, ["bash", "-ec", command])
+        run(command, ["bash", "-ec", command], DEMO="--seconds 20")
     others = [command for command in commands if not command.startswith("make ")]
     # Those that train write to one folder, and read what another wrote.
     training = [command for command in others if " fit " in command or "runs/" in command]
