@@ -314,5 +314,6 @@ def test_task_mutual_information_by_loop() -> None:
     mean = sum(given) / 3
     expected = -sum((p / 3 * (p / mean).log()).sum() for p in given)
     found = balance.task_mutual_information(probs, task, 4, mask)  # nobody has task 3
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, probs)[0] for loss in (found, expected)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(loss, probs)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
