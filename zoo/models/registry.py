@@ -32,6 +32,8 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
 
     Under `torch.device("meta")` nothing is allocated. Raises ValueError naming the nearest models for an unknown name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model: expected a name such as 'language/mixtral_tiny', got {name!r}")
     domain, _, model = name.partition("/")
     if domain not in DOMAINS:
         raise unknown("model", name, list_models())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .assignment import balanced_assignment
-from .base import orthogonal_
+from .base import orthogonal_, take_fixed
 from .topk import TopKRouter
 
 
@@ -29,6 +29,7 @@ class BASERouter(TopKRouter):
     def __init__(
         self, dim: int, num_experts: int, *, tolerance: float = 2e-3, rounds: int = 64, **options: Any
     ) -> None:
+        take_fixed(self, options, k=1)
         super().__init__(dim, num_experts, 1, **{"score": "sigmoid", **options})
         self.tolerance, self.rounds = tolerance, rounds
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
+from .context import missing
 from .dense import to_all
 from .linear import LinearRouter
 
@@ -66,9 +67,7 @@ class MoR1ERouter(LinearRouter):
     def _near(self, intuition: Any, logits: Tensor) -> Tensor:
         """Intuition of each token, [T, E]."""
         if intuition is None:
-            raise ValueError(
-                f"{type(self).__name__} needs intuition in the context: call the layer as moe(x, intuition=...)"
-            )
+            raise missing(type(self).__name__, "intuition")
         near = torch.as_tensor(intuition, device=logits.device).to(logits.dtype)
         flat, number = logits.reshape(-1, self.num_experts), near.shape[0] if near.dim() else 0
         if near.shape in (logits.shape[-1:], flat.shape):

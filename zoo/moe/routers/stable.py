@@ -12,7 +12,7 @@ from .. import autocast, gate_losses
 from ..capacity import Capacity
 from ..routing import Routing
 from ..schedule import Scheduled
-from .base import orthogonal_
+from .base import orthogonal_, take_fixed
 from .context import per_token
 from .topk import TopKRouter
 
@@ -55,6 +55,7 @@ class StableMoERouter(Scheduled, TopKRouter):
                 f"StableMoERouter: expected vocab_size and routing_dim of at least 1 and switch_step of at least 0, "
                 f"got {vocab_size}, {routing_dim} and {switch_step}"
             )
+        take_fixed(self, options, k=1)
         super().__init__(dim, num_experts, 1, **{"score": "sigmoid", "capacity": capacity, **options})
         self.switch_step, self.balance_weight, self.distill_weight = switch_step, balance_weight, distill_weight
         self.embedding = nn.Parameter(torch.empty(vocab_size, routing_dim))
