@@ -154,6 +154,29 @@ def test_groups_are_judged_apart_and_averaged() -> None:
     close(router.route(logits).losses["sequence"], 0.5 * sum(parts) / 3)
 
 
+@pytest.mark.parametrize("options", [{"selection_bias": True}, {"num_groups": 4, "group_topk": 1}])
+def test_the_sequence_loss_counts_the_best_scores_whatever_is_chosen(options: dict[str, Any]) -> None:
+    """DeepSeek-V3, eq. 18: f counts the K largest s, without bias and groups."""
+    logits = torch.randn(3, 7, 8, dtype=torch.float64)
+    table: dict[str, Any] = {"sequence": 1.0, "load_balance": {"weight": 1.0, "scope": "sequence"}}
+    router = TopKRouter(4, 8, 2, score="sigmoid", losses=table, **options)
+    if router.selection_bias is not None:
+        router.selection_bias.copy_(torch.randn(8))
+    routing = router.route(logits)
+    chosen = (routing.dense() != 0).double().view(3, 7, 8)
+    best, asked = 0.0, 0.0
+    for row, taken in zip(logits, chosen):
+        scores = row.sigmoid() / row.sigmoid().sum(-1, keepdim=True)
+        best += float((8 / 14 * one_hot(row.topk(2).indices, 8).sum(0) * scores.mean(0)).sum()) / 3
+        asked += float((8 / 14 * taken.sum(0) * scores.mean(0)).sum()) / 3
+    assert best != pytest.approx(asked)
+    close(routing.losses["sequence"], best)
+    close(routing.losses["load_balance"], asked)
+    told = TopKRouter(4, 8, 2, score="sigmoid", losses={"sequence": {"weight": 1.0, "selected": "selected"}}, **options)
+    told.load_state_dict(router.state_dict())
+    close(told.route(logits).losses["sequence"], asked)
+
+
 @pytest.mark.parametrize("size", [4, 5, 21, 40])
 def test_a_short_last_group_counts_its_own_tokens_only(size: int) -> None:
     logits = torch.randn(21, 8, dtype=torch.float64)

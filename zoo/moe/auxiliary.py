@@ -75,9 +75,9 @@ class AuxiliaryLosses:
 
     `name` is one of LOSSES, or the import path of a function of the same kind: it is called with the tensors it names
     among its parameters (see `zoo.moe.balance`) and the options given. An option may name another tensor to stand in:
-    {"sequence": {"weight": 1e-4, "selected": "unbiased"}} counts the best scores instead of what bias and groups made
-    of them, as Megatron does; {"probs": "noisy_probs"} is V-MoE's gshard. scope is "batch" (default), "sequence"
-    (default of the losses BY_SEQUENCE) or "group" (the router's groups).
+    {"switch": {"weight": 1e-4, "selected": "unbiased"}} counts the best scores instead of what bias and groups made of
+    them, as Megatron does, and by default "sequence", which is DeepSeek-V3's; {"probs": "noisy_probs"} is V-MoE's
+    gshard. scope is "batch" (default), "sequence" (default of the losses BY_SEQUENCE) or "group" (the router's groups).
 
     Raises ValueError naming an unknown loss, scope or option.
     """

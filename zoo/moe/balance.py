@@ -56,7 +56,8 @@ def load_balance(
     """E * sum_e f_e P_e with P_e the mean probability of expert e and f_e its share of the choices.
 
     `normalization="assignments"` divides the counts by all choices, so that f sums to 1: Switch (2101.03961, eq. 4),
-    Megatron, MegaBlocks, DeepSeekMoE (2401.06066, eq. 12) and, a sequence a group, DeepSeek-V3 (2412.19437, eq. 17).
+    Megatron, MegaBlocks, DeepSeekMoE (2401.06066, eq. 12) and, a sequence a group and with the best scores as
+    `selected`, DeepSeek-V3 (2412.19437, eq. 17).
     "tokens" divides by the number of tokens, so that f sums to k: transformers, flaxformer. `global_batch` sums the
     counts over all processes (2501.11873), probabilities stay local: the mean of the gradients over the processes, as
     data parallelism takes it, is that of one process with all tokens, however they are spread.

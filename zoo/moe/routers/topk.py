@@ -95,6 +95,9 @@ class TopKRouter(Router):
         self.group_size, self.group_sequences = group_size, group_sequences
         self.bias_update_rate = bias_update_rate
         self.losses, self.eval_losses = AuxiliaryLosses(losses), eval_losses
+        if (selection_bias or num_groups > 1) and "sequence" in self.losses.terms:
+            # DeepSeek-V3 (2412.19437, eq. 18): the best scores count, not what bias and groups made of them.
+            self.losses.terms["sequence"].options.setdefault("selected", "unbiased")
         self._check()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
