@@ -95,7 +95,8 @@ class TopKRouter(Router):
         self.group_size, self.group_sequences = group_size, group_sequences
         self.bias_update_rate = bias_update_rate
         self.losses, self.eval_losses = AuxiliaryLosses(losses), eval_losses
-        if (selection_bias or num_groups > 1) and "sequence" in self.losses.terms:
+        among_all = type(self)._choose is TopKRouter._choose
+        if "sequence" in self.losses.terms and among_all and (selection_bias or num_groups > 1):
             # DeepSeek-V3 (2412.19437, eq. 18): the best scores count, not what bias and groups made of them.
             self.losses.terms["sequence"].options.setdefault("selected", "unbiased")
         self._check()
