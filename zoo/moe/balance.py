@@ -16,16 +16,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .gate_losses import (
+    conditional_budget,
+    diverse_and_simple,
+    stable_balance,
+    stable_distill,
+    top_any_cost,
+    top_any_load,
+)
 from .label_losses import global_entropy, local_entropy, localized_balance, task_mutual_information
 from .masked import cv_squared, surprise, token_count, token_sum, world_size
+from .topology import topology
 
 __all__ = [
     "all_reduce",
     "communication",
+    "conditional_budget",
     "consistency",
     "device_level",
+    "diverse_and_simple",
     "global_entropy",
     "gshard",
+    "hierarchical_load",
     "importance",
     "importance_probs",
     "load",
@@ -38,7 +50,12 @@ __all__ = [
     "relu_l1",
     "selector_entropy",
     "selector_reach",
+    "stable_balance",
+    "stable_distill",
     "task_mutual_information",
+    "top_any_cost",
+    "top_any_load",
+    "topology",
     "update_biases",
     "updated_bias",
     "win_probability",
@@ -119,6 +136,34 @@ def win_probability(logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: 
     top = noisy_logits.topk(k + 1, dim=-1).values
     threshold = torch.where(noisy_logits > top[..., k:], top[..., k:], top[..., k - 1 : k])
     return torch.special.ndtr((logits - threshold) / noise_std)
+
+
+def hierarchical_load(
+    level_logits: tuple[Tensor, Tensor],
+    level_noisy: tuple[Tensor, Tensor],
+    level_std: tuple[Tensor, Tensor] | None,
+    level_k: tuple[int, int],
+    entered: Tensor,
+    selected: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """CV^2 of Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (Shazeer 1701.06538, appendix B).
+
+    Tuples hold the level of the groups [T, G] and that inside them [T, G, M]; entered [T, G] is where a token went into
+    a group, X^(i) those that went into group i. Without noise the loads are the counts `selected` [T, E].
+    """
+    if level_std is None:
+        return importance(selected, mask)
+    wins = [
+        win_probability(*level) if level[3] < level[0].shape[-1] else torch.ones_like(level[0])
+        for level in zip(level_logits, level_noisy, level_std, level_k)
+    ]
+    if mask is not None:
+        entered = entered * mask.unsqueeze(-1)
+        wins[0] = wins[0].where(mask.unsqueeze(-1), 0)
+    inside = (wins[1] * entered.unsqueeze(-1)).sum(0)
+    product = wins[0].sum(0).unsqueeze(-1) * inside / entered.sum(0).clamp(min=1).unsqueeze(-1)
+    return importance(product.flatten()[None])
 
 
 def load_vmoe(
