@@ -208,6 +208,32 @@ def test_masked_tokens_do_not_count_whatever_they_hold() -> None:
         close(function(*spoilt, mask), float(function(*real, None)))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_choices_may_be_said_in_any_type(dtype: torch.dtype, masked: bool) -> None:
+    logits, probs, selected = draw()
+    mask = torch.rand(23) > 0.4 if masked else None
+    real = selected[mask] if masked else selected
+    share, mean = real.sum(0) / real.sum(), (probs[mask] if masked else probs).mean(0)
+    counts = real.sum(0)
+    close(balance.load_balance(probs, selected.to(dtype), mask), float(6 * (share * mean).sum()))
+    close(
+        balance.load(logits, logits, None, 2, selected.to(dtype), mask),
+        float(counts.var(correction=0)) / float(counts.mean()) ** 2,
+    )
+    f = real.mean(0)
+    f = torch.cat([f[:3], f[3:].mean().expand(3)])
+    close(balance.null_load(probs, selected.to(dtype), 3, mask), float(6 * (f * mean).sum()))
+    for function in (
+        lambda s: balance.device_level(probs, s, 2, mask),
+        lambda s: balance.communication(probs, s, 2, None, mask),
+        lambda s: balance.relu_l1(logits.relu(), s, 2, mask),
+        lambda s: balance.stable_balance(logits, s, mask),
+        lambda s: balance.topology(probs, s, [1, 2, 4], mask, processes=2),
+    ):
+        torch.testing.assert_close(function(selected.to(dtype)), function(selected.double()), rtol=1e-12, atol=0)
+
+
 def test_gradients_are_those_of_finite_differences() -> None:
     logits, _, selected = draw(tokens=7, num_experts=4)
     logits.requires_grad_()

@@ -6,7 +6,7 @@ normalisation named explicitly: at uniform routing `load_balance` is 1 ("assignm
 
     probs     the router's distribution over experts (sigmoid scores divided by their sum), before noise
     logits    what it was computed from; noisy_logits with noise added, noise_std its width (None: no noise)
-    selected  1 where a token chose an expert, before capacity dropped any; first the same for first choices alone
+    selected  1, or True, where a token chose an expert, before capacity dropped any; first the same for first choices
     gates     the combine weights as a matrix, zero where not chosen
 """
 
@@ -25,7 +25,7 @@ from .gate_losses import (
     top_any_load,
 )
 from .label_losses import global_entropy, local_entropy, localized_balance, task_mutual_information
-from .masked import cv_squared, surprise, token_count, token_sum, world_size
+from .masked import choice_count, cv_squared, surprise, token_count, token_sum, world_size
 from .topology import topology
 
 __all__ = [
@@ -79,7 +79,7 @@ def load_balance(
     counts over all processes (2501.11873), probabilities stay local: the mean of the gradients over the processes, as
     data parallelism takes it, is that of one process with all tokens, however they are spread.
     """
-    counts, tokens = token_sum(selected, mask), token_count(probs, mask)
+    counts, tokens = choice_count(selected, mask, probs), token_count(probs, mask)
     mean_probs = token_sum(probs, mask)
     if global_batch and world_size() > 1:
         # Averaging gradients over processes divides by their number once more than a mean over all tokens does.
@@ -127,7 +127,7 @@ def load(
     or with k = E, the load is the plain count, which has no gradient. correction as in `importance`.
     """
     if noise_std is None or k >= logits.shape[-1]:
-        return cv_squared(token_sum(selected, mask), correction).mean()
+        return cv_squared(choice_count(selected, mask, logits), correction).mean()
     return cv_squared(token_sum(win_probability(logits, noisy_logits, noise_std, k), mask), correction).mean()
 
 
@@ -153,7 +153,7 @@ def hierarchical_load(
     a group, X^(i) those that went into group i. Without noise the loads are the counts `selected` [T, E].
     """
     if level_std is None:
-        return importance(selected, mask)
+        return cv_squared(choice_count(selected, mask, level_logits[0])).mean()
     wins = [
         win_probability(*level) if level[3] < level[0].shape[-1] else torch.ones_like(level[0])
         for level in zip(level_logits, level_noisy, level_std, level_k)
@@ -190,7 +190,7 @@ def device_level(probs: Tensor, selected: Tensor, num_devices: int, mask: Tensor
 
     Experts are split evenly, in order, over `num_devices`; f_e = E count_e / (k T), so 1 when uniform.
     """
-    counts = token_sum(selected, mask)
+    counts = choice_count(selected, mask, probs)
     f = probs.shape[-1] * counts / counts.sum(-1, keepdim=True).clamp(min=1)
     p = token_sum(probs, mask) / token_count(probs, mask).clamp(min=1)
     f, p = (_by_device("device_level", values, num_devices) for values in (f, p))
@@ -263,7 +263,8 @@ def _selector_sum(values: Tensor, mask: Tensor | None) -> Tensor:
 def relu_l1(gates: Tensor, selected: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """E / (k T^2) sum_e mass_e count_e of ReLU gates: L1 that weighs busy experts more (ReMoE, 2412.14711)."""
     tokens = token_count(gates, mask).clamp(min=1)
-    return (gates.shape[-1] / k * (token_sum(gates, mask) / tokens * token_sum(selected, mask) / tokens).sum(-1)).mean()
+    mass, count = token_sum(gates, mask) / tokens, choice_count(selected, mask, gates) / tokens
+    return (gates.shape[-1] / k * (mass * count).sum(-1)).mean()
 
 
 def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | None = None) -> Tensor:
@@ -272,7 +273,7 @@ def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | Non
     f_e is the share of tokens that chose e, so that f sums to k, as in transformers; for null experts it is their mean.
     """
     true = probs.shape[-1] - num_null
-    f = token_sum(selected, mask) / token_count(selected, mask).clamp(min=1)
+    f = choice_count(selected, mask, probs) / token_count(probs, mask).clamp(min=1)
     f = torch.cat([f[..., :true], f[..., true:].mean(-1, keepdim=True).expand(*f.shape[:-1], num_null)], dim=-1)
     return (probs.shape[-1] * f * token_sum(probs, mask) / token_count(probs, mask).clamp(min=1)).sum(-1).mean()
 

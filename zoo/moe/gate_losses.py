@@ -38,6 +38,7 @@ def stable_balance(logits: Tensor, selected: Tensor, mask: Tensor | None = None)
 
     StableMoE (2204.08396, section 3.1): scores fall with too many tokens, and rise with too few.
     """
+    selected = selected.to(logits.dtype)
     if mask is not None:
         selected = selected * mask.unsqueeze(-1)
     counts = selected.detach().sum(-2, keepdim=True)
