@@ -154,6 +154,8 @@ def check_router(name: str, router: Any, family: Family | SparseBlock, config: A
                 f"{name}: {option}={found!r} cannot be expressed in the {family.prefix} layout; its configuration "
                 f"means {expected!r}"
             )
+    if not router.plain:
+        raise ValueError(f"{name}: {type(router).__name__} cannot be expressed in the {family.prefix} layout")
 
 
 def _decision(router: TopKRouter) -> dict[str, Any]:
@@ -164,6 +166,7 @@ def _decision(router: TopKRouter) -> dict[str, Any]:
         "k": router.k,
         "score": "softmax" if after else router.score,
         "normalize": router.normalize or after,
+        "normalize_logits": router.normalize_logits,
         "scale": router.scale,
         "selection_bias": router.selection_bias is not None,
         "groups": groups,

@@ -63,6 +63,11 @@ class GShardRouter(TopKRouter):
             raise ValueError(f"GShardRouter: renormalize must be 'before' or 'after', got {renormalize!r}")
 
     @property
+    def plain(self) -> bool:
+        """As in `TopKRouter`: where evaluation meets every second expert."""
+        return self.eval_second == "all" and type(self).forward is TopKRouter.forward
+
+    @property
     def rule(self) -> Second:
         """The rule for the second expert that holds at present."""
         return self.second if self.training else self.eval_second

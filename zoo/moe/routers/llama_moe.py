@@ -57,6 +57,11 @@ class LLaMAMoERouter(TopKRouter):
         if out is not None:
             out.uniform_(-1 / math.sqrt(self.num_experts), 1 / math.sqrt(self.num_experts))
 
+    @property
+    def plain(self) -> bool:
+        """As in `TopKRouter`: with the linear network."""
+        return self.out is None
+
     def _logits(self, x: Tensor, **context: Any) -> Tensor:
         logits = super()._logits(x, **context)
         return logits if self.out is None else F.linear(logits.tanh(), self.out.to(x.dtype))

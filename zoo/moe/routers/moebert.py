@@ -33,6 +33,11 @@ class MoEBERTRouter(TopKRouter):
         super().__init__(dim, num_experts, k, **options)
         self.level = level
 
+    @property
+    def plain(self) -> bool:
+        """As in `TopKRouter`: where tokens decide."""
+        return self.level == "token"
+
     def _logits(self, x: Tensor, **context: Any) -> Tensor:
         if self.level == "token":
             return super()._logits(x, **context)

@@ -25,5 +25,10 @@ class SiRARouter(TopKRouter):
         super().__init__(dim, num_experts, k, **options)
         self.expert_dropout = expert_dropout
 
+    @property
+    def plain(self) -> bool:
+        """As in `TopKRouter`: dropout is for training."""
+        return True
+
     def _choose(self, scores: Tensor, preference: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return super()._choose(F.dropout(scores, self.expert_dropout, self.training), preference)

@@ -157,6 +157,12 @@ class TopKRouter(Router):
             )
         return self
 
+    @property
+    def plain(self) -> bool:
+        """Whether outside training, but for capacity, tokens are routed as by a `TopKRouter` with the same options."""
+        own, names = type(self), ("forward", "_logits", "_scores", "_wanted", "_choose")
+        return all(getattr(own, name) is getattr(TopKRouter, name) for name in names)
+
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Route tokens x [T, D] or [B, S, D]; context: mask [T] or [B, S], False for tokens to leave out."""
         # Autocast would round the logits, and with them the choice.
