@@ -23,7 +23,8 @@ class BASERouter(TopKRouter):
 
     The paper's layer is y = a f(x) + (1 - a) x, a the weight and f residual, f(x) = x + g(x): that is x + a g(x),
     and what `x + moe(x)` gives with experts g. The balance is that of the tokens of one process; fairseq first
-    shuffles them between processes. Other options as in `TopKRouter`.
+    shuffles them between processes. torch.compile does not look into the assignment: in training it breaks the graph.
+    Other options as in `TopKRouter`.
     """
 
     def __init__(
