@@ -6,6 +6,7 @@ import importlib
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from .. import extras
 from ..nearest import unknown
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def describe_model(name: str) -> str:
     return module.describe(model) if hasattr(module, "describe") else ""
 
 
+@extras.named()
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Build a model by name with fresh weights; overrides are those of the domain's `build`.
 
