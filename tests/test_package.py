@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,43 @@ def test_asking_whether_timm_is_there_does_not_keep_our_models_from_it() -> None
     known, count = found.split()
     assert known == "True"
     assert int(count) > 3
+
+
+@pytest.mark.parametrize(
+    ("library", "call", "extra"),
+    [
+        ("timm", "zoo.create_model('vision/vmoe_tiny_test')", "vision"),
+        ("transformers", "zoo.create_model('language/mixtral_tiny')", "language"),
+        ("timm", "zoo.from_pretrained(folder)", "vision"),
+    ],
+)
+def test_a_missing_library_says_which_extra_has_it(library: str, call: str, extra: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architecture": "vit_tiny_patch16_224"}')
+    code = f"""
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {library!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+import zoo
+folder = {str(tmp_path)!r}
+try:
+    {call}
+except ImportError as error:
+    print(error)
+"""
+    assert f"{library} is not installed; it comes with the extra: pip install 'moe-zoo[{extra}]'" in run_python(code)
+
+
+def test_the_extras_are_those_of_the_project() -> None:
+    from zoo.extras import EXTRAS
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    distributions = {"sklearn": "scikit-learn", "fbgemm_gpu": "fbgemm-gpu-cpu"}
+    for library, extra in EXTRAS.items():
+        names = [re.split(r"[<>=\[]", line)[0] for line in project[extra]]
+        assert distributions.get(library, library) in names
 
 
 def test_an_unknown_attribute_is_an_attribute_error() -> None:

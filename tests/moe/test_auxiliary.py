@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from zoo.moe import balance
+from zoo.moe.auxiliary import LOSSES
 from zoo.moe.routers import DSelectKRouter, DynamicRouter, HierarchicalRouter, Router, TopKRouter
 
 
@@ -84,3 +86,8 @@ def test_a_short_last_group_needs_a_loss_with_a_mask() -> None:
 def test_an_option_of_a_users_loss() -> None:
     router = top_k(losses={"losses_of_a_user.scaled": {"weight": 0.5, "factor": 3.0}})
     torch.testing.assert_close(router(torch.randn(6, 4)).losses["losses_of_a_user.scaled"], torch.tensor(9.0))
+
+
+def test_every_loss_is_in_the_module_of_losses() -> None:
+    known = {getattr(function, "func", function) for function in LOSSES.values()}
+    assert known <= {getattr(balance, name) for name in balance.__all__}

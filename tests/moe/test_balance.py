@@ -154,6 +154,29 @@ def test_groups_are_judged_apart_and_averaged() -> None:
     close(router.route(logits).losses["sequence"], 0.5 * sum(parts) / 3)
 
 
+@pytest.mark.parametrize("options", [{"selection_bias": True}, {"num_groups": 4, "group_topk": 1}])
+def test_the_sequence_loss_counts_the_best_scores_whatever_is_chosen(options: dict[str, Any]) -> None:
+    """DeepSeek-V3, eq. 18: f counts the K largest s, without bias and groups."""
+    logits = torch.randn(3, 7, 8, dtype=torch.float64)
+    table: dict[str, Any] = {"sequence": 1.0, "load_balance": {"weight": 1.0, "scope": "sequence"}}
+    router = TopKRouter(4, 8, 2, score="sigmoid", losses=table, **options)
+    if router.selection_bias is not None:
+        router.selection_bias.copy_(torch.randn(8))
+    routing = router.route(logits)
+    chosen = (routing.dense() != 0).double().view(3, 7, 8)
+    best, asked = 0.0, 0.0
+    for row, taken in zip(logits, chosen):
+        scores = row.sigmoid() / row.sigmoid().sum(-1, keepdim=True)
+        best += float((8 / 14 * one_hot(row.topk(2).indices, 8).sum(0) * scores.mean(0)).sum()) / 3
+        asked += float((8 / 14 * taken.sum(0) * scores.mean(0)).sum()) / 3
+    assert best != pytest.approx(asked)
+    close(routing.losses["sequence"], best)
+    close(routing.losses["load_balance"], asked)
+    told = TopKRouter(4, 8, 2, score="sigmoid", losses={"sequence": {"weight": 1.0, "selected": "selected"}}, **options)
+    told.load_state_dict(router.state_dict())
+    close(told.route(logits).losses["sequence"], asked)
+
+
 @pytest.mark.parametrize("size", [4, 5, 21, 40])
 def test_a_short_last_group_counts_its_own_tokens_only(size: int) -> None:
     logits = torch.randn(21, 8, dtype=torch.float64)
@@ -183,6 +206,32 @@ def test_masked_tokens_do_not_count_whatever_they_hold() -> None:
     )
     for function in functions:
         close(function(*spoilt, mask), float(function(*real, None)))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_choices_may_be_said_in_any_type(dtype: torch.dtype, masked: bool) -> None:
+    logits, probs, selected = draw()
+    mask = torch.rand(23) > 0.4 if masked else None
+    real = selected[mask] if masked else selected
+    share, mean = real.sum(0) / real.sum(), (probs[mask] if masked else probs).mean(0)
+    counts = real.sum(0)
+    close(balance.load_balance(probs, selected.to(dtype), mask), float(6 * (share * mean).sum()))
+    close(
+        balance.load(logits, logits, None, 2, selected.to(dtype), mask),
+        float(counts.var(correction=0)) / float(counts.mean()) ** 2,
+    )
+    f = real.mean(0)
+    f = torch.cat([f[:3], f[3:].mean().expand(3)])
+    close(balance.null_load(probs, selected.to(dtype), 3, mask), float(6 * (f * mean).sum()))
+    for function in (
+        lambda s: balance.device_level(probs, s, 2, mask),
+        lambda s: balance.communication(probs, s, 2, None, mask),
+        lambda s: balance.relu_l1(logits.relu(), s, 2, mask),
+        lambda s: balance.stable_balance(logits, s, mask),
+        lambda s: balance.topology(probs, s, [1, 2, 4], mask, processes=2),
+    ):
+        torch.testing.assert_close(function(selected.to(dtype)), function(selected.double()), rtol=1e-12, atol=0)
 
 
 def test_gradients_are_those_of_finite_differences() -> None:
@@ -314,5 +363,6 @@ def test_task_mutual_information_by_loop() -> None:
     mean = sum(given) / 3
     expected = -sum((p / 3 * (p / mean).log()).sum() for p in given)
     found = balance.task_mutual_information(probs, task, 4, mask)  # nobody has task 3
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, probs)[0] for loss in (found, expected)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(loss, probs)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)

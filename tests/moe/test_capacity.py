@@ -155,6 +155,7 @@ def test_evaluation_has_its_own_capacity() -> None:
         ({"drop": "first"}, "unknown drop 'first'; known: choice, position"),
         ({"rounding": "up"}, "unknown rounding 'up'; known: ceil, floor, round"),
         ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
+        ({"eval_factor": float("nan")}, "eval_factor must be a number, got nan"),
     ],
 )
 def test_unknown_options_are_named(options: dict, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 
 import pytest
@@ -223,6 +224,35 @@ def test_another_gate_takes_over_the_weight_it_has_a_place_for(checkpoints, fami
     assert step.losses()["switch"] > 0
     with pytest.raises(ValueError, match="cannot be expressed"):
         zoo.save_pretrained(ours, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("family", "router", "message"),
+    [
+        ("mixtral", {"name": "AttentionRouter"}, "AttentionRouter cannot be expressed in the Mixtral layout"),
+        ("mixtral", {"name": "SentenceRouter"}, "SentenceRouter cannot be expressed in the Mixtral layout"),
+        ("mixtral", {"name": "GShardRouter", "second": "random"}, "GShardRouter cannot be expressed"),
+        ("mixtral", {"name": "SkyworkRouter", "normalize": True}, "normalize_logits=1.0 cannot be expressed"),
+        ("olmoe", {"name": "SparseMixerRouter"}, "SparseMixerRouter cannot be expressed in the Olmoe layout"),
+    ],
+)
+def test_a_gate_that_would_be_read_as_another_is_not_written(family, router, message, checkpoints, tmp_path):
+    ours = zoo.from_pretrained(checkpoints[family], router=router)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        zoo.save_pretrained(ours, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "router", [{"name": "GShardRouter", "second": "all", "capacity": None}, {"name": "SiRARouter", "normalize": True}]
+)
+def test_a_gate_that_only_trains_in_another_way_is_written(router, checkpoints, tmp_path):
+    ours = zoo.from_pretrained(checkpoints["mixtral"], router={"k": 2, **router}).eval()
+    zoo.save_pretrained(ours, tmp_path / "saved")
+    again = zoo.from_pretrained(tmp_path / "saved").eval()
+    ids = batch()[0]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, ours(ids).logits)
 
 
 def test_a_gate_of_another_kind_starts_fresh(checkpoints):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import zoo
@@ -14,6 +15,8 @@ def test_a_domain_given_with_the_batch_picks_the_expert() -> None:
     tokens, domain = torch.randint(256, (3, 5)), torch.tensor([2, 0, 3])
     with zoo.moe.record(model) as step:
         model(tokens, moe_context={"domain": domain})
+    with pytest.raises(ValueError, match=r'a transformers model as model\(..., moe_context=\{"domain": ...\}\)'):
+        model(tokens)
     for calls in step.routings.values():
         assert [routing.dense().argmax(-1).view(3, 5)[:, 0].tolist() for routing in calls] == [[2, 0, 3]]
     total, active = count_parameters(model)

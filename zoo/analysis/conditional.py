@@ -62,7 +62,7 @@ def decision_std(counts: Tensor, minimum: float = 128) -> Tensor:
 
     At most sqrt(E - 1) / E, where the key alone decides the expert; for a key that says nothing that of the load, 0
     where this is even. OpenMoE finds token ids far above positions. The paper gives no formula; this is the reading of
-    its figure, with its bound of 128 occurrences.
+    its figure, with its bound of 128 occurrences taken as one of assignments.
     """
     given = shares(counts[counts.sum(1) > minimum])
     return (given - given.mean(1, keepdim=True)).square().mean(1).sqrt()

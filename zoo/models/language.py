@@ -38,7 +38,8 @@ def build(
     with arguments, {"name": "TopKRouter", "k": 1} or {"class_path": "my.Router", "init_args": {...}}; dim and
     num_experts are filled in, and k too where the gate has one and none is given; or a list of these for the first
     layers, its last for all the rest. losses and capacity (a `Capacity`, its arguments, or the factor alone) go to
-    that gate, or to the family's own. In the same form, each starting as its class says:
+    that gate, or to the family's own. What a gate goes by besides tokens, such as a task, the model is told as
+    model(..., moe_context={"task": 1}). In the same form, each starting as its class says:
         experts    other experts than gated MLPs: {"name": "ZeroComputationExperts", "constant": 1}, "NeuronExperts",
                    "ResidualExperts", {"name": "HyperExperts", "adapter_dim": 64}
         attention  heads as experts: {"name": "MoH", "num_shared_heads": 1, "k": 2}, "SwitchHead", "MoA" with its gate

@@ -6,6 +6,7 @@ import importlib
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from .. import extras
 from ..nearest import unknown
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ def describe_model(name: str) -> str:
     return module.describe(model) if hasattr(module, "describe") else ""
 
 
+@extras.named()
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Build a model by name with fresh weights; overrides are those of the domain's `build`.
 
     Under `torch.device("meta")` nothing is allocated. Raises ValueError naming the nearest models for an unknown name.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"create_model: expected a name such as 'language/mixtral_tiny', got {name!r}")
     domain, _, model = name.partition("/")
     if domain not in DOMAINS:
         raise unknown("model", name, list_models())

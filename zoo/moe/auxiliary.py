@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import balance, gate_losses, topology
+from . import balance
 
 # A name in a configuration -> the function, with the options that make it that loss.
 LOSSES: dict[str, Callable[..., Tensor]] = {
@@ -33,7 +33,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "device_level": balance.device_level,
     "mutual_information": balance.mutual_information,
     "communication": balance.communication,
-    "topology": topology.topology,
+    "topology": balance.topology,
     "task_mutual_information": balance.task_mutual_information,
     "local_entropy": balance.local_entropy,
     "global_entropy": balance.global_entropy,
@@ -42,12 +42,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "selector_reach": balance.selector_reach,
     "relu_l1": balance.relu_l1,
     "null_load": balance.null_load,
-    "top_any_load": gate_losses.top_any_load,
-    "top_any_cost": gate_losses.top_any_cost,
-    "diverse_and_simple": gate_losses.diverse_and_simple,
-    "stable_balance": gate_losses.stable_balance,
-    "stable_distill": gate_losses.stable_distill,
-    "hierarchical_load": gate_losses.hierarchical_load,
+    "top_any_load": balance.top_any_load,
+    "top_any_cost": balance.top_any_cost,
+    "diverse_and_simple": balance.diverse_and_simple,
+    "stable_balance": balance.stable_balance,
+    "stable_distill": balance.stable_distill,
+    "hierarchical_load": balance.hierarchical_load,
 }
 SCOPES = ("batch", "sequence", "group")
 BY_SEQUENCE = ("sequence", "localized_balance")  # losses that are computed a sequence at a time unless told otherwise
@@ -75,9 +75,9 @@ class AuxiliaryLosses:
 
     `name` is one of LOSSES, or the import path of a function of the same kind: it is called with the tensors it names
     among its parameters (see `zoo.moe.balance`) and the options given. An option may name another tensor to stand in:
-    {"sequence": {"weight": 1e-4, "selected": "unbiased"}} counts the best scores instead of what bias and groups made
-    of them, as Megatron does; {"probs": "noisy_probs"} is V-MoE's gshard. scope is "batch" (default), "sequence"
-    (default of the losses BY_SEQUENCE) or "group" (the router's groups).
+    {"switch": {"weight": 1e-4, "selected": "unbiased"}} counts the best scores instead of what bias and groups made of
+    them, as Megatron does, and by default "sequence", which is DeepSeek-V3's; {"probs": "noisy_probs"} is V-MoE's
+    gshard. scope is "batch" (default), "sequence" (default of the losses BY_SEQUENCE) or "group" (the router's groups).
 
     Raises ValueError naming an unknown loss, scope or option.
     """

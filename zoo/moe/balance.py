@@ -6,7 +6,7 @@ normalisation named explicitly: at uniform routing `load_balance` is 1 ("assignm
 
     probs     the router's distribution over experts (sigmoid scores divided by their sum), before noise
     logits    what it was computed from; noisy_logits with noise added, noise_std its width (None: no noise)
-    selected  1 where a token chose an expert, before capacity dropped any; first the same for first choices alone
+    selected  1, or True, where a token chose an expert, before capacity dropped any; first the same for first choices
     gates     the combine weights as a matrix, zero where not chosen
 """
 
@@ -16,16 +16,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .gate_losses import (
+    conditional_budget,
+    diverse_and_simple,
+    stable_balance,
+    stable_distill,
+    top_any_cost,
+    top_any_load,
+)
 from .label_losses import global_entropy, local_entropy, localized_balance, task_mutual_information
-from .masked import cv_squared, surprise, token_count, token_sum, world_size
+from .masked import choice_count, cv_squared, surprise, token_count, token_sum, world_size
+from .topology import topology
 
 __all__ = [
     "all_reduce",
     "communication",
+    "conditional_budget",
     "consistency",
     "device_level",
+    "diverse_and_simple",
     "global_entropy",
     "gshard",
+    "hierarchical_load",
     "importance",
     "importance_probs",
     "load",
@@ -38,7 +50,12 @@ __all__ = [
     "relu_l1",
     "selector_entropy",
     "selector_reach",
+    "stable_balance",
+    "stable_distill",
     "task_mutual_information",
+    "top_any_cost",
+    "top_any_load",
+    "topology",
     "update_biases",
     "updated_bias",
     "win_probability",
@@ -56,12 +73,13 @@ def load_balance(
     """E * sum_e f_e P_e with P_e the mean probability of expert e and f_e its share of the choices.
 
     `normalization="assignments"` divides the counts by all choices, so that f sums to 1: Switch (2101.03961, eq. 4),
-    Megatron, MegaBlocks, DeepSeekMoE (2401.06066, eq. 12) and, a sequence a group, DeepSeek-V3 (2412.19437, eq. 17).
+    Megatron, MegaBlocks, DeepSeekMoE (2401.06066, eq. 12) and, a sequence a group and with the best scores as
+    `selected`, DeepSeek-V3 (2412.19437, eq. 17).
     "tokens" divides by the number of tokens, so that f sums to k: transformers, flaxformer. `global_batch` sums the
     counts over all processes (2501.11873), probabilities stay local: the mean of the gradients over the processes, as
     data parallelism takes it, is that of one process with all tokens, however they are spread.
     """
-    counts, tokens = token_sum(selected, mask), token_count(probs, mask)
+    counts, tokens = choice_count(selected, mask, probs), token_count(probs, mask)
     mean_probs = token_sum(probs, mask)
     if global_batch and world_size() > 1:
         # Averaging gradients over processes divides by their number once more than a mean over all tokens does.
@@ -109,7 +127,7 @@ def load(
     or with k = E, the load is the plain count, which has no gradient. correction as in `importance`.
     """
     if noise_std is None or k >= logits.shape[-1]:
-        return cv_squared(token_sum(selected, mask), correction).mean()
+        return cv_squared(choice_count(selected, mask, logits), correction).mean()
     return cv_squared(token_sum(win_probability(logits, noisy_logits, noise_std, k), mask), correction).mean()
 
 
@@ -118,6 +136,34 @@ def win_probability(logits: Tensor, noisy_logits: Tensor, noise_std: Tensor, k: 
     top = noisy_logits.topk(k + 1, dim=-1).values
     threshold = torch.where(noisy_logits > top[..., k:], top[..., k:], top[..., k - 1 : k])
     return torch.special.ndtr((logits - threshold) / noise_std)
+
+
+def hierarchical_load(
+    level_logits: tuple[Tensor, Tensor],
+    level_noisy: tuple[Tensor, Tensor],
+    level_std: tuple[Tensor, Tensor] | None,
+    level_k: tuple[int, int],
+    entered: Tensor,
+    selected: Tensor,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """CV^2 of Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (Shazeer 1701.06538, appendix B).
+
+    Tuples hold the level of the groups [T, G] and that inside them [T, G, M]; entered [T, G] is where a token went into
+    a group, X^(i) those that went into group i. Without noise the loads are the counts `selected` [T, E].
+    """
+    if level_std is None:
+        return cv_squared(choice_count(selected, mask, level_logits[0])).mean()
+    wins = [
+        win_probability(*level) if level[3] < level[0].shape[-1] else torch.ones_like(level[0])
+        for level in zip(level_logits, level_noisy, level_std, level_k)
+    ]
+    if mask is not None:
+        entered = entered * mask.unsqueeze(-1)
+        wins[0] = wins[0].where(mask.unsqueeze(-1), 0)
+    inside = (wins[1] * entered.unsqueeze(-1)).sum(0)
+    product = wins[0].sum(0).unsqueeze(-1) * inside / entered.sum(0).clamp(min=1).unsqueeze(-1)
+    return importance(product.flatten()[None])
 
 
 def load_vmoe(
@@ -144,7 +190,7 @@ def device_level(probs: Tensor, selected: Tensor, num_devices: int, mask: Tensor
 
     Experts are split evenly, in order, over `num_devices`; f_e = E count_e / (k T), so 1 when uniform.
     """
-    counts = token_sum(selected, mask)
+    counts = choice_count(selected, mask, probs)
     f = probs.shape[-1] * counts / counts.sum(-1, keepdim=True).clamp(min=1)
     p = token_sum(probs, mask) / token_count(probs, mask).clamp(min=1)
     f, p = (_by_device("device_level", values, num_devices) for values in (f, p))
@@ -217,7 +263,8 @@ def _selector_sum(values: Tensor, mask: Tensor | None) -> Tensor:
 def relu_l1(gates: Tensor, selected: Tensor, k: int, mask: Tensor | None = None) -> Tensor:
     """E / (k T^2) sum_e mass_e count_e of ReLU gates: L1 that weighs busy experts more (ReMoE, 2412.14711)."""
     tokens = token_count(gates, mask).clamp(min=1)
-    return (gates.shape[-1] / k * (token_sum(gates, mask) / tokens * token_sum(selected, mask) / tokens).sum(-1)).mean()
+    mass, count = token_sum(gates, mask) / tokens, choice_count(selected, mask, gates) / tokens
+    return (gates.shape[-1] / k * (mass * count).sum(-1)).mean()
 
 
 def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | None = None) -> Tensor:
@@ -226,7 +273,7 @@ def null_load(probs: Tensor, selected: Tensor, num_null: int, mask: Tensor | Non
     f_e is the share of tokens that chose e, so that f sums to k, as in transformers; for null experts it is their mean.
     """
     true = probs.shape[-1] - num_null
-    f = token_sum(selected, mask) / token_count(selected, mask).clamp(min=1)
+    f = choice_count(selected, mask, probs) / token_count(probs, mask).clamp(min=1)
     f = torch.cat([f[..., :true], f[..., true:].mean(-1, keepdim=True).expand(*f.shape[:-1], num_null)], dim=-1)
     return (probs.shape[-1] * f * token_sum(probs, mask) / token_count(probs, mask).clamp(min=1)).sum(-1).mean()
 

@@ -64,6 +64,9 @@ class Capacity:
         for name, value, known in (("rounding", self.rounding, tuple(ROUNDING)), ("drop", self.drop, get_args(Drop))):
             if value not in known:
                 raise ValueError(f"Capacity: unknown {name} {value!r}; known: {', '.join(known)}")
+        for name in ("factor", "eval_factor"):
+            if math.isnan(getattr(self, name) or 0):
+                raise ValueError(f"Capacity: {name} must be a number, got nan")
         if self.multiple_of < 1:
             raise ValueError(f"Capacity: multiple_of must be at least 1, got {self.multiple_of}")
 

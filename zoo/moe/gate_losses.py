@@ -1,11 +1,9 @@
-"""Losses that belong to one gate each; those that any gate may have are in `zoo.moe.balance`."""
+"""Losses that belong to one gate each; `zoo.moe.balance` has them too, with those that any gate may have."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from . import balance
 
 
 def top_any_load(switches: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -40,6 +38,7 @@ def stable_balance(logits: Tensor, selected: Tensor, mask: Tensor | None = None)
 
     StableMoE (2204.08396, section 3.1): scores fall with too many tokens, and rise with too few.
     """
+    selected = selected.to(logits.dtype)
     if mask is not None:
         selected = selected * mask.unsqueeze(-1)
     counts = selected.detach().sum(-2, keepdim=True)
@@ -62,31 +61,3 @@ def conditional_budget(gates: Tensor, budget: float, mask: Tensor | None = None)
         gates = gates.where(mask, 0)
     tokens = torch.full((), gates.numel(), device=gates.device) if mask is None else mask.sum()
     return (gates.sum() / tokens.clamp(min=1) - budget).abs() * (tokens > 0)
-
-
-def hierarchical_load(
-    level_logits: tuple[Tensor, Tensor],
-    level_noisy: tuple[Tensor, Tensor],
-    level_std: tuple[Tensor, Tensor] | None,
-    level_k: tuple[int, int],
-    entered: Tensor,
-    selected: Tensor,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """CV^2 of Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (Shazeer 1701.06538, appendix B).
-
-    Tuples hold the level of the groups [T, G] and that inside them [T, G, M]; entered [T, G] is where a token went into
-    a group, X^(i) those that went into group i. Without noise the loads are the counts `selected` [T, E].
-    """
-    if level_std is None:
-        return balance.load(selected, selected, None, 1, selected, mask)
-    wins = [
-        balance.win_probability(*level) if level[3] < level[0].shape[-1] else torch.ones_like(level[0])
-        for level in zip(level_logits, level_noisy, level_std, level_k)
-    ]
-    if mask is not None:
-        entered = entered * mask.unsqueeze(-1)
-        wins[0] = wins[0].where(mask.unsqueeze(-1), 0)
-    inside = (wins[1] * entered.unsqueeze(-1)).sum(0)
-    product = wins[0].sum(0).unsqueeze(-1) * inside / entered.sum(0).clamp(min=1).unsqueeze(-1)
-    return balance.importance(product.flatten()[None])

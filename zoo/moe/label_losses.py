@@ -29,7 +29,8 @@ def task_mutual_information(probs: Tensor, task: Tensor, num_tasks: int, mask: T
         member, probs = member * mask.unsqueeze(-1), probs.where(mask.unsqueeze(-1), 0)
     tokens = member.sum(-2).unsqueeze(-1)
     given = member.transpose(-1, -2) @ probs / tokens.clamp(min=1)
-    weight = (tokens > 0) / (tokens > 0).sum(-2, keepdim=True).clamp(min=1)
+    some = (tokens > 0).to(probs.dtype)
+    weight = some / some.sum(-2, keepdim=True).clamp(min=1)
     return ((weight * surprise(given)).sum(-2) - surprise((weight * given).sum(-2))).sum(-1).mean()
 
 
@@ -102,10 +103,11 @@ def localized_balance(
     if form not in ("code", "paper"):
         raise ValueError(f"localized_balance: form must be 'code' or 'paper', got {form!r}")
     same = (sample_type.sum(-1, keepdim=True) > 0) == (torch.arange(experts, device=gates.device) < experts // 2)
-    z = (token_sum(gates, mask) * torch.where(same, 1 + delta, 1 - delta)).flatten()
+    shares = token_sum(gates, mask)
+    z = torch.where(same, shares * (1 + delta), shares * (1 - delta)).flatten()
     if not z.numel():
         return z.sum()
-    return cv_squared(z, correction=1) if form == "code" else z.var(correction=0) / (z.mean() + 1e-10)
+    return cv_squared(z, correction=1) if form == "code" else z.var(correction=0) / z.mean().clamp(min=1e-10)
 
 
 def _of_each(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,6 +11,11 @@ def token_sum(values: Tensor, mask: Tensor | None) -> Tensor:
     """Sum over tokens: [..., T, E] -> [..., E]."""
     # A masked token may hold anything, even nan: select, do not multiply.
     return (values if mask is None else values.where(mask.unsqueeze(-1), 0)).sum(-2)
+
+
+def choice_count(selected: Tensor, mask: Tensor | None, like: Tensor) -> Tensor:
+    """How many tokens chose each expert, [..., E], in the type of `like` or a wider one; selected may be bool."""
+    return token_sum(selected.to(torch.promote_types(like.dtype, torch.float32)), mask)
 
 
 def token_count(values: Tensor, mask: Tensor | None) -> Tensor:

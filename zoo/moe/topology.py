@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .masked import token_count, token_sum
+from .masked import choice_count, token_count, token_sum
 
 LINKS = ("own process", "own node", "other nodes")
 
@@ -48,7 +48,7 @@ def topology(
     Raises ValueError for costs that are not three numbers above zero, an unknown penalty, or a place that is none.
     """
     tokens, num_experts = token_count(probs, mask), probs.shape[-1]
-    counts = token_sum(selected, mask)
+    counts = choice_count(selected, mask, probs)
     share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
     if processes is not None:
         levels = expert_links(expert_bounds(num_experts, processes), rank, within)

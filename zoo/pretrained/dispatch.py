@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .. import extras
 from ..convert import adapter_folder
 from . import causal, few_bits, hub, image_text, moe_llava, recommendation, switch, vision_language
 from . import folder as language
@@ -18,6 +19,7 @@ from .vmoe import is_prefix
 HUB = ("revision", "cache_dir", "local_files_only", "token")
 
 
+@extras.named()
 def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     """A published checkpoint as a model on our layers, in eval mode.
 
@@ -141,12 +143,8 @@ def _named(model: Any, source: str | os.PathLike[str]) -> Any:
 
 
 def _vision() -> Any:
-    try:
-        from . import vision
-    except ImportError as error:
-        if error.name != "timm":
-            raise
-        raise ImportError("vision models need the extra: pip install 'moe-zoo[vision]'") from error
+    from . import vision
+
     return vision
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zoo.moe import Capacity
-from zoo.moe.routers import GShardRouter
+from zoo.moe.routers import BASERouter, GShardRouter, SentenceRouter, SMoEDropoutRouter, StableMoERouter
 
 
 def by_the_algorithm(
@@ -108,8 +109,26 @@ def test_a_second_expert_declined_was_not_asked_for() -> None:
         ({"second": "some"}, "second must be one of all, none, random, threshold, sampling, got 'some'"),
         ({"eval_second": "some"}, "eval_second must be one of"),
         ({"renormalize": "never"}, "renormalize must be 'before' or 'after', got 'never'"),
+        ({"k": 1}, "GShardRouter: k is 2 here, got 1"),
+        ({"normalize": False}, "GShardRouter: normalize is True here, got False"),
+        ({"num_groups": 3}, "GShardRouter: 4 experts do not split into num_groups=3"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         GShardRouter(4, 4, **options)
+
+
+def test_what_a_gate_fixes_may_be_said() -> None:
+    for gate, said in (
+        (GShardRouter, {"k": 2, "normalize": True}),
+        (SentenceRouter, {"k": 2}),
+        (BASERouter, {"k": 1}),
+        (functools.partial(StableMoERouter, vocab_size=3), {"k": 1}),
+    ):
+        made = gate(4, 4, **said)
+        assert made.k == said["k"]
+        with pytest.raises(ValueError, match=rf"{type(made).__name__}: k is {made.k} here, got 3"):
+            gate(4, 4, k=3)
+    with pytest.raises(ValueError, match="SMoEDropoutRouter: k grows from k_min to k_max; give these, not k=2"):
+        SMoEDropoutRouter(4, 4, steps=3, k=2)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from zoo.moe import Capacity, balance, schedule, telemetry
-from zoo.moe.routers import SkyworkRouter
+from zoo.moe import Capacity, Experts, MoE, balance, record, schedule, telemetry
+from zoo.moe.routers import DenseRouter, SkyworkRouter
 from zoo.moe.routers.scores import standardized
 
 
@@ -30,6 +30,18 @@ def test_logits_are_normalised_before_the_softmax() -> None:
         router.route(logits).dense(), torch.zeros(30, 6).double().scatter(1, best.indices, best.values)
     )
     torch.testing.assert_close(standardized(logits, 1.0).std(-1), torch.ones(30).double())
+
+
+def test_one_expert_has_logits_of_zero_and_learns_nothing() -> None:
+    layer = MoE(SkyworkRouter(3, 1, 1), Experts(1, 3, 4))
+    x = torch.randn(5, 3, requires_grad=True)
+    with record(layer) as step:
+        y = layer(x)
+    losses = step.losses()  # of one expert there is no balance to learn, but a gradient, zero
+    assert losses["switch"].item() == pytest.approx(0.01)
+    (y.sum() + sum(losses.values())).backward()
+    torch.testing.assert_close(y, layer.experts(x, DenseRouter(3, 1)(x)))
+    assert torch.equal(layer.router.weight.grad, torch.zeros(1, 3))
 
 
 def test_the_coefficient_is_a_moving_average_of_the_clamped_drop_rate() -> None:

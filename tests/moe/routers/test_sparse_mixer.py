@@ -69,6 +69,17 @@ def test_losses_and_telemetry_get_the_softmax_of_all_experts(training: bool) -> 
     torch.testing.assert_close(telemetry.entropy(routing), -(probs * probs.log()).sum(-1).mean().float())
 
 
+def test_the_third_of_an_output_is_a_third_in_double_precision(monkeypatch: Any) -> None:
+    logits = torch.randn(300, 4, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand_like", torch.zeros_like)  # never the end, unless the largest was drawn
+    routing = SparseMixerRouter(2, 4, k=1, threshold=9.0).route(logits)
+    probs, best = logits.softmax(-1), logits.argmax(-1)
+    token, expert = routing.token_index, routing.expert_index
+    expected = [float(probs[t, e]) / (1 if e == best[t] else 3) for t, e in zip(token.tolist(), expert.tolist())]
+    assert (expert != best[token]).any()
+    torch.testing.assert_close(routing.weight, torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -337,6 +337,7 @@ def test_built_on_the_meta_device_and_reset() -> None:
         ({"score": "relu"}, "score must be one of ('softmax', 'softmax_topk', 'sigmoid'), got 'relu'"),
         ({"noise": "gumbel"}, "noise must be one of"),
         ({"num_groups": 3}, "8 experts do not split into num_groups=3"),
+        ({"num_groups": 0}, "8 experts do not split into num_groups=0"),
         ({"num_groups": 4, "group_topk": 5}, "group_topk must be 1..num_groups=4, got 5"),
         ({"num_groups": 4, "group_topk": 1, "k": 3}, "k=3 experts do not fit in group_topk=1 groups"),
         ({"num_groups": 4, "group_score": 3}, "group_score must be 'max', 'top2_sum' or 1..2 (experts a group), got 3"),

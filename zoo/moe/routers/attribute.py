@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from .. import autocast
 from ..routing import Routing
+from .context import missing
 from .topk import TopKRouter
 
 
@@ -46,9 +47,7 @@ class AttributeRouter(TopKRouter):
         """Route tokens x [T, D] or [B, S, D] by their attributes alone."""
         attributes = context.pop("attributes", None)
         if attributes is None:
-            raise ValueError(
-                "AttributeRouter needs attributes in the context: call the layer as moe(x, attributes=...)"
-            )
+            raise missing("AttributeRouter", "attributes")
         dtype = x.dtype if x.dtype == torch.float64 else self.dtype or x.dtype
         given = attributes
         attributes = attributes.to(x.device, dtype)

@@ -26,6 +26,13 @@ def orthogonal_(weight: Tensor, gain: float = 1.0) -> None:
     weight.copy_(nn.init.orthogonal_(exact, gain))
 
 
+def take_fixed(gate: nn.Module, options: dict[str, Any], **fixed: Any) -> None:
+    """Take out of a caller's options what a gate fixes; raises ValueError, naming the gate, for another value."""
+    for name, value in fixed.items():
+        if name in options and (given := options.pop(name)) != value:
+            raise ValueError(f"{type(gate).__name__}: {name} is {value!r} here, got {given!r}")
+
+
 class Router(nn.Module, ABC):
     """Decides which of `num_experts` experts each token of width `dim` meets, and with what weight.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .assignment import balanced_assignment
-from .base import orthogonal_
+from .base import orthogonal_, take_fixed
 from .topk import TopKRouter
 
 
@@ -23,12 +23,14 @@ class BASERouter(TopKRouter):
 
     The paper's layer is y = a f(x) + (1 - a) x, a the weight and f residual, f(x) = x + g(x): that is x + a g(x),
     and what `x + moe(x)` gives with experts g. The balance is that of the tokens of one process; fairseq first
-    shuffles them between processes. Other options as in `TopKRouter`.
+    shuffles them between processes. torch.compile does not look into the assignment: in training it breaks the graph.
+    Other options as in `TopKRouter`.
     """
 
     def __init__(
         self, dim: int, num_experts: int, *, tolerance: float = 2e-3, rounds: int = 64, **options: Any
     ) -> None:
+        take_fixed(self, options, k=1)
         super().__init__(dim, num_experts, 1, **{"score": "sigmoid", **options})
         self.tolerance, self.rounds = tolerance, rounds
 

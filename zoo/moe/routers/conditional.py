@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import autocast, gate_losses
+from .. import autocast, balance
 from ..routing import Routing
 from .base import Router
 from .gshard import GShardRouter
@@ -21,7 +21,7 @@ class ConditionalRouter(WrappingRouter):
     The last of the E experts is the FFN, which every token meets; among the others a gate of the class `gate`, or of
     that name, chooses with the other options, GShard's by default. So it needs no other layer: the FFN is as wide as an
     expert, as in NLLB. The loss "cmr" is budget_weight |sum_t g_t / T - budget|, over the tokens that are not padding:
-    on average `budget` of each token is the experts' (`gate_losses.conditional_budget`). In training dropout zeroes g
+    on average `budget` of each token is the experts' (`balance.conditional_budget`). In training dropout zeroes g
     with that probability, which leaves the FFN alone, and divides it by 1 - dropout otherwise; the loss sees that g.
 
     All this is the authors' code, w and b start as in `nn.Linear`; budget 0.8, weight 0.1 and dropout 0.2 are those of
@@ -64,7 +64,7 @@ class ConditionalRouter(WrappingRouter):
         mask = None if mask is None else mask.reshape(-1).bool()
         kept = F.dropout(g, self.dropout, self.training)
         if self.training:
-            loss = gate_losses.conditional_budget(kept, self.budget, mask)
+            loss = balance.conditional_budget(kept, self.budget, mask)
             routing.losses["cmr"] = self.budget_weight * loss
         everyone = torch.arange(g.numel(), device=g.device) if mask is None else mask.nonzero().squeeze(-1)
         weight = routing.weight * kept.index_select(0, routing.token_index)

@@ -22,7 +22,7 @@ def per_token(router: str, context: Mapping[str, Any], name: str, x: Tensor, lim
     """
     value = context.get(name)
     if value is None:
-        raise ValueError(f"{router} needs {name} in the context: call the layer as moe(x, {name}=...)")
+        raise missing(router, name)
     tokens = x.shape[:-1].numel()
     value = torch.as_tensor(value, device=x.device).long()
     if value.dim() == 0:
@@ -39,6 +39,14 @@ def per_token(router: str, context: Mapping[str, Any], name: str, x: Tensor, lim
     if limit is not None and tokens:
         _check_range(router, name, found, limit)
     return found
+
+
+def missing(router: str, name: str) -> ValueError:
+    """The error for a context without what a router goes by."""
+    return ValueError(
+        f"{router} needs {name} in the context: call the layer as moe(x, {name}=...), a transformers model as "
+        f'model(..., moe_context={{"{name}": ...}})'
+    )
 
 
 def label_sources(

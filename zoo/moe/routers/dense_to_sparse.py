@@ -122,6 +122,8 @@ class SMoEDropoutRouter(Scheduled, TopKRouter):
         eval_k: int | None = None,
         **options: Any,
     ) -> None:
+        if "k" in options:
+            raise ValueError(f"SMoEDropoutRouter: k grows from k_min to k_max; give these, not k={options['k']!r}")
         k_max = num_experts if k_max is None else k_max
         if not 1 <= k_min <= k_max <= num_experts or not 1 <= (eval_k or 1) <= num_experts or steps < 1:
             raise ValueError(

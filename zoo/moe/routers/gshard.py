@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..capacity import Capacity
+from .base import take_fixed
 from .topk import TopKRouter
 
 Second = Literal["all", "none", "random", "threshold", "sampling"]
@@ -49,6 +50,7 @@ class GShardRouter(TopKRouter):
         **options: Any,
     ) -> None:
         before = renormalize == "before"
+        take_fixed(self, options, k=2, normalize=before, normalize_eps=1e-9)
         super().__init__(
             dim, num_experts, 2, normalize=before, normalize_eps=1e-9, capacity=capacity, losses=losses, **options
         )

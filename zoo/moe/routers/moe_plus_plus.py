@@ -42,8 +42,8 @@ class MoEPlusPlusRouter(TopKRouter):
 
     W_1 [8E, D]; two_layers=False has logits x W^T instead. z comes by the context gating=GatingResidual(), one a
     forward pass (our language models give it); without it, and in the first layer, there is none. Of the k weights
-    those of zero experts, the last `zero` ones, are set to 0 and the others divided by their sum; what is left of the
-    code's form with normalize_logits and Mixtral's weights is in `TopKRouter`. The experts are
+    those of zero experts, the last `zero` ones, are set to 0 and the others divided by their sum. The code's normalised
+    logits are normalize_logits, as in `TopKRouter`. The experts are
     `zoo.moe.ZeroComputationExperts`. The published code is for inference: the paper's heterogeneous balance loss and
     capacity are not in it, nor here.
 

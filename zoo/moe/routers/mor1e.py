@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
+from .context import missing
 from .dense import to_all
 from .linear import LinearRouter
 
@@ -66,10 +67,8 @@ class MoR1ERouter(LinearRouter):
     def _near(self, intuition: Any, logits: Tensor) -> Tensor:
         """Intuition of each token, [T, E]."""
         if intuition is None:
-            raise ValueError(
-                f"{type(self).__name__} needs intuition in the context: call the layer as moe(x, intuition=...)"
-            )
-        near = torch.as_tensor(intuition, device=logits.device).to(logits.dtype)
+            raise missing(type(self).__name__, "intuition")
+        near = torch.as_tensor(intuition, dtype=logits.dtype, device=logits.device)
         flat, number = logits.reshape(-1, self.num_experts), near.shape[0] if near.dim() else 0
         if near.shape in (logits.shape[-1:], flat.shape):
             return near.expand(flat.shape)

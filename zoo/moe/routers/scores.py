@@ -11,11 +11,9 @@ def standardized(logits: Tensor, scale: float) -> Tensor:
 
     Skywork-MoE (2406.06563, section 4.1), std unbiased as in the code of MoE++, which has the same option.
     """
-    if logits.shape[-1] == 1:
-        return torch.zeros_like(logits)
     # By hand: var warns where there are no tokens. Selected before the root, or 0 would give a gradient of nan.
     centred = logits - logits.mean(-1, keepdim=True)
-    variance = centred.square().sum(-1, keepdim=True) / (logits.shape[-1] - 1)
+    variance = centred.square().sum(-1, keepdim=True) / max(logits.shape[-1] - 1, 1)
     spread = variance > 1e-12
     return scale * centred * variance.where(spread, 1).rsqrt() * spread
 

@@ -19,7 +19,8 @@ class SinkhornRouter(TopKRouter):
 
     In training a token takes the k experts that get most of it in the plan `sinkhorn_plan(logits)`, which gives every
     expert the same mass; in evaluation those of highest logit. Weights are sigmoid(logit) for k=1, else the softmax
-    over all experts. The plan has no gradient. Other options as in `TopKRouter`.
+    over all experts. The plan has no gradient, and torch.compile breaks the graph there in training. Other options as
+    in `TopKRouter`.
     """
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, tolerance: float = 1e-4, **options: Any) -> None:

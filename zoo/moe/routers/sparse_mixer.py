@@ -75,4 +75,4 @@ class SparseMixerRouter(TopKRouter):
         weight = probs.gather(-1, expert)
         whole = (expert == best) | (torch.rand_like(largest) > 0.75)
         # The value of one point of the rule, the gradient of the whole.
-        return expert, weight + (weight * torch.where(whole, 1.0, HEUN) - weight).detach()
+        return expert, weight + (weight.where(whole, weight * HEUN) - weight).detach()

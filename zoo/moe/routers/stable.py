@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import autocast, gate_losses
+from .. import autocast, balance
 from ..capacity import Capacity
 from ..routing import Routing
 from ..schedule import Scheduled
-from .base import orthogonal_
+from .base import orthogonal_, take_fixed
 from .context import per_token
 from .topk import TopKRouter
 
@@ -32,7 +32,7 @@ class StableMoERouter(Scheduled, TopKRouter):
     Sums over tokens are divided by their number there too, outside the layer. The residual mix is as in `BASERouter`.
     Steps are counted by `zoo.moe.schedule.advance`. In stage 2 the small router has no gradient, so that under
     DistributedDataParallel it takes find_unused_parameters=True, and losses made inside what that wraps.
-    Context: token_ids, mask. Options as in `TopKRouter`, but losses.
+    Context: token_ids, mask. Other options as in `TopKRouter`; `losses` come on top of these two, in stage 2 as well.
 
     Raises ValueError without token_ids, and for one out of range.
     """
@@ -55,6 +55,7 @@ class StableMoERouter(Scheduled, TopKRouter):
                 f"StableMoERouter: expected vocab_size and routing_dim of at least 1 and switch_step of at least 0, "
                 f"got {vocab_size}, {routing_dim} and {switch_step}"
             )
+        take_fixed(self, options, k=1)
         super().__init__(dim, num_experts, 1, **{"score": "sigmoid", "capacity": capacity, **options})
         self.switch_step, self.balance_weight, self.distill_weight = switch_step, balance_weight, distill_weight
         self.embedding = nn.Parameter(torch.empty(vocab_size, routing_dim))
@@ -104,6 +105,6 @@ class StableMoERouter(Scheduled, TopKRouter):
             logits = logits.reshape(-1, self.num_experts)
             mask = None if mask is None else mask.reshape(-1).bool()
             chosen = torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-            routing.losses["stable_balance"] = self.balance_weight * gate_losses.stable_balance(logits, chosen, mask)
-            routing.losses["stable_distill"] = self.distill_weight * gate_losses.stable_distill(distilled, logits, mask)
+            routing.losses["stable_balance"] = self.balance_weight * balance.stable_balance(logits, chosen, mask)
+            routing.losses["stable_distill"] = self.distill_weight * balance.stable_distill(distilled, logits, mask)
         return routing

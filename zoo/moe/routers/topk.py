@@ -29,7 +29,7 @@ class TopKRouter(Router):
     Published models are settings of it (k omitted where a model may vary it):
         Shazeer       score="softmax_topk", noise="learned", losses importance and load; W starts at zero
         Switch        k=1, jitter=0.01, capacity, losses switch
-        GShard        k=2, capacity with drop="choice", renormalize=True, losses gshard
+        GShard        k=2, normalize=True, capacity, losses gshard, if every second expert is met; see `GShardRouter`
         V-MoE         noise="fixed", noise_std=1/E, capacity, losses importance_vmoe and load_vmoe
         Mixtral       score="softmax_topk" (equal to softmax with normalize=True)
         DeepSeekMoE, OLMoE, Qwen2-MoE   the defaults; Qwen3-MoE normalize=True
@@ -95,6 +95,10 @@ class TopKRouter(Router):
         self.group_size, self.group_sequences = group_size, group_sequences
         self.bias_update_rate = bias_update_rate
         self.losses, self.eval_losses = AuxiliaryLosses(losses), eval_losses
+        among_all = type(self)._choose is TopKRouter._choose
+        if "sequence" in self.losses.terms and among_all and (selection_bias or num_groups > 1):
+            # DeepSeek-V3 (2412.19437, eq. 18): the best scores count, not what bias and groups made of them.
+            self.losses.terms["sequence"].options.setdefault("selected", "unbiased")
         self._check()
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.bias = nn.Parameter(torch.zeros(num_experts)) if bias else None
@@ -106,28 +110,29 @@ class TopKRouter(Router):
 
     def _check(self) -> None:
         """Raise ValueError on the first option that is unknown or does not fit."""
+        gate = type(self).__name__
         known: tuple[tuple[str, object, tuple[object, ...]], ...] = (
             ("score", self.score, ("softmax", "softmax_topk", "sigmoid")),
             ("noise", self.noise, (None, "fixed", "learned")),
         )
         for name, value, choices in known:
             if value not in choices:
-                raise ValueError(f"TopKRouter: {name} must be one of {choices}, got {value!r}")
+                raise ValueError(f"{gate}: {name} must be one of {choices}, got {value!r}")
         if not 1 <= self.k <= self.num_experts:
-            raise ValueError(f"TopKRouter: k must be between 1 and num_experts={self.num_experts}, got {self.k}")
-        if self.num_experts % self.num_groups:
-            raise ValueError(f"TopKRouter: {self.num_experts} experts do not split into num_groups={self.num_groups}")
+            raise ValueError(f"{gate}: k must be between 1 and num_experts={self.num_experts}, got {self.k}")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(f"{gate}: {self.num_experts} experts do not split into num_groups={self.num_groups}")
         if not 1 <= self.group_topk <= self.num_groups:
-            raise ValueError(f"TopKRouter: group_topk must be 1..num_groups={self.num_groups}, got {self.group_topk}")
+            raise ValueError(f"{gate}: group_topk must be 1..num_groups={self.num_groups}, got {self.group_topk}")
         if self.num_groups > 1 and self.k > self.group_topk * (self.num_experts // self.num_groups):
-            raise ValueError(f"TopKRouter: k={self.k} experts do not fit in group_topk={self.group_topk} groups")
+            raise ValueError(f"{gate}: k={self.k} experts do not fit in group_topk={self.group_topk} groups")
         per_group = self.num_experts // self.num_groups
         if self.group_score not in ("max", "top2_sum", *range(1, per_group + 1)):
             raise ValueError(
-                f"TopKRouter: group_score must be 'max', 'top2_sum' or 1..{per_group} (experts a group), "
+                f"{gate}: group_score must be 'max', 'top2_sum' or 1..{per_group} (experts a group), "
                 f"got {self.group_score!r}"
             )
-        check_groups("TopKRouter", self.group_size, self.group_sequences)
+        check_groups(gate, self.group_size, self.group_sequences)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -306,7 +311,7 @@ class TopKRouter(Router):
 
     def _group_tokens(self, tokens: int, batch: int | None) -> int:
         """Tokens that share capacity."""
-        return group_tokens("TopKRouter", self.group_size, self.group_sequences, tokens, batch)
+        return group_tokens(type(self).__name__, self.group_size, self.group_sequences, tokens, batch)
 
     def _loss_groups(self, tokens: int, batch: int | None) -> dict[str, tuple[int, int] | None]:
         """How many groups of how many tokens each scope of a loss makes; None where that is unknown."""
