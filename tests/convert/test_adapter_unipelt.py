@@ -177,8 +177,12 @@ def test_attention_may_be_computed_otherwise_later(name):
         made.set_attn_implementation("eager")
         found = made(tokens, attention_mask=mask, output_attentions=True, **more)
     torch.testing.assert_close(found.logits[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
-    weights = found.encoder_attentions if made.config.is_encoder_decoder else found.attentions
-    assert weights[0].shape[-2:] == (7, 7)
+    plain = language(name)
+    plain.set_attn_implementation("eager")
+    told = plain(tokens, attention_mask=mask, output_attentions=True, **more)
+    which = "encoder_attentions" if made.config.is_encoder_decoder else "attentions"
+    # None of T5's in transformers 5.17.
+    assert [w.shape for w in getattr(found, which)] == [w.shape for w in getattr(told, which)]
 
 
 def test_a_compiled_model_trains_as_the_plain_one():
