@@ -117,6 +117,25 @@ def test_linear_layers_with_ranks_and_alphas_of_their_own(rslora, mixtral, token
         assert torch.equal(again(tokens).logits, adapted(tokens).logits)
 
 
+def with_stacks(model, folder, hidden, swapped, transposed, **config):
+    """A folder with LoRAs of all experts, which the model's own weights get; swapped has A for what goes out."""
+    tensors, weights = {}, dict(model.named_parameters())
+    for i in range(2):
+        path = EXPERTS.format(i)
+        for name, parameter, size in (
+            (f"{path}.base_layer", "gate_up_proj", (D, 2 * hidden)),
+            (path, "down_proj", (hidden, D)),
+        ):
+            a, b = (side.float() for side in pair(2, *(size[::-1] if swapped else size), E))
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            for e in range(E):
+                mine = of_expert(a.double(), b.double(), e, E)
+                delta = 3 / 2 * mine[1] @ mine[0]
+                weights[f"{path}.{parameter}"].data[e] += delta.T if swapped != transposed else delta
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return write(folder, tensors, target_parameters=targets, **config)
+
+
 @pytest.mark.parametrize("older", [False, True], ids=["last goes in", "middle goes in"])
 @pytest.mark.parametrize("hidden", [F, D // 2, D])
 def test_stacked_experts(older, hidden, tokens, tmp_path):
@@ -125,24 +144,8 @@ def test_stacked_experts(older, hidden, tokens, tmp_path):
     Of widths D / 2 and D one of the two is square.
     """
     mixtral = mixtral_of(hidden)
-    base = base_of(mixtral, tmp_path)
-    tensors, weights = {}, dict(mixtral.named_parameters())
-    for i in range(2):
-        path = EXPERTS.format(i)
-        for name, parameter, size in (
-            (f"{path}.base_layer", "gate_up_proj", (D, 2 * hidden)),
-            (path, "down_proj", (hidden, D)),
-        ):
-            a, b = pair(2, *(size[::-1] if older else size), E)
-            a, b = a.float(), b.float()
-            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-            for e in range(E):
-                mine = of_expert(a.double(), b.double(), e, E)
-                delta = 3 / 2 * mine[1] @ mine[0]
-                weights[f"{path}.{parameter}"].data[e] += delta.T if older else delta
-    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    version = {} if older else {"peft_version": "0.21.2"}
-    folder = write(tmp_path / "lora", tensors, target_parameters=targets, **version)
+    base, version = base_of(mixtral, tmp_path), {} if older else {"peft_version": "0.21.2"}
+    folder = with_stacks(mixtral, tmp_path / "lora", hidden, older, False, **version)
     adapted = zoo.from_pretrained(folder, base=base)
     assert any(isinstance(module, LoRAOfExperts) for module in adapted.modules())
     with torch.no_grad():
@@ -154,22 +157,8 @@ def test_stacked_experts(older, hidden, tokens, tmp_path):
 def test_experts_that_transformers_holds_transposed_and_in_turns(hidden, version, tokens, tmp_path):
     model = gpt_oss(hidden)
     base = base_of(model, tmp_path)
-    tensors, weights = {}, dict(model.named_parameters())
-    for i in range(2):
-        path = EXPERTS.format(i)
-        for name, parameter, size in (
-            (f"{path}.base_layer", "gate_up_proj", (D, 2 * hidden)),
-            (path, "down_proj", (hidden, D)),
-        ):
-            a, b = (side.float() for side in pair(2, *size, E))
-            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-            for e in range(E):
-                mine = of_expert(a.double(), b.double(), e, E)
-                weights[f"{path}.{parameter}"].data[e] += 3 / 2 * (mine[1] @ mine[0]).T
-    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    adapted = zoo.from_pretrained(
-        write(tmp_path / "lora", tensors, target_parameters=targets, peft_version=version), base=base
-    )
+    folder = with_stacks(model, tmp_path / "lora", hidden, False, True, peft_version=version)
+    adapted = zoo.from_pretrained(folder, base=base)
     with torch.no_grad():
         same(adapted(tokens).logits, model(tokens).logits)
     zoo.save_pretrained(adapted, tmp_path / "again", peft=True)
