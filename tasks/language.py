@@ -40,8 +40,8 @@ class LanguageTask(Task):
         pretrained: a folder or hub repository to start from instead.
         overrides: fields of the model's configuration to change, the kinds of experts, attention, depth and
             shortcuts (`zoo.models.language.build`), or keywords of `zoo.from_pretrained`.
-        router: the gate of every MoE layer, {"class_path": ..., "init_args": {...}}, or a list of such for the first
-            layers, its last for all the rest; the family's own by default.
+        router: the gate of every MoE layer, a name or {"class_path": ..., "init_args": {...}}, or a list of the latter
+            for the first layers, its last for all the rest; the family's own by default.
         losses: auxiliary losses by name with their weights, such as {"switch": 0.01, "z": 0.001}.
         vocab_size: of a model made by name; the tokenizer's by default.
         teacher: a frozen model to learn from beside the text, {"pretrained": folder, "weight": 0.25} and what else
@@ -60,7 +60,7 @@ class LanguageTask(Task):
         network: str | nn.Module = "language/mixtral_tiny",
         pretrained: str | None = None,
         overrides: Overrides | None = None,
-        router: dict[str, Any] | list[dict[str, Any]] | None = None,
+        router: dict[str, Any] | list[dict[str, Any]] | str | None = None,
         losses: dict[str, Any] | None = None,
         vocab_size: int | None = None,
         teacher: dict[str, Any] | None = None,

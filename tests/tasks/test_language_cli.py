@@ -176,6 +176,10 @@ TOP1 = {"class_path": "TopKRouter", "init_args": {"k": 1}}
         (TOP1, [f"--model.router={[TOP1, TOP1]}"], [TOP1, TOP1]),
         ([TOP1, TOP1], [f"--model.router={TOP1}"], TOP1),
         (TOP1, ["--model.router=null"], None),
+        (None, ["--model.router=HashRouter"], "HashRouter"),
+        (TOP1, ["--model.router", "HashRouter"], "HashRouter"),
+        ("HashRouter", ["--model.router.class_path=TopKRouter", "--model.router.init_args.k=1"], TOP1),
+        ("HashRouter", [], "HashRouter"),
     ],
 )
 def test_options_say_a_gate_over_a_config(said, options, expected, ckpt, monkeypatch, tmp_path):
