@@ -12,11 +12,8 @@ from zoo.convert.adapting import adapter_state
 from zoo.moe import QuantisedExperts
 
 FINGERPRINT = "frozen_weights"
-EXACT = {
-    "adapt",
-    "compose_adapters",
-    "quantise",
-}  # conversions that make the same frozen weights of the same files, every time
+# Conversions that make the same frozen weights of the same files, every time.
+EXACT = {"adapt", "compose_adapters", "quantise"}
 # Overrides that draw no weights.
 PLAIN = {"attn_implementation", "backend", "base", "capacity", "device", "dtype", "quantise", "revision"}
 
@@ -39,9 +36,8 @@ def names(model: nn.Module) -> set[str]:
     return found - adapter_state(model).keys()
 
 
-def leave_out(checkpoint: dict[str, Any], model: nn.Module, prefix: str = "model.") -> None:
-    """Take these out of a Lightning checkpoint, of an average too, and note whose weights they are."""
-    left = {f"{prefix}{name}" for name in names(model)}
+def leave_out(checkpoint: dict[str, Any], left: set[str], model: nn.Module) -> None:
+    """Take tensors out of a Lightning checkpoint, of an average too, and note which model's weights they are."""
     for part in ("state_dict", "current_model_state"):
         if part in checkpoint:
             checkpoint[part] = {name: value for name, value in checkpoint[part].items() if name not in left}
@@ -50,8 +46,8 @@ def leave_out(checkpoint: dict[str, Any], model: nn.Module, prefix: str = "model
 
 def check(checkpoint: dict[str, Any], model: nn.Module) -> None:
     """Warn where a checkpoint was trained beside other frozen weights than the model's."""
-    then, now = checkpoint.get(FINGERPRINT), weights_fingerprint(model)
-    if then and now and then != now:
+    then = checkpoint.get(FINGERPRINT)
+    if then and (now := weights_fingerprint(model)) and then != now:
         warnings.warn("the checkpoint was trained beside other frozen weights than the model's", stacklevel=2)
 
 

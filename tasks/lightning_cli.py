@@ -237,7 +237,8 @@ class TaskCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run; what is wrong with data or options and shows before the first batch is one line, not a traceback."""
-        begun = next(callback for callback in self._callbacks() if isinstance(callback, Begun))
+        trainer: Any = self.trainer
+        begun = next(callback for callback in trainer.callbacks if isinstance(callback, Begun))
         with _one_line(*MISTAKES, unless=lambda: begun.yes):
             try:
                 super()._run_subcommand(subcommand)
@@ -247,10 +248,6 @@ class TaskCLI(LightningCLI):
                     raise
                 told = told if len(told) < LONG else f"{told[:LONG]}..."
                 raise ValueError(f"the checkpoint is of another model: {told}") from error
-
-    def _callbacks(self) -> list[Callback]:
-        trainer: Any = self.trainer
-        return trainer.callbacks
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""

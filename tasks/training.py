@@ -216,8 +216,8 @@ class Task(LightningModule):
         """Note what data decided of the model's shape; leave out frozen weights that its files have."""
         if self.decided:
             checkpoint[conversions.DECIDED] = self.decided
-        if self.left_out():
-            frozen.leave_out(checkpoint, self.model)
+        if left := self.left_out():
+            frozen.leave_out(checkpoint, left, self.model)
 
     def frozen_in_files(self) -> bool:
         """Whether the arguments say where each weight is read from that stays frozen, so that checkpoints need not."""

@@ -94,13 +94,7 @@ KINDS: dict[str, Kind] = {
         needs=("num_tasks",),
     ),
     "MoCLE": Kind(
-        "linear",
-        ("query", "value"),
-        5,
-        8,
-        16.0,
-        {"name": "MoCLERouter", "temperature": 0.05},
-        needs=("num_clusters",),
+        "linear", ("query", "value"), 5, 8, 16.0, {"name": "MoCLERouter", "temperature": 0.05}, needs=("num_clusters",)
     ),
     # One of the paper's three sets: for text, for what is seen, and for both. No code is known.
     "Omni-SMoLA": Kind("linear", PARTS, 16, 4, 4.0, {"name": "SoftRouter", "slots": 1}),

@@ -72,6 +72,9 @@ def read(model: nn.Module, folder: Path) -> Pairs:
         # Parameters of one module have theirs inside one another.
         found[name.rpartition(f".lora_{match[2]}")[0], match[1]][match[2]] = tensor
     stacks, version = {name: stack for name, stack, _ in _stacks(model, "")}, str(config.get("peft_version") or "0")
+    modules: dict[str, nn.Module] = {}
+    for full, module in model.named_modules():
+        modules.setdefault(plain_name(full), module)
     known = layouts(model) if any(name in stacks for _, name in found) else {}
     pairs: Pairs = {}
     for (_, name), sides in found.items():
@@ -82,7 +85,7 @@ def read(model: nn.Module, folder: Path) -> Pairs:
         if name in stacks:
             places = _in_stack(model, name, stacks[name], known.get(name), version, sides["A"], sides["B"], what)
         else:
-            places = [_alone(model, stacks, name, sides["A"], sides["B"], what, path)]
+            places = [_alone(modules, stacks, name, sides["A"], sides["B"], what, path)]
         for key, a, b, label in places:
             if key in pairs:
                 raise ValueError(f"{path}: {name} has two LoRAs for one matrix")
@@ -138,7 +141,7 @@ def _in_stack(
 
 
 def _alone(
-    model: nn.Module, stacks: Mapping[str, Any], name: str, a: Tensor, b: Tensor, what: str, path: Path
+    modules: Mapping[str, nn.Module], stacks: Mapping[str, Any], name: str, a: Tensor, b: Tensor, what: str, path: Path
 ) -> Place:
     """Where A and B of one matrix belong: a linear layer's, or an expert's by its published name."""
     key, sizes = (name, "", 0), None
@@ -149,10 +152,10 @@ def _alone(
         if stack is not None and key[1] and key[2] < stack.num_experts:
             sizes = (stack.hidden_dim, stack.dim) if key[1] == "down" else (stack.dim, stack.hidden_dim)
     else:
-        linear = next((m for n, m in model.named_modules() if plain_name(n) == name), None)
+        linear = modules.get(name)
         sizes = features(linear) if _is_linear(linear) else None
     if sizes is None:
-        raise ValueError(f"{path}: {name} is no layer of {type(model).__name__} that may have a LoRA")
+        raise ValueError(f"{path}: {name} is no layer of {type(modules['']).__name__} that may have a LoRA")
     if (a.shape[1], b.shape[0]) != sizes or a.shape[0] != b.shape[1]:
         raise ValueError(f"{what}: expected [r, {sizes[0]}] and [{sizes[1]}, r]")
     return key, a, b, name

@@ -76,9 +76,7 @@ class LoRAExperts(nn.Module):
         if experts * self.rank <= ONE_PRODUCT or 2 * met >= tokens * experts:
             if met == tokens * experts:
                 return self.mix(x, routing.weight.view(experts, tokens).T)
-            # Nobody asked for the rest, which may hold anything: a weight of zero does not hide a nan.
-            asked = torch.zeros(tokens, dtype=torch.bool, device=x.device).index_fill(0, routing.token_index, True)
-            return self.mix(x.where(asked[:, None], 0), routing.dense())
+            return self.mix(_asked(x, routing), routing.dense())
         rows = grouped_linear(self.reads(x).index_select(0, routing.token_index), self.a, routing.offsets)
         rows = rows * (self.alpha / self.rank * routing.weight[:, None]).to(rows.dtype)
         out = grouped_linear(rows, self.b, routing.offsets)
@@ -119,3 +117,9 @@ class LoRAExperts(nn.Module):
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
         return f"{self.num_experts}, dim={self.dim}, out_dim={self.out_dim}, rank={self.rank}, alpha={self.alpha}"
+
+
+def _asked(x: Tensor, routing: Routing) -> Tensor:
+    """Tokens x [T, D], zero where they meet no expert: there may be a nan, which a weight of zero does not hide."""
+    asked = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device).index_fill(0, routing.token_index, True)
+    return x.where(asked[:, None], 0)

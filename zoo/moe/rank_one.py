@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from . import autocast
 from .experts import check_sizes
-from .lora import LoRAExperts
+from .lora import LoRAExperts, _asked
 from .routing import Routing
 
 
@@ -33,9 +33,7 @@ class RankOneExperts(LoRAExperts):
 
     def _mixed(self, x: Tensor, routing: Routing) -> Tensor:
         if routing.token_index.numel() < x.shape[0] * self.num_experts:
-            # Nobody asked for the rest, which may hold anything: a weight of zero does not hide a nan.
-            asked = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device).index_fill(0, routing.token_index, True)
-            x = x.where(asked[:, None], 0)
+            x = _asked(x, routing)
         return self.mix(x, routing.dense())
 
     def mix(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -93,9 +93,8 @@ def parallelize(
     for module in _of_another_dtype(model, stacks.values(), scalars | fused):
         # What a gate gives is no tensor, by which FSDP would know when to gather it again; it is small.
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **{**options, "reshard_after_forward": False})
-        for method in (
-            ("mix", "each", "apart") if isinstance(module, LoRAExperts) else ()
-        ):  # what layers around them call
+        # What layers around them call.
+        for method in ("mix", "each", "apart") if isinstance(module, LoRAExperts) else ():
             register_fsdp_forward_method(module, method)
     for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **options)

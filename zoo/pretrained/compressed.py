@@ -14,9 +14,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,8 +37,19 @@ LOW = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
-class Ints(Quantised):
-    """Numbers [R, C] = (code - zero) * scale, one scale for `group` columns; a piece begins at row `first`.
+class Rows(Quantised):
+    """A matrix of codes and scales, or a piece of one that begins at row `first`."""
+
+    first: int = field(default=0, kw_only=True)
+
+    def rows(self, first: int, count: int) -> Self:
+        """Some along the first dimension."""
+        return replace(super().rows(first, count), first=self.first + first)
+
+
+@dataclass(frozen=True)
+class Ints(Rows):
+    """Numbers [R, C] = (code - zero) * scale, one scale for `group` columns.
 
     Codes of `bits` are offset by half their range where they are `packed`. zero [R, C / group] is packed along its
     rows, index [C] says which column is of which group where they are out of order.
@@ -49,11 +60,6 @@ class Ints(Quantised):
     group: int
     zero: Entry | None = None
     index: Entry | None = None
-    first: int = 0
-
-    def rows(self, first: int, count: int) -> Ints:
-        """Some along the first dimension."""
-        return replace(super().rows(first, count), first=self.first + first)
 
     def read_part(self, target: Tensor, box: Sequence[slice]) -> int:
         """As `Entry.read_part`; the scales of the part's rows are read with it, and counted."""
@@ -92,20 +98,12 @@ class Ints(Quantised):
 
 
 @dataclass(frozen=True)
-class Fp4(Quantised):
-    """Numbers [R, C] of codes [R, C / 2] and a scale for `group` columns, over one number for all, or times it.
-
-    A piece begins at row `first`.
-    """
+class Fp4(Rows):
+    """Numbers [R, C] of codes [R, C / 2] and a scale for `group` columns, over one number for all, or times it."""
 
     group: int
     over: Entry | None = None
     times: Entry | None = None
-    first: int = 0
-
-    def rows(self, first: int, count: int) -> Fp4:
-        """Some along the first dimension."""
-        return replace(super().rows(first, count), first=self.first + first)
 
     def read_part(self, target: Tensor, box: Sequence[slice]) -> int:
         """As `Entry.read_part`; the scales of the part's rows are read with it, and counted."""

@@ -120,11 +120,16 @@ def method_of(raw: Mapping[str, Any], where: Path) -> str | None:
             f"{where}: the checkpoint is quantised (quantization_config.quant_method={method!r}); expected float32, "
             f"bfloat16 or float16 weights, or {', '.join(METHODS)}. Take or make an unquantised copy of it"
         )
-    if method not in ("fp8", "mxfp4"):
-        from . import compressed, gptq
-
-        (gptq if method in ("gptq", "awq") else compressed).check(method, settings, where)
+    if (reader := _reader(method)) is not None:
+        reader.check(method, settings, where)
     return method
+
+
+def _reader(method: str | None) -> Any:
+    """The module that reads checkpoints of a method, None for those that this one reads."""
+    from . import compressed, gptq
+
+    return {"compressed-tensors": compressed, "modelopt": compressed, "gptq": gptq, "awq": gptq}.get(str(method))
 
 
 def dequantised(entries: Mapping[str, Entry], raw: Mapping[str, Any], where: Path) -> dict[str, Entry]:
@@ -134,11 +139,8 @@ def dequantised(entries: Mapping[str, Entry], raw: Mapping[str, Any], where: Pat
     Raises ValueError as `method_of`, and naming file and tensor, for scales that are missing or wrong in shape or type.
     """
     settings, method = settings_of(raw), method_of(raw, where)
-    if method not in (None, "fp8", "mxfp4"):
-        from . import compressed, gptq
-
-        make = gptq.dequantised if method in ("gptq", "awq") else compressed.dequantised
-        return make(method, entries, settings, where)
+    if (reader := _reader(method)) is not None:
+        return reader.dequantised(method, entries, settings, where)
     found: dict[str, Entry] = {}
     used: set[str] = set()
     for key, entry in entries.items():
