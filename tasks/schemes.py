@@ -39,7 +39,8 @@ class ExpertPruning(Callback):
 
     Raises ValueError for numbers that are none, and on starting: for several processes, for a callback that averages
     whole weights, for a model without experts, naming a gate that one cannot take experts from, all but `keep` of them
-    or one at a time, and for a model to be exported whose layout cannot say that it has lost some (LIMoE).
+    or one at a time, and for a model to be exported whose layout cannot say that it has lost some (LIMoE), or whose
+    training ends before until_step, with layers of different sizes.
     """
 
     def __init__(
@@ -88,11 +89,17 @@ class ExpertPruning(Callback):
                 if (owner := owners.setdefault(id(tensor), name)) != name:
                     raise ValueError(f"ExpertPruning: {name} and {owner} share their weights; expected each its own")
             check_kept(f"ExpertPruning: {name}", moe, range(min(self.keep, moe.router.num_experts)))
+        export = pl_module.hparams.get("export")
         made: Any = getattr(getattr(pl_module, "model", None), "made_with", None)
-        if made and pl_module.hparams.get("export"):
+        if made and export:
             raise ValueError(
                 f"ExpertPruning: export: the layout of {made['network']} cannot say that experts were dropped; leave "
                 "out model.export, and keep the checkpoint"
+            )
+        if export and (steps := trainer.estimated_stepping_batches) < self.until_step:
+            raise ValueError(
+                f"ExpertPruning: until_step is {self.until_step}, but training ends after {steps} steps, with layers "
+                f"that may differ in their experts, which no layout says; expected at most {steps}, or no model.export"
             )
         self._step = trainer.global_step
 

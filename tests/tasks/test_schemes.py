@@ -172,6 +172,9 @@ def test_mistakes_are_named(make):
     task = make.task(router={"name": "TopKRouter", "k": 2, "num_groups": 2, "group_topk": 1})
     with pytest.raises(ValueError, match=r"ExpertPruning: .*the gate chooses among 2 groups of experts"):
         make.trainer(max_steps=1, callbacks=[ExpertPruning(1, 2)]).fit(task, make.data())
+    task = make.task(export="never")
+    with pytest.raises(ValueError, match=r"until_step is 4, but training ends after 3 steps.* expected at most 3"):
+        make.trainer(max_steps=3, callbacks=[ExpertPruning(1, 4)]).fit(task, make.data())
     task = make.task(convert=[{"share_depth": {}}])
     with pytest.raises(ValueError, match=r"layers\.1\.mlp and .*layers\.0\.mlp share their weights"):
         make.trainer(max_steps=1, callbacks=[ExpertPruning(1, 2)]).fit(task, make.data())
