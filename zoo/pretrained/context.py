@@ -157,21 +157,20 @@ def _check_logits(base: Any) -> None:
 
 
 def _record_logits(moe: Any, x: Tensor, modality: Tensor | None) -> None:
-    """Give transformers the router's logits, where it collects outputs for a caller."""
+    """Give transformers the router's logits, where it collects outputs for a caller.
+
+    It collects none when a checkpointed layer is computed again, which must do the same as it did at first.
+    """
     from transformers.utils.output_capturing import _active_collector
 
+    parts = moe.parts if isinstance(moe, IsolatedMoE) else [moe]
+    found = _logits(parts[0].router, x)
+    if modality is not None:
+        for number, part in enumerate(parts[1:], 1):
+            found = torch.where(modality.eq(number).reshape(-1, 1), _logits(part.router, x), found)
     wanted = _active_collector.get()
-    if wanted is None or "router_logits" not in wanted:
-        return
-    if not isinstance(moe, IsolatedMoE):
-        wanted["router_logits"].append(_logits(moe.router, x))
-        return
-    found = _logits(moe.parts[0].router, x)
-    for number, part in enumerate(moe.parts):
-        if modality is not None:
-            own = modality.eq(number).reshape(-1, 1)
-            found = torch.where(own, _logits(part.router, x), found)
-    wanted["router_logits"].append(found)
+    if wanted is not None and "router_logits" in wanted:
+        wanted["router_logits"].append(found)
 
 
 def _logits(router: Any, x: Tensor) -> Tensor:
