@@ -40,6 +40,15 @@ def test_a_checkpoints_tensors_are_read_back_without_being_strict(family, tmp_pa
         assert same(trained, model)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "granitemoe"])
+def test_a_model_says_where_a_second_one_like_it_is_read_and_its_files_do_not(family, tmp_path):
+    small(family).save_pretrained(tmp_path / "a")
+    model = zoo.from_pretrained(tmp_path / "a")
+    assert model.name_or_path == model.config.name_or_path == str(tmp_path / "a")
+    model.save_pretrained(tmp_path / "b")
+    assert str(tmp_path) not in (tmp_path / "b" / "config.json").read_text()
+
+
 def test_shards_are_read_one_after_another(tmp_path):
     trained, fresh = small("mixtral"), small("mixtral")
     trained.save_pretrained(tmp_path / "a", max_shard_size="100KB")

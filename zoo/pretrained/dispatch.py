@@ -45,25 +45,22 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         raise ValueError(
             f"from_pretrained: {key} is for transformers' layout; read {path} whole, then zoo.{key}(model)"
         )
-    if _is_timm(path):
-        return _named(_vision().from_timm(path, **options), source)
     if recommendation.is_recommendation(path):
         return recommendation.load(path, **options)
+    if _is_timm(path):
+        return _named(_vision().from_timm(path, **options), source)
     if vision_language.is_vision_language(path):
         return _named(vision_language.load(path, **options), source)
     if moe_llava.is_moe_llava(path):
-        return moe_llava.from_pretrained(path, **options)
+        return _named(moe_llava.from_pretrained(path, **options), source)
     if image_text.is_image_text(path):
-        return image_text.from_pretrained(path, **options)
+        return _named(image_text.from_pretrained(path, **options), source)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(
             f"{path / 'config.json'}: no such file; expected a folder of save_pretrained's, or the hub's"
         )
-    if switch.is_switch(path):
-        return switch.from_pretrained(path, **options)
-    if language.has_table(path):
-        return language.from_pretrained(path, **options)
-    return causal.from_pretrained(path, **options)
+    reader = switch if switch.is_switch(path) else language if language.has_table(path) else causal
+    return _named(reader.from_pretrained(path, **options), source)
 
 
 def save_pretrained(
@@ -137,8 +134,10 @@ def _check(model: nn.Module) -> None:
 
 
 def _named(model: Any, source: str | os.PathLike[str]) -> Any:
-    """A model that says where it was read from, as transformers' do: adapters beside it find it there."""
+    """A model that says where it was read from, as transformers' do: adapters and trainers look for it there."""
     model.name_or_path = str(source)
+    if hasattr(getattr(model, "config", None), "name_or_path"):
+        model.config.name_or_path = str(source)
     return model
 
 

@@ -129,7 +129,6 @@ def from_pretrained(
             ):
                 entries[key].read_into(target)
     read_generation(model, folder)
-    model.name_or_path = str(source)
     return model
 
 

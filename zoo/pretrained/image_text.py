@@ -117,7 +117,6 @@ def from_pretrained(
         model = _read(found, folder, dtype, options, entries if quantised.settings_of(raw) else None)
     theirs = copy.deepcopy(model) if in_parts else None
     model = (put or put_layers)(model, backend=backend, router=router, losses=losses, capacity=capacity).eval()
-    model.name_or_path = str(folder)
     if in_parts:
         targets, parts = targets_of(model, theirs, entries, folder)
         if mesh is not None:

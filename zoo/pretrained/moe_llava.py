@@ -87,7 +87,6 @@ def from_pretrained(
                 for key, target in targets.items():
                     entries[key].read_into(target)
     files.read_generation(model, folder)
-    model.name_or_path = str(folder)
     return model.eval()
 
 
