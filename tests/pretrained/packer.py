@@ -1,11 +1,12 @@
-"""Quantises matrices as compressed-tensors, ModelOpt, GPTQ and AWQ store them, from the formats' definitions, in numpy.
+"""Quantises matrices as compressed-tensors, ModelOpt, GPTQ, AWQ and bitsandbytes store them, by definition, in numpy.
 
 Codes and scales are drawn, not found: what matters is which numbers they mean. Each function gives the tensors of a
-matrix [O, I] by the ends of their names, and its numbers in float64.
+matrix [O, I] by the ends of their names, and its numbers in float64; bitsandbytes' in float32, as that defines them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -123,6 +124,43 @@ def awq(weight: Tensor, group: int) -> Packed:
     return found, torch.from_numpy(((codes - zero[place]) * numbers(scale)[place]).T)
 
 
+# QLoRA, appendix E; and what bitsandbytes has for FP4.
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
+NF4 += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
+NF4 += [0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+FP4 = [0.0, 0.0052083335, 0.6666667, 1.0, 0.33333334, 0.5, 0.16666667, 0.25]
+FP4 += [-x for x in FP4]
+
+
+def blockwise(weight: Tensor, kind: str, block: int, nested: int) -> Packed:
+    """bitsandbytes' codes of 4 bits, the high half of a byte first, of the whole matrix in blocks."""
+    table, count = np.array(NF4 if kind == "nf4" else FP4, np.float32), weight.numel()
+    codes = np.random.randint(0, 16, count)
+    even = np.append(codes, 0)[: count + count % 2]
+    said = {"quant_type": kind, "blocksize": block, "dtype": "bfloat16", "shape": list(weight.shape)}
+    found = {"weight": torch.from_numpy((even[0::2] << 4 | even[1::2]).astype(np.uint8)).view(-1, 1)}
+    blocks = -(-count // block)
+    if nested:
+        magnitudes = np.random.randint(0, 256, blocks).astype(np.uint8)
+        over, values = (np.random.rand(size).astype(np.float32) / 2 for size in (-(-blocks // nested), 256))
+        largest = values[magnitudes] * over.repeat(nested)[:blocks] + np.float32(0.75)
+        found |= {"weight.nested_absmax": torch.from_numpy(over), "weight.nested_quant_map": torch.from_numpy(values)}
+        said |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.75}
+    else:
+        magnitudes = largest = np.random.rand(blocks).astype(np.float32)
+    found |= {"weight.absmax": torch.from_numpy(magnitudes), "weight.quant_map": torch.from_numpy(table)}
+    found[f"weight.quant_state.bitsandbytes__{kind}"] = torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+    return found, torch.from_numpy((table[codes] * largest.repeat(block)[:count]).reshape(weight.shape))
+
+
+def llm_int8(weight: Tensor) -> Packed:
+    codes = np.random.randint(-127, 128, weight.shape).astype(np.int8)
+    largest = np.random.rand(len(weight)).astype(np.float32)
+    found = {"weight": torch.from_numpy(codes), "SCB": torch.from_numpy(largest)}
+    found["weight_format"] = torch.tensor(0, dtype=torch.uint8)
+    return found, torch.from_numpy(codes * (largest / np.float32(127))[:, None])
+
+
 def settings(method: str, **said: Any) -> dict[str, Any]:
     return {"quant_method": method, **said}
 
@@ -171,4 +209,8 @@ WAYS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Packed]]] = {
         partial(gptq, bits=2, group=-1, one=0, ordered=True),
     ),
     "awq": (settings("awq", bits=4, group_size=32, version="gemm", zero_point=True), partial(awq, group=32)),
+    "nf4 twice": (settings("bitsandbytes", load_in_4bit=True), partial(blockwise, kind="nf4", block=64, nested=256)),
+    "nf4": (settings("bitsandbytes", load_in_4bit=True), partial(blockwise, kind="nf4", block=128, nested=0)),
+    "fp4 off rows": (settings("bitsandbytes", load_in_4bit=True), partial(blockwise, kind="fp4", block=80, nested=16)),
+    "llm int8": (settings("bitsandbytes", load_in_8bit=True), llm_int8),
 }

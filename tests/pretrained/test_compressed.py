@@ -1,4 +1,4 @@
-"""Checkpoints of compressed-tensors, ModelOpt, GPTQ and AWQ as models: those of the numbers that they mean."""
+"""Checkpoints of compressed-tensors, ModelOpt, GPTQ, AWQ, bitsandbytes as models: of the numbers that they mean."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_model_is_the_dequantised_one(way: str, folders: Path, tmp_path: Pat
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("way", ["int4 zeros", "nvfp4", "gptq ordered"])
+@pytest.mark.parametrize("way", ["int4 zeros", "nvfp4", "gptq ordered", "nf4 twice", "fp4 off rows"])
 def test_experts_may_be_kept_in_few_bits_or_in_their_files(way: str, folders: Path) -> None:
     exact = zoo.from_pretrained(folders / way, dtype="float32")
     few = zoo.from_pretrained(folders / way, quantise="int8")
@@ -100,6 +100,16 @@ def test_processes_read_their_parts(folders: Path) -> None:
         ("nvfp4", "weight_scale", lambda t: t[:, 1:], "weight_scale has shape"),
         ("gptq", "qzeros", lambda t: None, "is quantised, but .*qzeros is missing"),
         ("awq", "scales", lambda t: t[1:], "qzeros has shape|scales has shape"),
+        ("nf4", "weight.absmax", lambda t: t[1:], "weight.absmax has shape"),
+        ("nf4", "weight.absmax", lambda t: None, "is quantised, but tensor .*weight.absmax is missing"),
+        ("nf4 twice", "weight.nested_absmax", lambda t: t[:0], "weight.nested_absmax has shape"),
+        ("nf4 twice", "weight.absmax", lambda t: t.float(), "weight.absmax is stored as F32; expected U8"),
+        ("nf4", "weight", lambda t: t[1:], "bytes, expected .* numbers of 4 bits"),
+        ("nf4", "weight.quant_state.bitsandbytes__nf4", lambda t: t[1:], "does not say how a matrix is quantised"),
+        ("nf4", "weight.quant_state.bitsandbytes__nf4", lambda t: None, "up_proj.weight is U8; nothing says what"),
+        ("llm int8", "SCB", lambda t: None, "up_proj.weight is I8; nothing says what it means"),
+        ("llm int8", "SCB", lambda t: t[1:], "SCB has shape"),
+        ("llm int8", "weight_format", lambda t: t + 1, "weight_format: expected 0"),
     ],
 )
 def test_tensors_that_are_wrong_are_named(way, end, change, told, folders: Path, tmp_path: Path) -> None:
@@ -129,7 +139,7 @@ def test_tensors_that_are_wrong_are_named(way, end, change, told, folders: Path,
         ({"quant_method": "gptq", "bits": 3}, "bits=3 is not read"),
         ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not read"),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version='gemv' is not read"),
-        ({"quant_method": "bitsandbytes"}, "quant_method='bitsandbytes'.*compressed-tensors, modelopt, gptq, awq"),
+        ({"quant_method": "hqq"}, "quant_method='hqq'.*compressed-tensors, modelopt, gptq, awq, bitsandbytes"),
     ],
 )
 def test_other_ways_are_refused_before_weights_are_looked_for(settings, told, folders: Path, tmp_path: Path) -> None:

@@ -238,13 +238,13 @@ def test_a_block_that_is_none_is_refused(block, tmp_path):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"quant_method": m} for m in ("bitsandbytes", "fbgemm_fp8", "hqq", "eetq")] + [{"bits": 4}, "gptq"],
+    [{"quant_method": m} for m in ("aqlm", "fbgemm_fp8", "hqq", "eetq")] + [{"bits": 4}, "gptq"],
 )
 @pytest.mark.parametrize("inside", [False, True])
 def test_other_methods_are_refused_with_those_that_are_read(settings, inside, tmp_path):
     raw = {"quantization_config": settings}
     with pytest.raises(
-        ValueError, match=r"config.json: the checkpoint is quantised .*or fp8, mxfp4, .*awq. Take or make"
+        ValueError, match=r"config.json: the checkpoint is quantised .*or fp8, mxfp4, .*bitsandbytes. Take or make"
     ):
         dequantised({}, {"text_config": raw} if inside else raw, tmp_path / "config.json")
 

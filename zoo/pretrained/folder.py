@@ -67,8 +67,8 @@ def from_pretrained(
     where it has such, and starts fresh otherwise. backend is that of `moe_mlp`. The model is in eval mode. Tensors go
     from the files straight into the stacked weights: peak memory is the model's plus one tensor. DeepSeek-V3's
     multi-token prediction layers are left out, as transformers does. Weights in few bits are dequantised while they are
-    read (`zoo.pretrained.quantised`, `compressed`, `gptq`), to config.json's dtype with "auto", and the model has no
-    quantization_config.
+    read (`zoo.pretrained.quantised`, `compressed`, `gptq`, `bitsandbytes`), to config.json's dtype with "auto", and the
+    model has no quantization_config.
 
     With `mesh` the model is spread over processes (`zoo.parallel.parallelize`) before it is read: each reads the bytes
     of its own parts, of stacked experts only its own, and has counted them in `model.bytes_read`.

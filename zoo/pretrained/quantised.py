@@ -20,7 +20,7 @@ from torch import Tensor
 from ..moe.kernels.codes import GROUP, e2m1_pairs, e4m3, e8m0, looked_up
 from .tensorfile import DTYPES, Entry
 
-METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq")
+METHODS = ("fp8", "mxfp4", "compressed-tensors", "modelopt", "gptq", "awq", "bitsandbytes")
 BLOCK = (128, 128)  # where a configuration does not say
 
 
@@ -127,9 +127,10 @@ def method_of(raw: Mapping[str, Any], where: Path) -> str | None:
 
 def _reader(method: str | None) -> Any:
     """The module that reads checkpoints of a method, None for those that this one reads."""
-    from . import compressed, gptq
+    from . import bitsandbytes, compressed, gptq
 
-    return {"compressed-tensors": compressed, "modelopt": compressed, "gptq": gptq, "awq": gptq}.get(str(method))
+    readers = {"compressed-tensors": compressed, "modelopt": compressed, "gptq": gptq, "awq": gptq}
+    return {**readers, "bitsandbytes": bitsandbytes}.get(str(method))
 
 
 def dequantised(entries: Mapping[str, Entry], raw: Mapping[str, Any], where: Path) -> dict[str, Entry]:
