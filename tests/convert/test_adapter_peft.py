@@ -255,7 +255,7 @@ def test_what_peft_cannot_hold_is_refused(mixtral, tmp_path):
     base = base_of(mixtral, tmp_path)
     for adapted, told in (
         (zoo.adapt(base, "MoLoRA", num_experts=2), "peft's layout is for LoRA, the model has MoLoRA"),
-        (zoo.adapt(base, "LoRA", unfreeze="lm_head"), "no place for what else is trained, as lm_head.weight"),
+        (zoo.adapt(base, "LoRA", unfreeze=[EXPERTS.format(0)]), "no place for what else is trained, as .*experts.down"),
         (base, "peft's layout is for LoRA, MixtralForCausalLM has no adapters"),
     ):
         with pytest.raises(ValueError, match=told):
@@ -284,7 +284,7 @@ def test_folders_that_do_not_fit_are_named(tmp_path):
             {},
             "no",
         ),
-        ({f"{path}.weight": b}, {}, "is no matrix of a LoRA"),
+        ({f"{path}.lora_embedding_A": b}, {}, "is no matrix of a LoRA"),
     ]
     for number, (change, config, told) in enumerate(cases):
         tensors = {name: t for name, t in {**good, **change}.items() if t is not None}

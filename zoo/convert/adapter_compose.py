@@ -85,7 +85,11 @@ def _read(model: nn.Module, folder: Path) -> tuple[LoRA, list[str] | None]:
     if not is_adapted(folder):
         raise ValueError(f"compose_adapters: {folder} has neither {adapter_peft.CONFIG} nor adapters of ours")
     if adapter_peft.is_peft(folder):
-        pairs = adapter_peft.read(model, folder)
+        pairs, saved = adapter_peft.read(model, folder)
+        if saved:
+            raise ValueError(
+                f"compose_adapters: {folder} has more than LoRAs, {next(iter(saved))}; expected them alone"
+            )
         if inside := next((name for name, part, _ in pairs if part), None):
             raise ValueError(f"compose_adapters: {folder} has LoRAs inside experts, {inside}; expected linear layers")
         return {(name, None): pair for (name, _, _), pair in pairs.items()}, None

@@ -59,9 +59,8 @@ def save(
             return
     more = _learnt_beside(model)
     if peft:
-        if learns := sorted({name for name, _ in model.named_parameters()}.intersection(more)):
-            raise ValueError(f"save_pretrained: peft's layout has no place for what else is trained, as {learns[0]}")
-        return adapter_peft.write(model, folder, state if state_dict is None else state_dict, overwrite)
+        learns = {name for name, _ in model.named_parameters()}.intersection(more)
+        return adapter_peft.write(model, folder, state if state_dict is None else state_dict, learns, overwrite)
     record = {
         "adapted": storable(model.adapted, "argument"),
         "more": more,

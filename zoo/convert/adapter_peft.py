@@ -1,7 +1,7 @@
 """LoRA in peft's layout (adapter_config.json, adapter_model.safetensors): read beside a model, and written.
 
 A folder holds y = W x + scale * B A x, scale = alpha / r or alpha / sqrt(r), for linear layers (`target_modules`) and
-for stacked experts (`target_parameters`, see `adapter_peft_experts`).
+for stacked experts (`target_parameters`, see `adapter_peft_experts`), and what else is trained (`adapter_peft_saved`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..moe import LoRALinear, LoRAOfExperts
 from ..moe.adapted import features
 from ..pretrained.staging import staged
 from ..pretrained.tensorfile import read_all, read_header, write_file
+from . import adapter_peft_saved
 from .adapter_peft_experts import VERSION, Layout, layouts, matrices, parts
 from .adapter_targets import _stacks, plain_name
 from .adapting import adapt
@@ -33,7 +34,7 @@ KEY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(A|B)(?:\.def
 ONE_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.(\w+)")
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
 # What changes more than weights by a product of two matrices.
-UNKNOWN = ("use_dora", "modules_to_save", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora")
+UNKNOWN = ("use_dora", "lora_bias", "layer_replication", "trainable_token_indices", "use_qalora")
 
 # A linear layer ("" and 0) or a stack of experts, which of its parts, and which expert: A [r, D] and scale * B [O, r].
 Pairs = dict[tuple[str, str, int], tuple[Tensor, Tensor]]
@@ -51,8 +52,8 @@ def base_name(folder: Path) -> str:
     return str(_config(folder).get("base_model_name_or_path") or "")
 
 
-def read(model: nn.Module, folder: Path) -> Pairs:
-    """A folder's pairs by what of the model they belong to.
+def read(model: nn.Module, folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
+    """A folder's pairs by what of the model they belong to, and what was trained beside them by peft's names.
 
     Experts may be stacked as transformers has them, or have a pair for each, named as in published files.
     Raises ValueError naming the file for another kind of adapter, an option that changes more, and a name or shape that
@@ -65,8 +66,12 @@ def read(model: nn.Module, folder: Path) -> Pairs:
     tensors = {name: torch.empty(entry.shape) for name, entry in stored.items()}
     read_all(tensors, stored, path)
     found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
+    saved: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         match = KEY.fullmatch(name)
+        if match is None and adapter_peft_saved.KEY.fullmatch(name):
+            saved[name] = tensor
+            continue
         if match is None or tensor.dim() != 2:
             raise ValueError(f"{path}: {name} is no matrix of a LoRA")
         # Parameters of one module have theirs inside one another.
@@ -90,12 +95,15 @@ def read(model: nn.Module, folder: Path) -> Pairs:
             if key in pairs:
                 raise ValueError(f"{path}: {name} has two LoRAs for one matrix")
             pairs[key] = a, _scale(config, label, a.shape[0]) * b
-    return pairs
+    return pairs, saved
 
 
 def read_onto(model: nn.Module, folder: Path, share: bool = False) -> nn.Module:
-    """A copy of a model with a folder's LoRA beside its weights, of kind LoRA in `zoo.adapt`. Raises as `read`."""
-    config, pairs = _config(folder), read(model, folder)
+    """A copy of a model with a folder's LoRA beside its weights, of kind LoRA in `zoo.adapt`.
+
+    Raises as `read` and `adapter_peft_saved.read_onto`.
+    """
+    config, (pairs, saved) = _config(folder), read(model, folder)
     if not pairs:
         raise ValueError(f"{folder / WEIGHTS}: it has no LoRA")
     targets, ranks, alphas = dict[str, None](), set(), set()
@@ -116,6 +124,7 @@ def read_onto(model: nn.Module, folder: Path, share: bool = False) -> nn.Module:
             elif isinstance(module, LoRAOfExperts):
                 for part, lora in module.lora.items():
                     _put(pairs, plain_name(module_name), part, lora)
+        adapter_peft_saved.read_onto(made, saved, folder / WEIGHTS, bool(config.get("ensure_weight_tying")))
     return made
 
 
@@ -186,16 +195,26 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 @torch.no_grad()
-def write(model: Any, folder: str | os.PathLike[str], state: Mapping[str, Tensor], overwrite: bool = False) -> None:
-    """Write the LoRA of a model from `zoo.adapt(model, "LoRA", ...)`; state has its tensors, in one process.
+def write(
+    model: Any,
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    learns: Collection[str] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write the LoRA of a model from `zoo.adapt(model, "LoRA", ...)`, and its other parameters that learn.
+
+    state has its tensors, in one process.
 
     All get the largest rank, padded with zeros. Of families with dense and sparse blocks peft (0.21) takes gate_proj,
     up_proj and down_proj of the dense ones for experts', and does not read LoRAs of them. Raises ValueError for
-    adapters of another kind, and for experts that transformers holds in another layout.
+    adapters of another kind, and for experts that transformers holds in another layout, and as
+    `adapter_peft_saved.written`.
     """
     kinds = [how["kind"] for how in model.adapted]
     if set(kinds) != {"LoRA"}:
         raise ValueError(f"save_pretrained: peft's layout is for LoRA, the model has {', '.join(kinds)}")
+    saved = adapter_peft_saved.written(model, state, learns)
     linears, stacks, dropout = _linears(model, state), _experts(model, state), 0.0
     for module in model.modules():
         if isinstance(module, LoRALinear):
@@ -212,7 +231,10 @@ def write(model: Any, folder: str | os.PathLike[str], state: Mapping[str, Tensor
             inside = parameter != "down_proj" and f"{owner}.down_proj" in stacks
             name = f"{owner}.base_layer" if inside else owner
         tensors |= {f"base_model.model.{name}.lora_A.weight": a, f"base_model.model.{name}.lora_B.weight": b}
+    for parts_of in saved.values():
+        tensors |= {f"base_model.model.{name}": tensor for name, tensor in parts_of.items()}
     causal = type(model).__name__.endswith("ForCausalLM")
+    every = [id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False)]
     config = {
         "peft_type": "LORA",
         "peft_version": VERSION,
@@ -226,6 +248,8 @@ def write(model: Any, folder: str | os.PathLike[str], state: Mapping[str, Tensor
         "inference_mode": True,
         "target_modules": list(linears),
         "target_parameters": list(stacks) or None,
+        "modules_to_save": list(saved) or None,
+        "ensure_weight_tying": any(every.count(id(model.get_parameter(name))) > 1 for name in learns),
     }
     with staged(folder, overwrite) as staging:
         (staging / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
