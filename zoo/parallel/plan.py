@@ -159,9 +159,11 @@ def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estima
     exchange = sum(tokens / tensor * remote_processes(s, sizes.expert) for s in facts.stacks) * width * itemsize * trips
     copies = 2 * (sizes.replicate - 1) / sizes.replicate * found.memory["gradients"]
     reductions = (passes + 1) * facts.layers * 2 * (tensor - 1) / tensor * tokens * width * itemsize
+    # Forward and backward, the root's once; autocast casts what has come.
+    gathers = 2 * scattered(*weights) - scattered(weights[0][-1:], [])
     found.sent = {
         "all-to-all": work.accumulate * exchange,
-        "all-gather": work.accumulate * 2 * scattered(*weights),  # forward and backward; autocast casts what has come
+        "all-gather": work.accumulate * gathers,
         "reduce-scatter": work.accumulate * scattered(*gradients) + copies,
         "tensor": work.accumulate * reductions,
     }

@@ -90,15 +90,36 @@ def parallelize(
         options["mp_policy"] = mixed_precision
     for experts in stacks.values():
         fully_shard(experts, mesh=mesh.experts["replicate", "shard"], shard_placement_fn=lambda _: Shard(1), **options)
-    for module in _of_another_dtype(model, stacks.values(), scalars | fused):
+    staying = {**options, "reshard_after_forward": False}
+    gates = _of_another_dtype(model, stacks.values(), scalars | fused)
+    for module in gates:
         # What a gate gives is no tensor, by which FSDP would know when to gather it again; it is small.
-        fully_shard(module, mesh=mesh.dense["replicate", "shard"], **{**options, "reshard_after_forward": False})
+        fully_shard(module, mesh=mesh.dense["replicate", "shard"], **staying)
         # What layers around them call.
         for method in ("mix", "each", "apart") if isinstance(module, LoRAExperts) else ():
             register_fsdp_forward_method(module, method)
-    for module in (*blocks(model), model):
+    for module in blocks(model):
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **options)
+    # The root's own are the last of forward and the first of backward: freed between, they would be gathered twice.
+    fully_shard(model, mesh=mesh.dense["replicate", "shard"], **staying)
+    model.register_forward_hook(_Free([*gates, model]))
     return model
+
+
+class _Free:
+    """Forward hook: frees what stays gathered until backward where none will come.
+
+    It would outlast a step of the optimizer otherwise, and the next forward would be one with the weights of before.
+    """
+
+    def __init__(self, modules: Iterable[Any]) -> None:
+        self.modules = list(modules)
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, arguments: Any, out: Any) -> None:
+        if not torch.is_grad_enabled():
+            for part in self.modules:
+                part.reshard()
 
 
 def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[nn.Parameter]) -> list[nn.Module]:
