@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,8 +88,10 @@ def parallelize(
     options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward, "ignored_params": scalars | fused}
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
+    parts = sizes.shard * sizes.tensor
     for experts in stacks.values():
-        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], shard_placement_fn=lambda _: Shard(1), **options)
+        place = {"shard_placement_fn": lambda parameter: Shard(divided(parameter.shape, parts) or 1)}
+        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], **place, **options)
     staying = {**options, "reshard_after_forward": False}
     gates = _of_another_dtype(model, stacks.values(), scalars | fused)
     for module in gates:
@@ -149,6 +151,14 @@ def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield name, module
 
 
+def divided(shape: Sequence[int], parts: int) -> int | None:
+    """The dimension of a weight of stacked experts, not that of the experts, that so many processes cut; None if none.
+
+    That is rows, or columns where experts have too few rows, as those of one neuron.
+    """
+    return next((dim for dim in range(1, len(shape)) if shape[dim] % parts == 0), None)
+
+
 @torch.no_grad()
 def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, shadows: int, places: int) -> None:
     sizes, number = mesh.sizes, experts.num_experts
@@ -160,7 +170,7 @@ def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, s
         )
     parts = sizes.shard * sizes.tensor
     for parameter, value in experts.named_parameters():
-        if value.shape[1] % parts:
+        if divided(value.shape, parts) is None:
             raise ValueError(
                 f"{name}.{parameter}: {value.shape[1]} rows do not divide into shard * tensor = {parts} parts"
             )
