@@ -89,9 +89,9 @@ def parallelize(
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
     parts = sizes.shard * sizes.tensor
+    cut: dict[str, Any] = {"shard_placement_fn": lambda parameter: Shard(divided(parameter.shape, parts) or 1)}
     for experts in stacks.values():
-        place = {"shard_placement_fn": lambda parameter: Shard(divided(parameter.shape, parts) or 1)}
-        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], **place, **options)
+        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], **cut, **options)
     staying = {**options, "reshard_after_forward": False}
     gates = _of_another_dtype(model, stacks.values(), scalars | fused)
     for module in gates:
