@@ -69,9 +69,8 @@ def _of_rows(routing: Routing, real: Tensor) -> Routing:
 def _sums(routing: Routing) -> Tensor:
     """Kept assignments by expert, then assignments asked for, tokens, and their summed entropy, [E + 3] float64."""
     asked = telemetry.asked_per_token(routing).sum()
-    tokens = routing.probs.shape[0] if routing.probs is not None else 0
-    entropy = telemetry.entropy(routing) * tokens if tokens else asked.new_zeros(())
-    rest = torch.stack([asked.double(), entropy.new_tensor(tokens).double(), entropy.double()])
+    entropies = asked.new_zeros(0) if routing.probs is None else telemetry.entropies(routing)
+    rest = torch.stack([asked.double(), asked.new_tensor(len(entropies)).double(), entropies.double().sum()])
     return torch.cat([routing.counts.double(), rest])
 
 

@@ -1,8 +1,9 @@
-"""Whether a run can write where it is told to, asked before it works for hours."""
+"""Folders of a run: whether it can write where it is told to, asked before it works for hours, and what it leaves."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -16,3 +17,11 @@ def check_writable(key: str, folder: str | os.PathLike[str]) -> None:
         raise ValueError(f"{key}: cannot write to {folder}: {there} is a file")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{key}: cannot write to {folder}: {there} is read-only")
+
+
+def remove_unused(logs: Path) -> None:
+    """Remove a run's folder of logs, version_N, where there is nothing in it but the run's configuration."""
+    if not (logs.name.startswith("version_") and logs.is_dir()):
+        return
+    if all(path.name == "config.yaml" or path.name.startswith("events.out.tfevents") for path in logs.iterdir()):
+        shutil.rmtree(logs)

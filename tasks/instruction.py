@@ -24,6 +24,7 @@ from zoo.data.packing import IGNORE, flash_lengths
 from zoo.models import moe_llava
 from zoo.parallel.parts import is_spread
 from zoo.pretrained import llava
+from zoo.pretrained.generating import hears
 
 BESIDE = ("labels", "answers", "real")  # what a batch holds besides the model's inputs
 
@@ -163,10 +164,11 @@ class InstructionTask(Task):
                     "out conversations without images, or use trainer.strategy ddp_find_unused_parameters_true"
                 )
         inputs = {name: value for name, value in batch.items() if name not in BESIDE}
-        if "real" in batch:  # packed: no attention mask, so gates are told what is padding
+        # Gates are told what is padding: packed rows have no attention mask, and rows that fill a batch up attend.
+        if hears(self.model):
             inputs["moe_context"] = {"mask": batch["real"].bool()}  # type: ignore[assignment]
-            if "flash" in str(self.model.config._attn_implementation):
-                inputs |= flash_lengths(batch["position_ids"])
+        if "attention_mask" not in batch and "flash" in str(self.model.config._attn_implementation):
+            inputs |= flash_lengths(batch["position_ids"])
         # A token is foretold at the place before it. Places before no answer in any row do not pass the head.
         after = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)
         if "logits_to_keep" in inspect.signature(self.model.forward).parameters:

@@ -27,6 +27,7 @@ from tasks.training import Overrides, Task
 from zoo.data import Tokenizer, flash_lengths
 from zoo.distillation import soft_loss
 from zoo.pretrained.causal import check_published
+from zoo.pretrained.generating import KEY, hears
 from zoo.pretrained.packed import carries_state, mask_arguments
 
 __all__ = ["LanguageData", "LanguageTask"]
@@ -148,6 +149,11 @@ class LanguageTask(Task):
         flash = "flash" in str(model.config._attn_implementation)
         apart = flash_lengths(positions) if flash else mask_arguments(model, positions)
         apart |= labels.told(model, batch)
+        if not model.training and hears(model):
+            # What fills up a sequence, or a batch, of an evaluation meets no expert, and takes the place of nothing.
+            real = (batch["labels"] >= 0).int().flip(1).cummax(1).values.flip(1).bool()
+            if not bool(real.all()):
+                apart[KEY] = {**apart.get(KEY, {}), "mask": real}
         return model(input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **apart).logits
 
     def nats(self, batch: dict[str, Tensor], logits: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import Before, Begun, SaveLast
 from tasks.cli import TASKS
-from tasks.folders import check_writable
+from tasks.folders import check_writable, remove_unused
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found
@@ -242,7 +242,11 @@ class TaskCLI(LightningCLI):
         with _one_line(*MISTAKES, unless=lambda: begun.yes):
             try:
                 super()._run_subcommand(subcommand)
-            except RuntimeError as error:
+            except Exception as error:
+                if not begun.yes and trainer.is_global_zero and trainer.loggers:
+                    remove_unused(Path(trainer.log_dir or ""))
+                if not isinstance(error, RuntimeError):
+                    raise
                 told = " ".join(str(error).split())
                 if begun.yes or not told.startswith(OF_ANOTHER):
                     raise

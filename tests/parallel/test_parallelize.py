@@ -62,6 +62,12 @@ def vision(name: str, **options: Any) -> Any:
 # Capacity is counted within a sequence, which processes do not cut.
 DROPS = {"capacity": 1.0, "losses": {"load_balance": {"weight": 0.3, "global_batch": True}}}
 ZERO = {"num_experts": 8, "experts": "ZeroComputationExperts", "router": {"name": "MoEPlusPlusRouter", "k": 2}}
+PEER = {
+    "num_local_experts": 16,
+    "experts": "NeuronExperts",
+    "router": {"name": "ProductKeyRouter", "k": 2, "heads": 2},
+    "losses": None,
+}
 MODELS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: language("mixtral"),
     "mixtral with drops": lambda: language("mixtral", router=BY_SEQUENCE, **DROPS),
@@ -69,6 +75,8 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral, 3 experts": lambda: language("mixtral", num_local_experts=3),
     # Over 4 processes parts of 2, 2, 2 and 1.
     "mixtral, 7 experts": lambda: language("mixtral", num_local_experts=7),
+    # Experts of one neuron: they have no rows that processes could share out.
+    "mixtral, PEER": lambda: language("mixtral", **PEER),
     "olmoe": lambda: language("olmoe"),
     "olmoe, MoE++": lambda: language("olmoe", **ZERO),
     "qwen2_moe": lambda: language("qwen2_moe"),
@@ -112,6 +120,7 @@ CASES = [
     for name in MODELS
     if name in FEW
     or (name, mesh) in (("mixtral, 7 experts", "expert"), ("LIMoE", "expert, tensor"))
+    or (name == "mixtral, PEER" and mesh in ("shard", "shard, expert", "expert, tensor"))
     or (world == 2 and mesh in ("expert", "tensor") and "7" not in name)
     or (name == "MMoE" and mesh != "expert")
     # A recommendation model has nothing to split.
@@ -263,8 +272,8 @@ def test_sizes_fill_the_world(world: int, given: dict[str, int], expected: Sizes
 @pytest.mark.parametrize(
     ("world", "given", "told"),
     [
-        (6, {"expert": 4}, "6 processes cannot be split as expert 4 .* tensor 1"),
-        (4, {"replicate": 2, "shard": 1}, "4 processes cannot be split as replicate 2"),
+        (6, {"expert": 4}, "6 processes cannot be split as expert 4 .* tensor 1: that needs a multiple of 4"),
+        (4, {"replicate": 2, "shard": 1}, "4 processes cannot be split as replicate 2 .* tensor 1: that needs 2"),
         (2, {"expert": 0}, "expert: expected a number of processes of at least 1, got 0"),
     ],
 )

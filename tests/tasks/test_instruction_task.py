@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +127,39 @@ def test_gradients_averaged_over_processes_are_those_of_all_answers_together(qwe
         mean = sum(part.get(name, torch.zeros(())) for part in found) / 2
         close = 1e-5 * float(whole.abs().max()) + 1e-8
         torch.testing.assert_close(mean, whole, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("places", [None, 4])
+def test_a_row_that_fills_up_a_batch_counts_nowhere(qwen, places: int | None) -> None:
+    """As where processes share out an odd number of rows; with few places experts have, it takes none of them."""
+    model, chat = copy.deepcopy(qwen[0]), qwen[1]
+    routers = [module.router for module in model.modules() if isinstance(module, zoo.moe.MoE)]
+    for router in routers:
+        router.capacity = None if places is None else zoo.moe.Capacity(tokens=places)
+    rows = ConversationRows(Source(), chat, keep=True)  # its images are drawn anew otherwise
+
+    def evaluated(numbers: list[int]) -> tuple[Any, ...]:
+        task: Any = InstructionTask(model.eval())
+        task.model = model
+        task.on_validation_epoch_start()
+        with torch.no_grad():
+            task.validation_step(rows.collate([rows[n] for n in numbers]), 0)
+        return task._sums, task._balance.compute(), task.modality_shares()
+
+    sums, balance, shares = evaluated([2, 0])
+    found = evaluated([2, 0, -1, -1])
+    torch.testing.assert_close(found[0], sums, rtol=1e-5, atol=1e-6)
+    assert balance.keys() == found[1].keys() == shares.keys()
+    assert len(balance) == len(routers)
+    for layer, figures in balance.items():
+        assert found[1][layer] == pytest.approx(figures, rel=1e-5)
+        assert (figures["drop_rate"] > 0) == (places is not None)
+        for kind, own in shares[layer].items():
+            assert found[2][layer][kind]["share"] == pytest.approx(own["share"], abs=1e-6)
+            assert found[2][layer][kind]["drop_rate"] == pytest.approx(own["drop_rate"], abs=1e-6)
+    nothing, balance, _ = evaluated([-1])  # a process may have no other rows
+    assert not nothing.any()
+    assert all(not math.isnan(v) for figures in balance.values() for v in figures.values())
 
 
 def test_a_model_from_a_folder_brings_its_processor(tmp_path):

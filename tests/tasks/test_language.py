@@ -198,9 +198,39 @@ def test_two_processes_train_and_evaluate_as_one_does(make, tmp_path):
     alone = make.trainer(**limits)
     alone.fit(make.task(lr=0.0), make.data(batch_size=8))
     assert {"val/loss", "val/bits_per_byte", "val/perplexity", "val/load_max/layers.1.mlp"} <= figures.keys()
-    # Loads may differ by the padding that makes processes equally long; nothing else may.
-    for name in ("val/loss", "val/bits_per_byte", "val/perplexity"):
-        assert figures[name] == pytest.approx(float(alone.callback_metrics[name]), rel=1e-5), name
+    # The padding that makes processes equally long counts nowhere, in loads neither.
+    for name, value in figures.items():
+        assert value == pytest.approx(float(alone.callback_metrics[name]), rel=1e-5, abs=1e-7), name
+
+
+def test_what_fills_up_an_evaluation_takes_no_expert_from_real_tokens():
+    """With few places an expert, rows of padding beside others, and the padding of the last one, change nothing."""
+    torch.manual_seed(torch.seed() % 2**31)
+    task = LanguageTask(
+        zoo.create_model("language/mixtral_tiny", num_hidden_layers=2, vocab_size=260, capacity={"tokens": 6}).eval()
+    )
+    task.model = task.network
+    batch = packed_batch(DOCUMENTS)
+    rows, length = batch["labels"].shape
+    real = int((batch["input_ids"] != 258).sum()) - 1  # the last token is foretold, and foretells nothing
+    fill = {"input_ids": 258, "labels": -100, "target_bytes": -1}
+    more = {
+        name: torch.cat(
+            [value, torch.full_like(value[:2], fill[name]) if name in fill else torch.arange(length).expand(2, -1)]
+        )
+        for name, value in batch.items()
+    }
+    seen = []
+    with torch.no_grad():
+        for each in (batch, more):
+            with zoo.moe.record(task.model) as step:
+                nats = task.nats(each)[:rows]
+            decided = [calls[0] for calls in step.routings.values()]
+            seen.append((nats, [d.counts.tolist() for d in decided], [int(d.asked.sum()) for d in decided]))
+    torch.testing.assert_close(seen[1][0], seen[0][0], rtol=1e-5, atol=1e-6)
+    assert seen[0][1:] == seen[1][1:]
+    assert seen[0][2] == [2 * real] * 2
+    assert max(max(counts) for counts in seen[0][1]) == 6
 
 
 def test_logs_have_balance_layer_by_layer(make, tmp_path):

@@ -112,6 +112,8 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
         assert (
             "the checkpoint is of another model: Error(s) in loading state_dict for LanguageTask: Missing key" in line
         )
+        # Nor does it leave a folder of logs behind.
+        assert {path.name for path in (tmp_path / "language").iterdir()} == {"version_0", "version_1"}
         assert len(line) < 600
 
 

@@ -67,11 +67,11 @@ def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 class ConversationRows:
-    """Rows of a split for `Loader`: input_ids, labels and answers [B, S], attention_mask or position_ids [B, S].
+    """Rows of a split for `Loader`: input_ids, labels, answers and real [B, S], attention_mask or position_ids [B, S].
 
-    labels are -100 where no answer stands, answers number those of a row from 1. What the model takes of images is
-    there by name, those of all rows one after another. Rows are `limit` tokens long if packed, else as the longest in
-    the batch; an index of -1 gives a conversation that counts nowhere.
+    labels are -100 where no answer stands, answers number those of a row from 1, real is 0 for padding. What the model
+    takes of images is there by name, those of all rows one after another. Rows are `limit` tokens long if packed, else
+    as the longest in the batch; an index of -1 gives a conversation that counts nowhere.
     numbers: the conversations to take, all by default; sizes: their tokens, which packing needs; keep: have each
     encoded once, and keep it in memory.
     """
@@ -126,15 +126,14 @@ class ConversationRows:
             "labels": torch.stack([put([_labels(e, i >= 0) for e in row], IGNORE) for i, row in rows]),
             "answers": torch.stack([put(row if i >= 0 else [r * 0 for r in row], 0) for i, row in numbered]),
         }
-        real = torch.stack([put([torch.ones_like(e.ids) for e in row], 0) for _, row in rows])
+        batch["real"] = torch.stack([put([e.ids * 0 + (i >= 0) for e in row], 0) for i, row in rows])
         if self.limit is None:
-            batch["attention_mask"] = real
+            batch["attention_mask"] = torch.stack([put([torch.ones_like(e.ids) for e in row], 0) for _, row in rows])
         else:
             positions = [[torch.arange(len(e.ids)) for e in row] for _, row in rows]
             # Padding is one more conversation.
             rest = [torch.arange(longest - sum(len(p) for p in row)) for row in positions]
             batch["position_ids"] = torch.stack([torch.cat([*row, end]) for row, end in zip(positions, rest)])
-            batch["real"] = real
         for name in dict.fromkeys(name for e in examples for name in e.along):
             values = [[e.along.get(name, e.ids * 0) for e in row] for _, row in rows]
             batch[name] = torch.stack([put(row, 0) for row in values])

@@ -84,7 +84,12 @@ def drop_rate_by_position(routing: Decision, sequence_length: int) -> Tensor:
 
 def entropy(routing: Decision) -> Tensor:
     """Mean entropy of the tokens' distributions over experts, in nats; log E is undecided, 0 is certain."""
-    return _entropy(_probs(routing)).mean()
+    return entropies(routing).mean()
+
+
+def entropies(routing: Decision) -> Tensor:
+    """The entropy of every token's distribution over experts, in nats, [T'], tokens that were left out having none."""
+    return _entropy(_probs(routing))
 
 
 def mean_entropy(routing: Decision) -> Tensor:

@@ -63,7 +63,8 @@ class Sizes:
         if found.world != world:
             given = {"replicate": replicate, "shard": shard, "expert": expert, "tensor": tensor}
             shown = " * ".join(f"{name} {size}" for name, size in given.items() if size is not None)
-            raise ValueError(f"{world} processes cannot be split as {shown}: that is a multiple of {fixed.world}")
+            needs = "" if replicate and shard else "a multiple of "
+            raise ValueError(f"{world} processes cannot be split as {shown}: that needs {needs}{fixed.world}")
         return found
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from .mesh import Sizes
 from .plan_facts import Facts, Parameter, Stack
+from .spread import divided
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _held(facts: Facts, sizes: Sizes, each: Callable[[Parameter | Stack], int]) 
 
 def _stack_part(stack: Stack, sizes: Sizes) -> int:
     held = -(-stack.experts // sizes.expert)
-    return sum(held * shape[1] // (sizes.shard * sizes.tensor) * math.prod(shape[2:]) for shape in stack.shapes)
+    return sum(held * math.prod(shape[1:]) // (sizes.shard * sizes.tensor) for shape in stack.shapes)
 
 
 def remote_processes(stack: Stack, parts: int) -> float:
@@ -159,9 +160,11 @@ def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estima
     exchange = sum(tokens / tensor * remote_processes(s, sizes.expert) for s in facts.stacks) * width * itemsize * trips
     copies = 2 * (sizes.replicate - 1) / sizes.replicate * found.memory["gradients"]
     reductions = (passes + 1) * facts.layers * 2 * (tensor - 1) / tensor * tokens * width * itemsize
+    # Forward and backward, the root's once; autocast casts what has come.
+    gathers = 2 * scattered(*weights) - scattered(weights[0][-1:], [])
     found.sent = {
         "all-to-all": work.accumulate * exchange,
-        "all-gather": work.accumulate * 2 * scattered(*weights),  # forward and backward; autocast casts what has come
+        "all-gather": work.accumulate * gathers,
         "reduce-scatter": work.accumulate * scattered(*gradients) + copies,
         "tensor": work.accumulate * reductions,
     }
@@ -223,7 +226,8 @@ def meshes(facts: Facts, world: int, per_node: int) -> Iterator[Sizes]:
             continue
         for expert in (n for n in _divisors(world // tensor) if experts % n == 0):
             for shard in _divisors(world // tensor // expert):
-                if all(shape[1] % (shard * tensor) == 0 for stack in facts.stacks for shape in stack.shapes):
+                shapes = [shape for stack in facts.stacks for shape in stack.shapes]
+                if all(divided(shape, shard * tensor) is not None for shape in shapes):
                     yield Sizes(world // tensor // expert // shard, shard, expert, tensor)
 
 
@@ -233,9 +237,9 @@ def check(facts: Facts, sizes: Sizes) -> None:
         part, parts = -(-stack.experts // sizes.expert), sizes.shard * sizes.tensor
         if part * (sizes.expert - 1) >= stack.experts:
             raise ValueError(f"expert={sizes.expert}: {stack.experts} experts leave some processes without any")
-        for rows in (shape[1] for shape in stack.shapes):
-            if rows % parts:
-                raise ValueError(f"experts' {rows} rows do not divide into shard * tensor = {parts} parts")
+        for shape in stack.shapes:
+            if divided(shape, parts) is None:
+                raise ValueError(f"experts' {shape[1]} rows do not divide into shard * tensor = {parts} parts")
     for heads in (facts.heads, facts.kv_heads):
         if heads % sizes.tensor:
             raise ValueError(f"tensor={sizes.tensor}: {heads} heads do not divide over so many processes")

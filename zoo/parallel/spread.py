@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -88,17 +88,40 @@ def parallelize(
     options: dict[str, Any] = {"reshard_after_forward": reshard_after_forward, "ignored_params": scalars | fused}
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
+    parts = sizes.shard * sizes.tensor
+    cut: dict[str, Any] = {"shard_placement_fn": lambda parameter: Shard(divided(parameter.shape, parts) or 1)}
     for experts in stacks.values():
-        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], shard_placement_fn=lambda _: Shard(1), **options)
-    for module in _of_another_dtype(model, stacks.values(), scalars | fused):
+        fully_shard(experts, mesh=mesh.experts["replicate", "shard"], **cut, **options)
+    staying = {**options, "reshard_after_forward": False}
+    gates = _of_another_dtype(model, stacks.values(), scalars | fused)
+    for module in gates:
         # What a gate gives is no tensor, by which FSDP would know when to gather it again; it is small.
-        fully_shard(module, mesh=mesh.dense["replicate", "shard"], **{**options, "reshard_after_forward": False})
+        fully_shard(module, mesh=mesh.dense["replicate", "shard"], **staying)
         # What layers around them call.
         for method in ("mix", "each", "apart") if isinstance(module, LoRAExperts) else ():
             register_fsdp_forward_method(module, method)
-    for module in (*blocks(model), model):
+    for module in blocks(model):
         fully_shard(module, mesh=mesh.dense["replicate", "shard"], **options)
+    # The root's own are the last of forward and the first of backward: freed between, they would be gathered twice.
+    fully_shard(model, mesh=mesh.dense["replicate", "shard"], **staying)
+    model.register_forward_hook(_Free([*gates, model]))
     return model
+
+
+class _Free:
+    """Forward hook: frees what stays gathered until backward where none will come.
+
+    It would outlast a step of the optimizer otherwise, and the next forward would be one with the weights of before.
+    """
+
+    def __init__(self, modules: Iterable[Any]) -> None:
+        self.modules = list(modules)
+
+    @torch.compiler.disable
+    def __call__(self, module: nn.Module, arguments: Any, out: Any) -> None:
+        if not torch.is_grad_enabled():
+            for part in self.modules:
+                part.reshard()
 
 
 def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[nn.Parameter]) -> list[nn.Module]:
@@ -128,6 +151,14 @@ def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield name, module
 
 
+def divided(shape: Sequence[int], parts: int) -> int | None:
+    """The dimension of a weight of stacked experts, not that of the experts, that so many processes cut; None if none.
+
+    That is rows, or columns where experts have too few rows, as those of one neuron.
+    """
+    return next((dim for dim in range(1, len(shape)) if shape[dim] % parts == 0), None)
+
+
 @torch.no_grad()
 def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, shadows: int, places: int) -> None:
     sizes, number = mesh.sizes, experts.num_experts
@@ -139,7 +170,7 @@ def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, s
         )
     parts = sizes.shard * sizes.tensor
     for parameter, value in experts.named_parameters():
-        if value.shape[1] % parts:
+        if divided(value.shape, parts) is None:
             raise ValueError(
                 f"{name}.{parameter}: {value.shape[1]} rows do not divide into shard * tensor = {parts} parts"
             )

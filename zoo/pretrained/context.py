@@ -108,6 +108,8 @@ def _put(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tupl
     if isinstance(mask, Tensor) and mask.dim() == 2:
         length = ids.shape[1] if ids is not None else embeds.shape[1] if embeds is not None else mask.shape[1]
         real = mask[:, -length:].bool()  # with a cache the mask covers the past too
+        if (told := context.pop("mask", None)) is not None:  # by the caller: rows that only fill a batch up, say
+            real = real & told.bool()
         # One look at the values saves every layer the slower path of a masked batch; a graph cannot look.
         if torch.compiler.is_compiling() or not bool(real.all()):
             context["mask"] = real
