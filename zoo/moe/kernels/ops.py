@@ -41,6 +41,12 @@ def backend_module(name: str) -> ModuleType:
     return triton
 
 
+def check_backend(name: str) -> None:
+    """Raise ValueError for a backend that is neither "auto" nor a known one."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
+
+
 def _places(backend: str, place: Tensor | None) -> dict[str, Tensor | None]:
     """The row of each choice [T, K], for the backend that knows what to do with it."""
     return {"place": place} if backend == "triton" else {}
