@@ -67,8 +67,9 @@ def moe_mlp(
 
     w_in [E, 2F, D] as [gate; up] for gated activations, [E, F, D] for plain ones; w_out [E, D, F]; biases
     b_in [E, 2F or F] and b_out [E, D]. `routing` gives token_index [A] sorted by expert, offsets [E+1] and the
-    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype. Differentiable once;
-    inside torch.func's transforms and vmap as often as wanted, by a plain composition on which `backend` has no say.
+    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype. Differentiable as
+    often as wanted: gradients of gradients, forward mode and torch.func's transforms run on a plain composition on
+    which `backend` has no say.
 
     Raises ValueError on an unknown activation or backend, on shapes that do not fit, and when a backend named
     explicitly cannot run these tensors.

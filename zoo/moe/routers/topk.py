@@ -15,7 +15,7 @@ from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..capacity import Capacity, as_capacity
 from ..kernels.choices import top_k
 from ..routing import Routing, count_experts
-from .base import Router, is_recomputation
+from .base import Router, added, is_recomputation
 from .context import label_sources
 from .groups import GroupSize, check_groups, group_tokens
 from .scores import inside_best_groups, standardized
@@ -291,8 +291,7 @@ class TopKRouter(Router):
         """Remember how often each expert was asked for, for the loss-free bias; a recomputation does not count."""
         if self.selection_bias is None or not self.training or is_recomputation():
             return
-        counts = count_experts(asked, self.num_experts)
-        self.load_since_update = counts if self.load_since_update is None else self.load_since_update + counts
+        self.load_since_update = added(self.load_since_update, count_experts(asked, self.num_experts))
 
     def _within_capacity(
         self, asked: Tensor, weight: Tensor, logits: Tensor, batch: int | None, keep: Tensor | None
