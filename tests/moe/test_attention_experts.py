@@ -267,6 +267,9 @@ def test_it_trains(name: str, dense: dict[int, float]) -> None:
 
 
 def test_what_does_not_fit_is_named() -> None:
+    for make in LAYERS.values():
+        with pytest.raises(ValueError, match=rf"expected tokens \[B, S, {DIM}\], got \[2, 4, 7\]"):
+            make()(torch.randn(2, 4, 7))
     layer = LAYERS["MoA"]()
     with pytest.raises(ValueError, match=r"MoA attends within sequences: expected tokens as \[B, S, D\], got \[4, 8\]"):
         layer(torch.randn(4, DIM))

@@ -250,6 +250,7 @@ def test_it_learns_which_tokens_need_the_block() -> None:
         (lambda: DepthRouter(3, 0.0), r"capacity must be in \(0, 1\]"),
         (lambda: DepthRouter(3, sampling="random"), "sampling must be None"),  # type: ignore[arg-type]
         (lambda: DepthRouter(3)(torch.randn(4, 3)), r"expected tokens as \[B, S, D\], got \[4, 3\]"),
+        (lambda: DepthRouter(3)(torch.randn(2, 4, 5)), r"expected tokens \[B, S, 3\], got \[2, 4, 5\]"),
     ],
 )
 def test_what_does_not_fit_is_named(make: Any, message: str) -> None:

@@ -167,11 +167,18 @@ def test_large_results_are_not_overwritten_by_later_ones() -> None:
     check_all(first, by_loop(stack, x), [x, *stack.parameters()])
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
-    stack, x = case((4, 3), 2, (3,))
-    (slope,) = torch.autograd.grad(stack(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        slope.sum().backward()
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_stack_of_relu_experts_has_all_derivatives(apart: bool) -> None:
+    stack = ExpertStack(3, 6, (5, 4)).double()
+    x = torch.randn(7, 3, 6).double() if apart else torch.randn(7, 6).double()
+    names = [name for name, _ in stack.named_parameters()]
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(stack, dict(zip(names, values)), (x,))
+
+    inputs = (x.requires_grad_(), *stack.parameters())
+    assert torch.autograd.gradcheck(call, inputs, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, inputs)
 
 
 def test_running_statistics_are_those_of_batch_norm_and_one_row_is_not_normalised() -> None:

@@ -195,7 +195,7 @@ def test_printing_names_the_sizes() -> None:
         (lambda: moe()(torch.ones(2, 5, 7)), "MoE: expected tokens [..., 6], got [2, 5, 7]"),
         (lambda: moe()(torch.ones(2, 5, 6), mask=torch.ones(2, 4)), "expected a mask [2, 5], one a token, got [2, 4]"),
         (lambda: moe()(torch.ones(2, 5, 6), mask=torch.ones(5, 2)), "expected a mask [2, 5], one a token, got [5, 2]"),
-        (lambda: Experts(4, 6, 3, backend="fast")(torch.ones(2, 6), TopKRouter(6, 4)(torch.ones(2, 6))), "'fast'"),
+        (lambda: Experts(4, 6, 3, backend="fast"), "unknown backend 'fast'; known: auto, reference"),
     ],
 )
 def test_what_does_not_fit_is_named(build: Any, message: str) -> None:

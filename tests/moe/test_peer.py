@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from zoo.moe import PEER, Experts, MoE, NeuronExperts, record, telemetry
 from zoo.moe.kernels import ACTIVATIONS
@@ -131,6 +132,19 @@ def test_telemetry_says_that_there_is_no_distribution() -> None:
     assert telemetry.drop_rate(routing).item() == 0
     with pytest.raises(ValueError, match="carries no probabilities"):
         telemetry.entropy(routing)
+
+
+def test_autocast_computes_neurons_low_as_it_does_other_experts() -> None:
+    layer, x = PEER(32, 64, 4, heads=2, key_dim=8), torch.randn(50, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), record(layer) as step:
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    weight = step.routings[""][0].dense().detach().double()
+    u, v = (w.squeeze().double() for w in (layer.experts.up_proj, layer.experts.down_proj.mT))
+    exact = (weight * F.gelu(x.double() @ u.T)) @ v
+    assert (y.double() - exact).norm() < 0.01 * exact.norm()
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in (x, *layer.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -148,5 +148,7 @@ def test_what_cannot_be_kept_is_refused():
         QuantisedExperts(2, 32, 32, format="fp4")
     with pytest.raises(ValueError, match="rows of 40 numbers"):
         QuantisedExperts(2, 40, 32, format="mxfp4")
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        QuantisedExperts(2, 32, 32, backend="fast")
     with pytest.raises(ValueError, match="hidden_dim must be at least 1"):
         QuantisedExperts(2, 32, 0)

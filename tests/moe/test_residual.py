@@ -98,5 +98,7 @@ def test_it_compiles_and_its_state_goes_round():
 def test_sizes_and_activations_that_are_none_are_refused():
     with pytest.raises(ValueError, match="ResidualExperts: num_experts must be at least 1, got 0"):
         ResidualExperts(0, 6, 10)
+    with pytest.raises(ValueError, match="unknown backend 'fast'"):
+        ResidualExperts(2, 4, 3, backend="fast")
     with pytest.raises(ValueError, match="swigloo"):
         ResidualExperts(2, 6, 10, "swigloo")

@@ -113,10 +113,10 @@ class Capacity:
         # Stable, so that within a bucket claims stay in order; a claim's rank is its distance to the bucket's first.
         sorted_bucket, by_bucket = bucket.sort(stable=True)
         position = torch.arange(bucket.numel(), device=expert.device)
-        rank = torch.empty_like(position)
-        rank[by_bucket] = position - torch.searchsorted(sorted_bucket, sorted_bucket)
+        rank = position - torch.searchsorted(sorted_bucket, sorted_bucket)
+        rank = torch.empty_like(position).scatter(0, by_bucket, rank)
         kept = torch.empty(groups, tokens * k, dtype=torch.bool, device=expert.device)
-        kept.scatter_(1, order, (rank < places).view(groups, -1))
+        kept = kept.scatter(1, order, (rank < places).view(groups, -1))
         return kept.view_as(expert) & (expert < num_experts)
 
     def keep_in_groups(self, expert: Tensor, weight: Tensor, num_experts: int, places: int, size: int) -> Tensor:

@@ -69,6 +69,8 @@ class DepthRouter(Router):
         """Choose among tokens x [B, S, D]."""
         if x.dim() != 3:
             raise ValueError(f"DepthRouter chooses within sequences: expected tokens as [B, S, D], got {list(x.shape)}")
+        if x.shape[-1] != self.dim:
+            raise ValueError(f"DepthRouter: expected tokens [B, S, {self.dim}], got {list(x.shape)}")
         if autocast.is_on(x):
             with autocast.off(x):
                 return self.forward(x, **context)

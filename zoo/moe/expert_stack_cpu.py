@@ -11,13 +11,13 @@ T tokens, D width, E experts, H units of a layer. What the speed rests on, at T 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .kernels import memory, products
+from .kernels import memory, products, transformed
 
 ALIGNMENT = 8  # floats
 
@@ -25,8 +25,8 @@ ALIGNMENT = 8  # floats
 def supports(x: Tensor, weight: Tensor) -> bool:
     """Whether `relu_stack` can stand in for the composition of torch's operators.
 
-    Not where those are traced or transformed (torch.compile, export, vmap), nor for subclasses of Tensor. Under
-    autocast to bfloat16 products take and give bfloat16, as torch's do.
+    Not where those are traced or transformed (torch.compile, export, vmap, forward mode), nor for subclasses of Tensor.
+    Under autocast to bfloat16 products take and give bfloat16, as torch's do.
     """
     if torch.is_autocast_enabled("cpu"):
         types = torch.get_autocast_dtype("cpu") == torch.bfloat16
@@ -39,7 +39,7 @@ def supports(x: Tensor, weight: Tensor) -> bool:
         and type(x) in (Tensor, nn.Parameter)
         and type(weight) in (Tensor, nn.Parameter)
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not transformed.is_active()
     )
 
 
@@ -51,7 +51,7 @@ def relu_stack(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -
 
 
 class _ReluStack(torch.autograd.Function):
-    """Saves the inputs of every layer and the outputs, which tell where ReLU was on. Differentiable once."""
+    """Saves the inputs of every layer and the outputs, which tell where ReLU was on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
@@ -72,20 +72,24 @@ class _ReluStack(torch.autograd.Function):
                 products.bmm(kept[-1], weights[layer].mT, hidden)
                 hidden.add_(bias.to(dtype).unsqueeze(1)).relu_()
             kept.append(hidden)
-        ctx.save_for_backward(*kept, *weights)
-        ctx.depth, ctx.dim, ctx.given = depth, x.shape[-1], (x.dtype, parameters[0].dtype)
+        ctx.save_for_backward(x, *parameters, *kept, *weights)
+        ctx.depth, ctx.dim, ctx.given = depth, x.shape[-1], (x.dtype, parameters[0].dtype, dtype)
         return kept[-1].transpose(0, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weights = ctx.saved_tensors[: ctx.depth + 1], ctx.saved_tensors[ctx.depth + 1 :]
+        given, saved = ctx.saved_tensors[: 2 * ctx.depth + 1], ctx.saved_tensors[2 * ctx.depth + 1 :]
+        if torch.is_grad_enabled():  # create_graph: these are to have gradients too
+            needs = [need for i, need in enumerate(ctx.needs_input_grad) if i != 1]
+            dx, *others = transformed.gradients(partial(_composed, ctx.given[2]), given, needs, grad)
+            return dx, None, *others
+        kept, weights = saved[: ctx.depth + 1], saved[ctx.depth + 1 :]
         needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2:]
         experts, tokens, _ = kept[-1].shape
         d_weights: list[Tensor | None] = [None] * ctx.depth
         d_biases: list[Tensor | None] = [None] * ctx.depth
         d_hidden, dx = grad.transpose(0, 1), None
-        x_dtype, dtype = ctx.given
+        x_dtype, dtype, _ = ctx.given
         for layer in reversed(range(ctx.depth)):
             hidden, inputs, weight = kept[layer + 1], kept[layer], weights[layer]
             units = hidden.shape[2]
@@ -112,6 +116,15 @@ class _ReluStack(torch.autograd.Function):
         if needs_x and not ctx.shared:
             dx = d_hidden.transpose(0, 1).to(x_dtype)
         return dx, None, *d_weights, *d_biases
+
+
+def _composed(dtype: torch.dtype, x: Tensor, *parameters: Tensor) -> Tensor:
+    """The same [T, E, O] by torch's own operators."""
+    depth = len(parameters) // 2
+    x = x.to(dtype) if x.dim() == 3 else x.to(dtype).unsqueeze(1).expand(-1, len(parameters[0]), -1)
+    for weight, bias in zip(parameters[:depth], parameters[depth:]):
+        x = (torch.einsum("ted,ehd->teh", x, weight.to(dtype)) + bias.to(dtype)).relu()
+    return x
 
 
 def _by_expert(wide: Tensor, experts: int) -> Tensor:

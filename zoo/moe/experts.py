@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import shadows
 from .dispatch import ExpertParallel
 from .dispatch_nodes import HierarchicalExpertParallel
-from .kernels import get_activation, moe_mlp
+from .kernels import check_backend, get_activation, moe_mlp
 from .routing import Routing
 
 
@@ -75,7 +75,8 @@ class Experts(nn.Module):
     gradient_scale multiplies the gradients of parameters. A subclass that computes something else overrides
     `compute_with`, which gets the weights as they are held here, and not `forward`.
 
-    Raises ValueError on an unknown activation, a size below one, a dropout outside [0, 1), or one with weigh_input.
+    Raises ValueError on an unknown activation or backend, a size below one, a dropout outside [0, 1), or one with
+    weigh_input.
     """
 
     parallel: Callable[..., Tensor] | None = None
@@ -94,6 +95,7 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("Experts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        check_backend(backend)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         if not 0 <= dropout < 1:
             raise ValueError(f"Experts: dropout must be at least 0 and below 1, got {dropout}")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import autocast
 from .experts import Experts, Weights
 from .kernels import get_activation
 from .layer import MoE
@@ -25,6 +26,7 @@ class NeuronExperts(Experts):
 
     def compute_with(self, weights: Weights, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's neurons, of those with these weights, make of tokens x [T, D]."""
+        x = x.to(autocast.computed(x))
         expert, token = routing.expert_index, routing.token_index
         w_in, w_out = weights.w_in.to(x.dtype), weights.w_out.squeeze(-1).to(x.dtype)
         inputs = x.index_select(0, token)

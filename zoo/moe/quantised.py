@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import autocast
 from .experts import Experts, Weights, check_sizes
-from .kernels import coded, get_activation
+from .kernels import check_backend, coded, get_activation
 from .kernels.codes import FORMATS
 from .routing import Routing, count_experts
 
@@ -68,6 +68,7 @@ class QuantisedExperts(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("QuantisedExperts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        check_backend(backend)
         if format not in FORMATS:
             raise ValueError(f"QuantisedExperts: unknown format {format!r}; known: {', '.join(FORMATS)}")
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim

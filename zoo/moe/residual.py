@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts, Weights, check_sizes
-from .kernels import get_activation, moe_mlp
+from .kernels import check_backend, get_activation, moe_mlp
 from .routing import Routing
 
 CORE, RESIDUAL = "core_", "residual_"
@@ -41,6 +41,7 @@ class ResidualExperts(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("ResidualExperts", num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        check_backend(backend)
         self.num_experts, self.dim, self.hidden_dim = num_experts, dim, hidden_dim
         self.activation, self.backend = activation, backend
         gated = get_activation(activation).gated

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .kernels import transformed
 from .kernels.choices import sort_choices
 
 
@@ -92,6 +93,9 @@ class Routing:
     @classmethod
     def from_matrix(cls, weight: Tensor, keep: Tensor, **extra: object) -> Routing:
         """Build from a matrix of combine weights [T, E] and a mask [T, E] of the assignments that exist."""
+        if transformed.is_batched(keep):
+            # Under vmap sizes hang on no values: what does not exist stays, without weight.
+            weight, keep = weight.where(keep, 0), torch.ones(keep.shape, dtype=torch.bool, device=keep.device)
         expert, token = keep.T.nonzero(as_tuple=True)
         offsets = torch.zeros(weight.shape[1] + 1, dtype=torch.int32, device=weight.device)
         offsets[1:] = keep.sum(0).cumsum(0)
@@ -103,4 +107,4 @@ def count_experts(expert: Tensor, num_experts: int) -> Tensor:
     # bincount synchronises with the host on a GPU; a scatter does not.
     flat = expert.reshape(-1)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert.device)
-    return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
+    return counts.scatter_add(0, flat, torch.ones_like(flat))[:num_experts]

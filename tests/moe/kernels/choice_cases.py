@@ -81,6 +81,15 @@ def test_the_best_are_found_in_order(tokens: int, k: int, experts: int, dtype: t
     assert torch.equal(choose.top_k(ranks / 777 - 0.1, k), ranks.topk(k).indices)
 
 
+def test_scores_may_lie_far_apart_in_memory() -> None:
+    """The distance of the last expert's from the first one's is more than 32 bits hold."""
+    scores = torch.empty(600 * 2**22, dtype=torch.bfloat16, device=DEVICE).as_strided((2, 600), (1, 2**22))
+    scores.copy_(torch.randperm(1200, device=DEVICE).view(2, 600) // 5 - 120)
+    near = scores.contiguous()
+    assert near.gather(1, choose.top_k(scores, 3)).tolist() == near.topk(3).values.tolist()
+    assert choose.top_k(scores, 3).tolist() == choose.top_k(near, 3).tolist()
+
+
 def test_equal_scores_infinities_and_nan() -> None:
     inf, nan = float("inf"), float("nan")
     scores = [[1, 1, 1, 1], [0.0, -0.0, 0.0, -1], [-inf, -inf, -inf, 3], [inf, 2, nan, -nan], [-inf] * 4]

@@ -177,11 +177,29 @@ def test_nothing_is_kept_where_no_gradient_is_wanted():
         assert run(leaves, routing).grad_fn is None
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong():
-    leaves, routing = problem()
-    (dx,) = torch.autograd.grad(run(leaves, routing).square().sum(), leaves["x"], create_graph=True)
-    with pytest.raises(NotImplementedError, match="can be differentiated once"):
-        dx.sum().backward()
+def test_combine_weights_made_from_tokens_have_second_derivatives():
+    """Each of the two has its own part of the gradient, though one is made from the other."""
+    leaves, routing = problem(bias=False)
+    leaves = {name: t if t is None else t.detach().double().requires_grad_() for name, t in leaves.items()}
+    expert = routing.expert_index
+
+    def weighed(x):
+        return leaves["weight"] * x.sum(-1).sigmoid()[routing.token_index]
+
+    def by_loop(x, weight):
+        rows = []
+        for token, e, w in zip(routing.token_index, expert, weight):
+            gate, up = (leaves["w_in"][e] @ x[token]).chunk(2)
+            rows.append(w * (leaves["w_out"][e] @ (torch.nn.functional.silu(gate) * up)))
+        return torch.zeros_like(x).index_add(0, routing.token_index, torch.stack(rows))
+
+    x, wanted = leaves["x"], [leaves[k] for k in ("x", "w_in", "w_out", "weight")]
+    results = []
+    for y in (run({**leaves, "weight": weighed(x)}, routing), by_loop(x, weighed(x))):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), wanted))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected)
 
 
 def test_meta_tensors_pass_through():

@@ -1,14 +1,16 @@
-"""torch.func and vmap through layers of experts, against finite differences, and against one call a sample."""
+"""torch.func, vmap, forward mode and gradients of gradients through layers of experts, against finite differences, and
+against one call a sample."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
-from zoo.moe import PEER, Experts, LoRAExperts, MoA, MoE
-from zoo.moe.routers import DenseRouter, SoftRouter, TopKRouter
+from zoo.moe import PEER, Capacity, Experts, LoRAExperts, MoA, MoE
+from zoo.moe.routers import DenseRouter, ReMoERouter, SinkhornRouter, SoftRouter, TopKRouter
 
 LAYERS = {
     "gated": lambda: MoE(TopKRouter(6, 5, 2), Experts(5, 6, 4, bias=True)),
@@ -17,6 +19,9 @@ LAYERS = {
     "dense": lambda: MoE(DenseRouter(6, 5), Experts(5, 6, 4)),
     "soft": lambda: MoE(SoftRouter(6, 5, 2), Experts(5, 6, 4)),
     "low rank": lambda: MoE(TopKRouter(6, 5, 2), LoRAExperts(5, 6, 3)),
+    "dropped": lambda: MoE(TopKRouter(6, 5, 2, capacity=Capacity(0.8)), Experts(5, 6, 4)),
+    "any number": lambda: MoE(ReMoERouter(6, 5, 2), Experts(5, 6, 4)),
+    "balanced": lambda: MoE(SinkhornRouter(6, 5), Experts(5, 6, 4)),
     "neurons": lambda: PEER(6, 16, 2, heads=2, key_dim=4),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
@@ -38,6 +43,39 @@ def test_forward_mode_is_the_slope(name: str) -> None:
     torch.testing.assert_close(value, layer(x))
     expected = (layer(x + step * direction) - layer(x - step * direction)) / (2 * step)
     torch.testing.assert_close(slope, expected, rtol=1e-5, atol=1e-7)
+
+
+@every_layer
+def test_forward_mode_without_torch_func_is_the_same(name: str) -> None:
+    layer, _, x = made(name)
+    direction = torch.randn_like(x)
+    _, expected = jvp(layer, (x,), (direction,))
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(slope, expected)
+
+
+@every_layer
+def test_a_gradient_penalty_has_the_gradient_of_finite_differences(name: str) -> None:
+    layer, parameters, x = made(name)
+    x.requires_grad_()
+
+    def penalty() -> Tensor:
+        (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    found, step = torch.autograd.grad(penalty(), list(parameters.values()), allow_unused=True), 1e-6
+    for (key, parameter), gradient in zip(parameters.items(), found):
+        direction, values = torch.randn_like(parameter), []
+        with torch.no_grad():
+            for sign in (1, -2):
+                parameter.add_(sign * step * direction)
+                with torch.enable_grad():
+                    values.append(penalty().detach())
+            parameter.add_(step * direction)
+        expected = (values[0] - values[1]) / (2 * step)
+        slope = torch.zeros(()) if gradient is None else (gradient * direction).sum()
+        torch.testing.assert_close(slope.double(), expected, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @every_layer
@@ -81,3 +119,28 @@ def test_attention_of_experts_has_gradients_of_samples() -> None:
         own = sample[None].requires_grad_()
         (expected,) = torch.autograd.grad(layer(own).square().sum(), own)
         torch.testing.assert_close(value[None], expected)
+
+
+def test_what_a_gate_counts_outlives_the_transform() -> None:
+    layer = MoE(TopKRouter(6, 5, 2, selection_bias=True), Experts(5, 6, 4))
+    x, parameters = torch.randn(3, 4, 6), dict(layer.named_parameters())
+    layer(x)
+    expected = layer.router.load_since_update.clone()
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (sample,)).square().sum()
+
+    def of_all(parameters: dict[str, Tensor]) -> Tensor:
+        return vmap(loss, in_dims=(None, 0))(parameters, x).sum()
+
+    for times, count in enumerate(
+        (
+            lambda: grad(loss)(parameters, x),
+            lambda: vmap(grad(loss), in_dims=(None, 0))(parameters, x),
+            lambda: grad(of_all)(parameters),
+            lambda: layer(x),
+        ),
+        start=2,
+    ):
+        count()
+        assert torch.equal(layer.router.load_since_update, times * expected)

@@ -236,6 +236,16 @@ def test_compiled_it_does_the_same(gate: Gate) -> None:
     same(train_step(moe, torch.compile(moe, backend="aot_eager"), x, context), expected)
 
 
+@pytest.mark.parametrize("name", ["BASE", "sinkhorn"])
+def test_a_balanced_choice_is_part_of_one_graph(name: str) -> None:
+    torch._dynamo.reset()
+    moe = layer(GATES[name])
+    twin, compiled = copy.deepcopy(moe), torch.compile(moe, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (5, 9):
+        x, _ = tokens(3, length)
+        same(train_step(moe, compiled, x, {}), train_step(twin, twin, x, {}))
+
+
 @every_gate
 def test_checkpointing_counts_losses_once(gate: Gate) -> None:
     moe = layer(gate)

@@ -90,3 +90,22 @@ def test_bad_options_are_named() -> None:
         MoEPlusPlusRouter(4, 4, zero=4)
     with pytest.raises(ValueError, match="4 experts with constant=2, copy=1, zero=1 leave 0 MLPs"):
         ZeroComputationExperts(4, 6, 5)
+
+
+def test_a_layer_that_is_repeated_may_be_checkpointed() -> None:
+    layer = MoE(MoEPlusPlusRouter(6, 8), ZeroComputationExperts(8, 6, 5)).double()
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    x, gradients = torch.randn(9, 6, dtype=torch.float64), []
+    for checkpointed in (False, True):
+        gating, y = GatingResidual(), x.clone().requires_grad_()
+        given = y
+        for _ in range(4):
+            y = y + (
+                checkpoint(layer, y, use_reentrant=False, gating=gating) if checkpointed else layer(y, gating=gating)
+            )
+        for _ in range(2):
+            gradients.append(torch.autograd.grad(y.square().sum(), [given, *layer.parameters()], retain_graph=True))
+    for others in gradients[1:]:
+        for found, expected in zip(others, gradients[0]):
+            torch.testing.assert_close(found, expected)

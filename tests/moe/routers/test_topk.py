@@ -289,6 +289,21 @@ def test_arithmetic_in_the_input_dtype_when_asked() -> None:
     assert TopKRouter(4, 4)(x).weight.dtype == torch.float32
 
 
+def test_scores_that_float16_cannot_tell_from_zero_give_no_weight() -> None:
+    router = TopKRouter(6, 4, 2, score="sigmoid", normalize=True, dtype=None)
+    logits = torch.full((3, 4), -100.0, dtype=torch.float16)
+    logits[0] = torch.tensor([1.0, -2.0, -100.0, -100.0])
+    logits.requires_grad_()
+    routing = router.route(logits)
+    expected = logits[0, :2].double().sigmoid()
+    torch.testing.assert_close(routing.dense()[0, :2].double(), expected / expected.sum(), rtol=1e-3, atol=0)
+    assert not routing.dense()[1:].any()
+    assert not routing.probs[1:].any()  # type: ignore[index]
+    routing.dense().square().sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_the_selection_bias_stays_float32_in_a_bfloat16_model() -> None:
     router = TopKRouter(4, 4, selection_bias=True)
     router.selection_bias.fill_(1 + 1e-3)  # type: ignore[union-attr]

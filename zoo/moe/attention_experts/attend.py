@@ -34,14 +34,18 @@ class KeyValues:
         return keys, values
 
 
-def checked(layer: str, x: Tensor, mask: Tensor | None, context: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def checked(
+    layer: str, x: Tensor, dim: int, mask: Tensor | None, context: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
     """Tokens x [B, S, D], zero where padding, and what the router gets: the mask [B, S] of these tokens added.
 
     mask [B, K] is of the kept tokens too; its last S columns are those of x.
-    Raises ValueError where tokens come as one list, or a mask is of fewer tokens.
+    Raises ValueError where tokens come as one list or are of another width than `dim`, or a mask is of fewer tokens.
     """
     if x.dim() != 3:
         raise ValueError(f"{layer} attends within sequences: expected tokens as [B, S, D], got {list(x.shape)}")
+    if x.shape[-1] != dim:
+        raise ValueError(f"{layer}: expected tokens [B, S, {dim}], got {list(x.shape)}")
     if mask is None:
         return x, context
     if mask.dim() != 2 or mask.shape[0] != x.shape[0] or mask.shape[1] < x.shape[1]:

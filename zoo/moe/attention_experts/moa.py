@@ -82,7 +82,7 @@ class MoA(Recorded):
         and mask have no say in it then.
         rotary: cosines and sines [B or 1, S, R] of the positions of x (`zoo.moe.rotary`).
         """
-        x, context = checked("MoA", x, mask, context)
+        x, context = checked("MoA", x, self.dim, mask, context)
         routing = self.router(x, causal=self.causal, **context)
         if not isinstance(routing, Routing):
             raise ValueError(f"MoA: expected a router that gives a Routing, got {type(routing).__name__}")

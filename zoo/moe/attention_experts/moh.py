@@ -94,7 +94,7 @@ class MoH(Recorded):
         **context: Any,
     ) -> Tensor:
         """Attend from tokens x [B, S, D]; keywords as in `MoA`."""
-        x, context = checked("MoH", x, mask, context)
+        x, context = checked("MoH", x, self.dim, mask, context)
         routing = self.router(x, causal=self.causal, **context)
         self._keep(routing)
         key, value = self.kv_proj(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)

@@ -111,7 +111,7 @@ class SwitchHead(nn.Module):
         **context: Any,
     ) -> Tensor:
         """Attend from tokens x [B, S, D]; keywords as in `MoA`."""
-        x, context = checked("SwitchHead", x, mask, context)
+        x, context = checked("SwitchHead", x, self.dim, mask, context)
         context["causal"] = self.causal
         query, key = (p(x).unflatten(-1, (self.num_heads, -1)) for p in (self.q_proj, self.k_proj))
         if rotary is not None:

@@ -16,9 +16,18 @@ from torch import Tensor
 from . import transformed
 from .activations import ACTIVATIONS, Activation, get_activation
 from .linear import grouped_linear
-from .ops import BACKENDS, CASTS_WEIGHTS, backend_module, check_shapes, moe_mlp_op
+from .ops import BACKENDS, CASTS_WEIGHTS, backend_module, check_backend, check_shapes, moe_mlp_op
 
-__all__ = ["ACTIVATIONS", "BACKENDS", "Activation", "explain", "get_activation", "grouped_linear", "moe_mlp"]
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "Activation",
+    "check_backend",
+    "explain",
+    "get_activation",
+    "grouped_linear",
+    "moe_mlp",
+]
 
 
 class Assignments(Protocol):
@@ -58,12 +67,14 @@ def moe_mlp(
 
     w_in [E, 2F, D] as [gate; up] for gated activations, [E, F, D] for plain ones; w_out [E, D, F]; biases
     b_in [E, 2F or F] and b_out [E, D]. `routing` gives token_index [A] sorted by expert, offsets [E+1] and the
-    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype. Differentiable once;
-    inside torch.func's transforms and vmap as often as wanted, by a plain composition on which `backend` has no say.
+    combine weights [A]. Under autocast x, weights and biases are computed in the autocast dtype. Differentiable as
+    often as wanted: gradients of gradients, forward mode and torch.func's transforms run on a plain composition on
+    which `backend` has no say.
 
     Raises ValueError on an unknown activation or backend, on shapes that do not fit, and when a backend named
     explicitly cannot run these tensors.
     """
+    check_backend(backend)
     check_shapes(x, w_in, w_out, b_in, b_out, activation)
     device = x.device.type
     # The meta device knows no autocast; torch.amp.is_autocast_available would break the graph in torch 2.11.
@@ -74,8 +85,6 @@ def moe_mlp(
         raise ValueError(f"moe_mlp: x, w_in and w_out must share a dtype, got {x.dtype}, {w_in.dtype}, {w_out.dtype}")
     if backend == "auto":
         backend = explain(x, w_in, w_out, activation)[0]
-    elif backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; known: auto, {', '.join(BACKENDS)}")
     elif reason := backend_module(backend).unsupported(x, w_in, w_out, activation):
         raise ValueError(f"backend {backend!r} cannot run this: {reason}")
     if autocast and backend not in CASTS_WEIGHTS:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import transformed
 from .register import operator
 
 # Most experts that a program of the Triton kernels holds.
@@ -39,8 +40,8 @@ def sort_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor 
     if keep is None and _can(expert, num_experts):
         return Sorted(*_sort_op(expert, weight, num_experts))
     k = expert.shape[1]
-    if keep is not None and torch.compiler.is_exporting():
-        # A graph's sizes hang on no values: dropped choices stay, at the last expert and without weight.
+    if keep is not None and (torch.compiler.is_exporting() or transformed.is_batched(keep)):
+        # In a graph and under vmap sizes hang on no values: dropped choices stay, at the last expert, without weight.
         expert, weight, keep = expert.where(keep, num_experts - 1), weight.where(keep, 0), None
     # The narrowest integers that hold E: a radix sort takes a pass per byte.
     narrow = torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 32768 else torch.int64

@@ -6,6 +6,7 @@ FLOP counters count it. Saved for the backward: rows, weight and offsets.
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -86,7 +87,11 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
     needs = list(ctx.needs_input_grad[:2])
-    grads = _backward_op(grad, *ctx.saved_tensors, needs)
+    *inputs, offsets = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: these are to have gradients too
+        composed = partial(transformed.grouped_linear, offsets=offsets)
+        return (*transformed.gradients(composed, inputs, needs, grad), None)
+    grads = _backward_op(grad, *inputs, offsets, needs)
     return (*(g if n else None for g, n in zip(grads, needs)), None)
 
 

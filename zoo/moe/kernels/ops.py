@@ -7,12 +7,14 @@ inputs and the pre-activations, nothing else. Outputs are contiguous, gradients 
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import transformed
 from .activations import get_activation
 from .register import backward_of, operator
 
@@ -39,6 +41,12 @@ def backend_module(name: str) -> ModuleType:
     from . import triton
 
     return triton
+
+
+def check_backend(name: str) -> None:
+    """Raise ValueError for a backend that is neither "auto" nor a known one."""
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; known: auto, {', '.join(BACKENDS)}")
 
 
 def _places(backend: str, place: Tensor | None) -> dict[str, Tensor | None]:
@@ -100,6 +108,10 @@ def _differentiate(ctx, dy, _):  # type: ignore[no-untyped-def]
         return (None,) * 12
     *saved, place = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:6])
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: these are to have gradients too
+        *inputs, weight, _, token_index, offsets = saved
+        composed = partial(transformed.moe_mlp, token_index=token_index, offsets=offsets, activation=ctx.activation)
+        return (*transformed.gradients(composed, (*inputs, weight), needs, dy), *(None,) * 6)
     grads = moe_mlp_backward_op(dy, *saved, ctx.activation, ctx.backend, needs, place)
     return (*(g if n else None for g, n in zip(grads, needs)), *(None,) * 6)
 

@@ -1,20 +1,54 @@
-"""Expert math for torch.func and torch.vmap, which cannot see into our operators: compositions of torch's own.
+"""Expert math for derivatives that our operators do not have: compositions of torch's own.
 
-Forward-mode derivatives would be silently wrong there, gradients and per-sample gradients an error. Every expert
-computes every row, so that no size depends on what a gate decided; any number of derivatives may be taken.
+That is torch.func, torch.vmap and forward mode, which cannot see into operators, and gradients of gradients. Every
+expert computes every row, so that no size depends on what a gate decided; any number of derivatives may be taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .activations import get_activation
 
 
 def is_active() -> bool:
-    """Whether a transform of torch.func is under way; torch.compile traces those by itself."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func or forward mode is under way; torch.compile traces those by itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def gradients(
+    f: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """Gradients of f(*inputs) that have gradients themselves; None for each that is not needed."""
+    # Aliases: one input may have been made from another, such as combine weights from tokens.
+    own = [t if t is None else t.view_as(t) for t in inputs]
+    wanted = [t for t, need in zip(own, needs) if need and t is not None]
+    found = iter(torch.autograd.grad(f(*own), wanted, dy, create_graph=True))
+    return [next(found) if need and t is not None else None for t, need in zip(own, needs)]
+
+
+def is_batched(value: Tensor) -> bool:
+    """Whether a vmap is under way over what this was computed from."""
+    functorch, batched = torch._C._functorch, False
+    while not batched and is_active() and functorch.is_functorch_wrapped_tensor(value):
+        batched, value = functorch.is_batchedtensor(value), functorch.get_unwrapped(value)
+    return batched
+
+
+def kept(value: Tensor) -> Tensor:
+    """A count that is to outlive the transforms under way, without their wrappers; under vmap that of all samples."""
+    functorch = torch._C._functorch
+    while is_active() and functorch.is_functorch_wrapped_tensor(value):
+        dim = functorch.maybe_get_bdim(value)
+        value = functorch.get_unwrapped(value)
+        value = value if dim < 0 else value.sum(dim)
+    return value
 
 
 def _expert_index(offsets: Tensor, count: int) -> Tensor:

@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from ..kernels.register import operator
+
 SWEEPS = 16  # of the smoothed problem, which gives the auction its opening prices
 SAMPLE = 2048  # tokens that prices are found on
 WARM, COLD = 0.1, 0.003  # first and last temperature of the sweeps, in units of the scores' range
 
 
-@torch.compiler.disable
-@torch.no_grad()
-def balanced_assignment(scores: Tensor, tolerance: float = 2e-3, rounds: int = 64) -> Tensor:
+def balanced_assignment(
+    scores: Tensor, tolerance: float = 2e-3, rounds: int = 64, mask: Tensor | None = None
+) -> Tensor:
     """Expert of each token, [T] int64, from scores [T, E], so that the loads differ by one at most.
 
     An auction (Bertsekas 1988; BASE, 2103.16716, section 3.1): tokens without a place bid for the expert that is worth
@@ -25,8 +27,20 @@ def balanced_assignment(scores: Tensor, tolerance: float = 2e-3, rounds: int = 6
     about as much as one linear layer of width 1024.
 
     With T no multiple of E one token more goes to each of the experts of highest opening price. Scores that are not
-    finite count as the least finite one.
+    finite count as the least finite one. Tokens that mask [T] leaves out (False) do not count in T; theirs is E.
+    An operator, so that torch.compile does not look inside.
     """
+    return _op(scores.detach(), tolerance, rounds, mask)
+
+
+def _balanced(scores: Tensor, tolerance: float, rounds: int, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return _assigned(scores, tolerance, rounds)
+    nowhere = torch.full(scores.shape[:1], scores.shape[1], dtype=torch.int64, device=scores.device)
+    return nowhere.masked_scatter(mask, _assigned(scores[mask], tolerance, rounds))
+
+
+def _assigned(scores: Tensor, tolerance: float, rounds: int) -> Tensor:
     tokens, experts = scores.shape
     if experts == 1 or not tokens:
         return torch.zeros(tokens, dtype=torch.int64, device=scores.device)
@@ -38,7 +52,7 @@ def balanced_assignment(scores: Tensor, tolerance: float = 2e-3, rounds: int = 6
     price = _opening_prices(scores, span)
     if tokens < experts:  # the most wanted take one each
         wanted = price.topk(tokens).indices
-        return wanted[balanced_assignment(scores[:, wanted], tolerance, rounds)]
+        return wanted[_assigned(scores[:, wanted], tolerance, rounds)]
     places = torch.full((experts,), tokens // experts, dtype=torch.int64, device=scores.device)
     places[price.topk(tokens % experts).indices] += 1
     expert, price, homeless = _auction(scores, price, places, tolerance * span, rounds)
@@ -108,3 +122,9 @@ def _by_expert(items: Tensor, expert: Tensor, bid: Tensor, experts: int) -> tupl
     order = order[expert[order].argsort(stable=True)]
     bounds = torch.arange(experts + 1, device=expert.device)
     return items[order], torch.searchsorted(expert[order], bounds)
+
+
+_op = operator(
+    "balanced_assignment(Tensor scores, float tolerance, int rounds, Tensor? mask) -> Tensor",
+    *(_balanced, lambda scores, *_: scores.new_empty(scores.shape[:1], dtype=torch.int64)),
+)

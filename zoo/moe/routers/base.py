@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..decision import Decision
+from ..kernels import transformed
 
 
 def is_recomputation() -> bool:
@@ -17,6 +18,12 @@ def is_recomputation() -> bool:
     Compiled code is told apart when it is traced, not when it runs: there torch.compile leaves recomputation out.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def added(before: Tensor | None, counted: Tensor) -> Tensor:
+    """What was counted in earlier forward passes, None in the first, and in this one, to be kept by a gate."""
+    counted = transformed.kept(counted)
+    return counted if before is None else transformed.kept(before + counted)
 
 
 @torch.no_grad()

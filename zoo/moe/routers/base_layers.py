@@ -23,8 +23,7 @@ class BASERouter(TopKRouter):
 
     The paper's layer is y = a f(x) + (1 - a) x, a the weight and f residual, f(x) = x + g(x): that is x + a g(x),
     and what `x + moe(x)` gives with experts g. The balance is that of the tokens of one process; fairseq first
-    shuffles them between processes. torch.compile does not look into the assignment: in training it breaks the graph.
-    Other options as in `TopKRouter`.
+    shuffles them between processes. Other options as in `TopKRouter`.
     """
 
     def __init__(
@@ -43,8 +42,6 @@ class BASERouter(TopKRouter):
     def _preference(self, logits: Tensor, mask: Tensor | None) -> Tensor | None:
         if not self.training:
             return None
-        real = logits.detach() if mask is None else logits.detach()[mask]
-        chosen = F.one_hot(balanced_assignment(real, self.tolerance, self.rounds), self.num_experts).to(logits.dtype)
-        if mask is None:
-            return chosen
-        return torch.zeros_like(logits).masked_scatter(mask[:, None], chosen)
+        # A masked token, of "expert" E, prefers none.
+        expert = balanced_assignment(logits, self.tolerance, self.rounds, mask)
+        return F.one_hot(expert, self.num_experts + 1)[:, : self.num_experts].to(logits.dtype)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.register import operator
+
 ROUNDS = 50
 WARM, COLD = 0.1, 1e-3  # temperatures: the last is the paper's
 COOLING = 0.8  # of the rounds
 
 
-# Traced, its rounds would be a graph of their own each.
-@torch.compiler.disable
-@torch.no_grad()
 def capped_plan(scores: Tensor, places: int, cap: int, mask: Tensor | None = None) -> Tensor:
     """What experts choose by, [G, N, E], when no token shall meet more than `cap`, from scores [G, N, E] in 0..1.
 
@@ -21,8 +20,13 @@ def capped_plan(scores: Tensor, places: int, cap: int, mask: Tensor | None = Non
     variant): A = min(1, exp((scores - u - v) / temperature)), a price u an expert and v >= 0 a token being found in
     turn. The paper takes 100 rounds of Dykstra's projections at temperature 0.001; from cold these hardly move (of a
     64 x 8 problem's mass they find a sixteenth), so here it falls from 0.1 and each price is exact given the others.
-    Masked tokens ([G, N], False) are wanted last.
+    Masked tokens ([G, N], False) are wanted last. It has no gradient. An operator, so that torch.compile does not look
+    inside.
     """
+    return _op(scores.detach(), places, cap, mask)
+
+
+def _plan(scores: Tensor, places: int, cap: int, mask: Tensor | None) -> Tensor:
     scores = scores.float()
     if mask is not None:
         scores = scores.where(mask.unsqueeze(-1), -1e4)
@@ -32,7 +36,7 @@ def capped_plan(scores: Tensor, places: int, cap: int, mask: Tensor | None = Non
         temperature = WARM * (COLD / WARM) ** min(i / (COOLING * ROUNDS - 1), 1.0)
         of_expert = temperature * _level(((scores - of_token) / temperature).mT, places).mT
         of_token = (temperature * _level((scores - of_expert) / temperature, cap)).clamp(min=0)
-    return ((scores - of_expert - of_token) / temperature).clamp(max=0)
+    return ((scores - of_expert - of_token) / temperature).clamp(max=0).contiguous()
 
 
 def _level(values: Tensor, total: int) -> Tensor:
@@ -54,3 +58,9 @@ def within_cap(scores: Tensor, chosen: Tensor, cap: int) -> Tensor:
     best = ranked.topk(min(cap, ranked.shape[0]), dim=0).indices
     kept = torch.zeros_like(taken).scatter(0, best, True)
     return kept.gather(-1, chosen)
+
+
+_op = operator(
+    "capped_plan(Tensor scores, SymInt places, int cap, Tensor? mask) -> Tensor",
+    *(_plan, lambda scores, *_: scores.new_empty(scores.shape, dtype=torch.float32)),
+)

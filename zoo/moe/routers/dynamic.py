@@ -14,7 +14,7 @@ from ..auxiliary import AuxiliaryLosses
 from ..experts import Experts
 from ..layer import MoE
 from ..routing import Routing
-from .base import Router, is_recomputation, orthogonal_
+from .base import Router, added, is_recomputation, orthogonal_
 from .context import label_sources
 
 LOSSES = {"top_any_load": 1e-2, "top_any_cost": 1e-2, "diverse_and_simple": 1e-2}
@@ -111,9 +111,7 @@ class DynamicRouter(Router):
         if not (self.recording and self.training) or is_recomputation():
             return
         nowhere = ~met.any(-1) if mask is None else ~met.any(-1) & mask
-        counts, missed = met.sum(0), x[nowhere].sum(0)
-        self.met = counts if self.met is None else self.met + counts
-        self.unmet = missed if self.unmet is None else self.unmet + missed
+        self.met, self.unmet = added(self.met, met.sum(0)), added(self.unmet, x[nowhere].sum(0))
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

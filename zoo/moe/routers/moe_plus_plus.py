@@ -18,18 +18,23 @@ class GatingResidual:
     """Logits on their way from one layer's router to the next: give each forward pass of a model a new one.
 
     Called in turn by the routers, it hands each what the one before left. A repetition for activation checkpointing is
-    given what the first run was.
+    given what the first run was; those of one router that runs several times come last one first, as in any backward.
     """
 
     def __init__(self) -> None:
         self._newest: Tensor | None = None
-        self._given: dict[int, Tensor | None] = {}
+        self._given: dict[int, list[Tensor | None]] = {}
+        self._repeated: dict[int, int] = {}
 
     def take(self, router: nn.Module) -> Tensor | None:
         """Logits [T, E] of the layer below, None for the first layer."""
+        given = self._given.setdefault(id(router), [])
         if not is_recomputation():
-            self._given[id(router)] = self._newest
-        return self._given[id(router)]
+            given.append(self._newest)
+            return self._newest
+        times = self._repeated.get(id(router), 0)
+        self._repeated[id(router)] = times + 1
+        return given[-1 - times % len(given)]  # a graph that is kept may go back several times
 
     def leave(self, logits: Tensor) -> None:
         """Leave logits for the layer above."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scores import shares
 from .topk import TopKRouter
 
 
@@ -42,5 +43,5 @@ class PrototypeRouter(TopKRouter):
         expert = inside + torch.arange(self.k, device=scores.device) * (self.num_experts // self.k)
         weight = scores.gather(-1, expert)
         if self.normalize:
-            weight = weight / (weight.sum(-1, keepdim=True) + self.normalize_eps)
+            weight = shares(weight, self.normalize_eps)
         return expert, weight

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import balance
 from ..routing import Routing
-from .base import is_recomputation
+from .base import added, is_recomputation
 from .linear import LinearRouter
 
 
@@ -91,7 +91,7 @@ class ReMoERouter(LinearRouter):
             return
         tokens = torch.full((), met.shape[0], device=met.device) if mask is None else mask.sum()
         counted = torch.stack([met.sum(), tokens * self.num_experts])
-        self.met_since_update = counted if self.met_since_update is None else self.met_since_update + counted
+        self.met_since_update = added(self.met_since_update, counted)
 
 
 @torch.no_grad()

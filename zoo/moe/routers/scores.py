@@ -31,3 +31,11 @@ def inside_best_groups(
     chosen = best_of_group.topk(group_topk, dim=-1).indices
     allowed = torch.zeros_like(best_of_group, dtype=torch.bool).scatter_(-1, chosen, True)
     return grouped.masked_fill(~allowed.unsqueeze(-1), outside).flatten(-2)
+
+
+def shares(scores: Tensor, eps: float) -> Tensor:
+    """Scores [.., N] divided by their sum plus eps."""
+    total = scores.sum(-1, keepdim=True) + eps
+    if scores.dtype == torch.float16:
+        total = total.where(total > 0, 1)  # an eps of 1e-20 is lost there, and so are sigmoids below 3e-8
+    return scores / total

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.register import operator
 from .topk import TopKRouter
 
 EPS = 1e-8
@@ -19,8 +20,7 @@ class SinkhornRouter(TopKRouter):
 
     In training a token takes the k experts that get most of it in the plan `sinkhorn_plan(logits)`, which gives every
     expert the same mass; in evaluation those of highest logit. Weights are sigmoid(logit) for k=1, else the softmax
-    over all experts. The plan has no gradient, and torch.compile breaks the graph there in training. Other options as
-    in `TopKRouter`.
+    over all experts. The plan has no gradient. Other options as in `TopKRouter`.
     """
 
     def __init__(self, dim: int, num_experts: int, k: int = 1, *, tolerance: float = 1e-4, **options: Any) -> None:
@@ -28,14 +28,18 @@ class SinkhornRouter(TopKRouter):
         self.tolerance = tolerance
 
     def _preference(self, logits: Tensor, mask: Tensor | None) -> Tensor | None:
-        return sinkhorn_plan(logits.detach().float(), self.tolerance, mask) if self.training else None
+        return sinkhorn_plan(logits.float(), self.tolerance, mask) if self.training else None
 
 
-@torch.no_grad()
 def sinkhorn_plan(logits: Tensor, tolerance: float = 1e-4, mask: Tensor | None = None) -> Tensor:
     """Transport plan [T, E] of logits [T, E]: rows sum to 1/T, columns to 1/E, as far as the last column scaling moved
-    less than `tolerance` in the mean. Masked tokens (False) get nothing and do not count in T.
+    less than `tolerance` in the mean. Masked tokens (False) get nothing and do not count in T. It has no gradient.
+    An operator, so that torch.compile does not look inside.
     """
+    return _op(logits.detach(), tolerance, mask)
+
+
+def _plan(logits: Tensor, tolerance: float, mask: Tensor | None) -> Tensor:
     tokens, experts = logits.shape
     # Scaling a row does not change the plan, and exp cannot overflow.
     cost = (logits - logits.amax(-1, keepdim=True)).exp()
@@ -55,4 +59,10 @@ def sinkhorn_plan(logits: Tensor, tolerance: float = 1e-4, mask: Tensor | None =
             row, new_column = torch.where(done, row, new_row), torch.where(done, column, new_column)
             done = done | ~((new_column - column).abs().mean() > tolerance)
             column = new_column
-    return column * cost * row[:, None]
+    return (column * cost * row[:, None]).contiguous()
+
+
+_op = operator(
+    "sinkhorn_plan(Tensor logits, float tolerance, Tensor? mask) -> Tensor",
+    *(_plan, lambda logits, tolerance, mask: logits.new_empty(logits.shape)),
+)

@@ -13,7 +13,7 @@ from ..capacity import Capacity
 from ..routing import Routing
 from ..schedule import Scheduled
 from ..telemetry import asked_per_token, kept_per_token
-from .base import is_recomputation
+from .base import added, is_recomputation
 from .topk import TopKRouter
 
 CAPACITY = Capacity(1.25)
@@ -110,8 +110,7 @@ class SkyworkRouter(Scheduled, TopKRouter):
             return
         asked = asked_per_token(routing).sum()
         counted = torch.stack([asked - kept_per_token(routing).sum(), asked])
-        before = self.dropped_since_update
-        self.dropped_since_update = counted if before is None else before + counted
+        self.dropped_since_update = added(self.dropped_since_update, counted)
 
     @torch.no_grad()
     def advance(self) -> None:

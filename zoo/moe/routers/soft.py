@@ -24,7 +24,8 @@ class SoftRouter(Router):
 
     x̂ and μ̂ [E, P, D] have unit length: v / sqrt(|v|^2 + 1e-6), as the authors' code has it (the paper adds 1e-6 to the
     length). Dispatch is the softmax over the tokens of a group, combine that over all E*P slots; what is mixed are the
-    tokens themselves, not x̂. s is one learnt number, `scale`, 1 at first.
+    tokens themselves, not x̂. s is one learnt number, `scale` [], 1 at first; torch's own `fully_shard`, which shards no
+    scalars, needs it among its ignored_params (`zoo.parallel` does so).
 
     P is `slots`, or where that is None round(tokens * capacity_factor / E) for groups of `tokens` tokens; the paper's
     models have one slot an expert. A group is a sequence, that is an image, unless group_size or group_sequences say

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .scores import shares
 from .topk import TopKRouter
 
 
@@ -50,5 +51,5 @@ class SwitchHeadRouter(TopKRouter):
         expert = (inside + per_head * torch.arange(self.num_heads, device=scores.device).unsqueeze(-1)).flatten(-2)
         weight = scores.gather(-1, expert)
         if self.normalize:
-            weight = weight / (weight.sum(-1, keepdim=True) + self.normalize_eps)
+            weight = shares(weight, self.normalize_eps)
         return expert, weight

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
+from .scores import shares
 from .topk import TopKRouter
 
 Rounding = Literal["nearest", "up", "down", "balanced"]
@@ -83,7 +84,7 @@ class TokenRoundingRouter(TopKRouter):
         if self.score == "softmax_topk":
             return scores.softmax(-1)
         if self.score == "sigmoid" and self.normalize:
-            return scores / (scores.sum(-1, keepdim=True) + self.normalize_eps)
+            return shares(scores, self.normalize_eps)
         return scores
 
     def _warn_if_sparse(self, tokens: int) -> None:

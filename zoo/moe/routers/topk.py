@@ -15,10 +15,10 @@ from ..auxiliary import AuxiliaryLosses, choice_sources
 from ..capacity import Capacity, as_capacity
 from ..kernels.choices import top_k
 from ..routing import Routing, count_experts
-from .base import Router, is_recomputation
+from .base import Router, added, is_recomputation
 from .context import label_sources
 from .groups import GroupSize, check_groups, group_tokens
-from .scores import inside_best_groups, standardized
+from .scores import inside_best_groups, shares, standardized
 
 NOISE_FLOOR = 1e-2  # Shazeer 2017, tensor2tensor: the least width of learned noise
 
@@ -246,8 +246,7 @@ class TopKRouter(Router):
     def _probs(self, logits: Tensor) -> Tensor:
         """The scores as a distribution over experts, [T, E]."""
         if self.score == "sigmoid":
-            scores = logits.sigmoid()
-            return scores / (scores.sum(-1, keepdim=True) + self.normalize_eps)
+            return shares(logits.sigmoid(), self.normalize_eps)
         return logits.softmax(-1)
 
     def _scores(self, logits: Tensor) -> Tensor:
@@ -284,15 +283,14 @@ class TopKRouter(Router):
         if self.score == "softmax_topk":
             weight = weight.softmax(-1)
         if self.normalize:
-            weight = weight / (weight.sum(-1, keepdim=True) + self.normalize_eps)
+            weight = shares(weight, self.normalize_eps)
         return expert, weight
 
     def _count_load(self, asked: Tensor) -> None:
         """Remember how often each expert was asked for, for the loss-free bias; a recomputation does not count."""
         if self.selection_bias is None or not self.training or is_recomputation():
             return
-        counts = count_experts(asked, self.num_experts)
-        self.load_since_update = counts if self.load_since_update is None else self.load_since_update + counts
+        self.load_since_update = added(self.load_since_update, count_experts(asked, self.num_experts))
 
     def _within_capacity(
         self, asked: Tensor, weight: Tensor, logits: Tensor, batch: int | None, keep: Tensor | None

@@ -36,7 +36,8 @@ def top_k_kernel(
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.arange(0, BLOCK_E)
     inside = (t < T)[:, None] & (e < E)[None, :]
-    x = tl.load(scores + t.to(tl.int64)[:, None] * stride_t + e[None, :] * stride_e, mask=inside, other=0.0)
+    at = t.to(tl.int64)[:, None] * stride_t + e.to(tl.int64)[None, :] * stride_e
+    x = tl.load(scores + at, mask=inside, other=0.0)
     x = x.to(tl.float32)
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # minus zero equals zero
     bits = tl.where(bits < 0, bits ^ GREATEST, bits)  # integers in the order of the numbers
