@@ -227,6 +227,9 @@ def read_in_parts(folder: Path) -> None:
         zoo.save_pretrained(back, folder / "back" / family)
     seen = parallelize(zoo.from_pretrained(folder / "moe_llava"), Mesh(Sizes(shard=2, expert=2)))
     zoo.save_pretrained(seen, folder / "back" / "moe_llava")
+    # Gates in float32 beside weights in bfloat16, which FSDP shards by themselves.
+    mixed = zoo.from_pretrained(folder / "mixed", dtype="auto", mesh=Mesh(Sizes(shard=2, expert=2)))
+    zoo.save_pretrained(mixed, folder / "back" / "mixed")
     torch.save(told, folder / f"read{dist.get_rank()}.pt")
 
 
@@ -238,6 +241,11 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         zoo.save_pretrained(zoo.create_model(f"language/{family}_tiny", **sizes), folder / family)
     zoo.save_pretrained(zoo.create_model("vision_language/moe_llava_tiny"), folder / "fresh")
     zoo.save_pretrained(zoo.from_pretrained(folder / "fresh"), folder / "moe_llava")  # with the dtype that was read
+    mixed = zoo.from_pretrained(folder / "mixtral", dtype="bfloat16")
+    for module in mixed.modules():
+        if isinstance(module, MoE):
+            module.router.float()
+    zoo.save_pretrained(mixed, folder / "mixed")
     (folder / "back").mkdir()
     run(4, folder, read_in_parts)
     return folder
@@ -262,7 +270,7 @@ def test_each_process_reads_its_own_parts_of_a_published_checkpoint(family: str,
     assert everything <= once <= everything + 4 * whole
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "moe_llava"])
+@pytest.mark.parametrize("family", [*FAMILIES, "moe_llava", "mixed"])
 def test_a_model_in_parts_is_written_as_its_family_is(family: str, published: Path) -> None:
     files = [published / family / "model.safetensors", published / "back" / family / "model.safetensors"]
     assert files[0].read_bytes() == files[1].read_bytes()

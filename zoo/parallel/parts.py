@@ -27,6 +27,24 @@ def holders(value: Tensor) -> int:
     return world // math.prod(split)
 
 
+def as_written(module: Any) -> Any:
+    """A module as its class was written, with the same parameters: without what FSDP makes of one that it shards.
+
+    Its own class, whose name begins with FSDP, and its hooks, which bring parameters together.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        return module
+    kind: Any = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+    plain = kind.__new__(kind)
+    hooks = {
+        name: type(held)() for name, held in vars(module).items() if name.endswith(("_hooks", "_hooks_with_kwargs"))
+    }
+    vars(plain).update(vars(module) | hooks)
+    return plain
+
+
 @torch.no_grad()
 def total_norm(parameters: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
     """The norm of all gradients together, the same on every process, as one process with all of them has it."""

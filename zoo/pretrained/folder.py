@@ -111,17 +111,15 @@ def from_pretrained(
         attn_implementation=attn_implementation,
         initialize=False,
     )
+    if as_stored:
+        _widen_gates(model, family, entries)
     if mesh is not None:
         targets = _targets(model, family, entries, folder, own_gates=True)
         sharded.spread_and_fill(model, targets, entries, mesh, device)
     elif quantise is not None or offload is not None:
-        if as_stored:
-            _widen_gates(model, family, entries)
         targets = _targets(model, family, entries, folder, own_gates=True)
         read_expert_by_expert(model, targets, entries, quantise, offload, device)
     elif torch.device(next(model.parameters()).device).type != "meta":
-        if as_stored:
-            _widen_gates(model, family, entries)
         targets = _targets(model, family, entries, folder, own_gates=router is None)
         with torch.no_grad():
             for key, target in sorted(

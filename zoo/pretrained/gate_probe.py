@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..moe.routers import TopKRouter
+from ..parallel.parts import as_written
 
 
 @torch.no_grad()
@@ -19,6 +20,7 @@ def decides_alike(router: TopKRouter, published: TopKRouter) -> bool:
     What a subclass overrides cannot be told from its options. Parameters are replaced by random ones while it is tried,
     so that those on the meta device, or in parts, need not be there. A gate that fails on a plain batch is not alike.
     """
+    router = as_written(router)
     if type(router) is TopKRouter or hasattr(router, "frozen_names"):  # `grow` gives gates classes, not ways to decide
         return True
     device = torch.device("cpu") if router.weight.is_meta else router.weight.device

@@ -20,7 +20,7 @@ from ..moe import MoE
 from ..moe.routers import GShardRouter, TopKRouter
 from ..nearest import unknown
 from ..parallel import Mesh
-from ..parallel.parts import is_spread, whole_state
+from ..parallel.parts import as_written, is_spread, whole_state
 from . import adopt, hub, sharded, shards
 from . import folder as files
 from .context import decoder_of
@@ -274,11 +274,13 @@ def _is(config: Any, tower: Mapping[str, Any]) -> bool:
 
 def _said(moes: list[MoE]) -> dict[str, Any]:
     """The authors' table "moe" for gates like these; raises ValueError where it cannot say them."""
-    router: Any = moes[0].router
+    router: Any = as_written(moes[0].router)
     k = router.k if isinstance(router, TopKRouter) else None
     two = type(router) is GShardRouter and router.renormalize == "after"
     one = type(router) is TopKRouter and k == 1 and not router.normalize
-    same = {(type(m.router), getattr(m.router, "k", None), getattr(m.router, "capacity", None)) for m in moes}
+    same = {
+        (type(as_written(m.router)), getattr(m.router, "k", None), getattr(m.router, "capacity", None)) for m in moes
+    }
     plain = two or one
     if plain:
         options = (router.bias, router.scale, router.score, router.normalize_logits, router.selection_bias)
