@@ -17,7 +17,8 @@ from ..pretrained.adopt import gate_arguments
 from ..pretrained.placement import moe_layers
 from .again import made_again_by
 from .arguments import Calibrate, whole
-from .dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
+from .dense_mlps import DenseMLP, answer_as, blocks_with_mlps, expert_parameter, recognise
+from .origin import made_by
 from .split_groups import Cut, Method, any_groups, cut
 from .split_predictor import fit_predictor
 from .upcycling import finish_transformers, language_model, put_inline, warn_of_dropout
@@ -172,6 +173,7 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
             put_inline(sparse.get_submodule(mlp.name), mlp, moe)
     told = {**how, "layers": indices, "k": k, "within": within}
     sparse.split_how = [*getattr(sparse, "split_how", []), told]
+    made_by("split", sparse)
     finish_transformers(sparse)
     return sparse
 
@@ -255,4 +257,6 @@ def _moe(mlp: DenseMLP, router: Any, neurons: Tensor, shared: int, scale: float 
         parameter.requires_grad_(like.requires_grad)
     if isinstance(router, EMoERouter):
         router.follow(experts)
-    return MoE(router, experts).train(mlp.module.training)
+    moe = MoE(router, experts).train(mlp.module.training)
+    answer_as(mlp.module, moe)
+    return moe

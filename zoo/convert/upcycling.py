@@ -22,6 +22,7 @@ from .arguments import whole, whole_each
 from .dense_mlps import (
     DenseMLP,
     activation_attribute,
+    answer_as,
     blocks_with_mlps,
     expert_parameter,
     is_mlp,
@@ -29,6 +30,7 @@ from .dense_mlps import (
     put_part,
     recognise,
 )
+from .origin import made_by
 
 
 def upcycle(
@@ -114,6 +116,7 @@ def upcycle(
     how |= {"normalize": normalize, "capacity": capacity, "losses": losses, "granularity": granularity}
     how |= {"residual": True} if residual else {}
     sparse.upcycled = [*getattr(model, "upcycled", []), {**how, "within": within, "backend": backend}]
+    made_by("upcycle", sparse)
     finish_transformers(sparse)
     return sparse
 
@@ -230,7 +233,9 @@ def _moe(
             own = experts.residual(parameter) if isinstance(experts, ResidualExperts) else parameter
             own.add_(torch.randn_like(own), alpha=noise * float(weights[part].float().std()))
     experts.requires_grad_(like.requires_grad)
-    return MoE(router, experts).train(mlp.module.training)
+    moe = MoE(router, experts).train(mlp.module.training)
+    answer_as(mlp.module, moe)
+    return moe
 
 
 def _stack(weights: dict[str, Tensor], mlp: DenseMLP, experts: Any) -> dict[str, Tensor]:
