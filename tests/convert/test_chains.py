@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from adapted_models import stir
-from converted_cases import HEADS, SIZES, error, experts_of, losses_of, output, shaken, vit
+from converted_cases import HEADS, SIZES, error, experts_of, language, losses_of, output, shaken, vit
 
 import zoo
 from zoo.moe import LoRAOfExperts, QuantisedExperts
@@ -161,3 +161,72 @@ def test_pieces_of_copies_that_were_dropped_are_refused_by_name(tmp_path):
             pruned = zoo.prune(granular, experts=[experts] * 4)
         with pytest.raises(ValueError, match="a model that was changed after it was made"):
             zoo.save_pretrained(pruned, tmp_path / "model")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_are_those_of_the_model(training, tmp_path):
+    """Adapters take theirs from what they stand beside: dropout in evaluation would show here."""
+    base = mixtral(tmp_path / "base").train(training)
+    for made in (zoo.offload(base, 2), zoo.prune(base, drop_layers=[1]), zoo.prune(base, drop_blocks=[1])):
+        assert {module.training for module in made.modules()} == {training}
+    inside = zoo.adapt(zoo.offload(base, 2), "LoRA", targets=["gate", "up", "down"], rank=2, dropout=0.5)
+    assert {module.training for module in inside.modules()} == {training}
+
+
+def test_layers_whose_blocks_read_two_modalities_are_dropped_by_their_numbers():
+    sizes = {
+        "image_size": 16,
+        "patch_size": 8,
+        "vocab_size": 64,
+        "text_length": 4,
+        "channels": 3,
+        "embed_dim": 24,
+        "depth": 4,
+    }
+    model = zoo.create_model("vision_language/limoe_tiny", **sizes, num_heads=2, num_experts=2).eval()
+    images, ids = torch.randn(2, 3, 16, 16), torch.randint(1, 64, (2, 4))
+
+    def calibrate(model):
+        yield model(images, ids).logits.mean()
+
+    with pytest.raises(ValueError, match="has no one stream; give drop_layers as numbers of layers"):
+        zoo.prune(model, drop_layers=1, calibrate=calibrate)
+    dropped = zoo.prune(model, drop_layers=[0])
+    with torch.no_grad():
+        model.blocks[1].mlp.experts.down_proj.zero_()
+        model.blocks[1].mlp.experts.down_proj_bias.zero_()
+        assert error(dropped(images, ids).logits, model(images, ids).logits) < 1e-5
+
+
+def test_the_number_of_experts_a_token_meets_is_set_after_other_conversions():
+    """gpt2's biases are parts of the whole, k of them a token: of what shares, grows or adapts them."""
+    ids, dense = tokens(), shaken(language("gpt2 (transposed)"))
+    split = zoo.split(dense, num_experts=4, k=2)
+    for made, expected in (
+        (zoo.share_depth(split), zoo.share_depth(dense)),
+        (zoo.adapt(split, "LoRA", targets=["gate", "up", "down"], rank=2), dense),
+        (zoo.adapt(split, "LLaVA-MoLE", num_experts=2, rank=2), dense),
+    ):
+        zoo.convert.set_k(made, 4)
+        assert error(output(made, ids), output(expected, ids)) < 1e-5
+    grown = zoo.grow(split, num_new=1)
+    zoo.convert.set_k(grown, 4)
+    for layer, mlp in zip(experts_of(grown), (block.mlp for block in dense.transformer.h)):
+        parts = 4 * layer.experts.whole().down_proj_bias
+        torch.testing.assert_close(parts, mlp.c_proj.bias.expand(5, -1), rtol=1e-5, atol=1e-7)
+    apart = zoo.offload(split, 2)
+    with pytest.raises(ValueError, match="offloaded experts, whose biases stay where they are; set k before"):
+        zoo.convert.set_k(apart, 4)
+    assert {layer.router.k for layer in experts_of(apart)} == {2}
+
+
+def test_an_optimizer_is_not_half_filled():
+    dense = language("llama")
+    old, grown = torch.optim.AdamW(dense.parameters()), zoo.grow(zoo.upcycle(dense, "all", 2), num_new=1)
+    output_of = dense(tokens()).logits.square().mean()
+    output_of.backward()
+    old.step()
+    new = torch.optim.AdamW(grown.parameters())
+    with pytest.raises(ValueError, match=r"layers.0.mlp has GrownExperts, which upcycle does not make"):
+        zoo.convert.upcycle_optimizer(old, dense, new, grown)
+    assert not new.state

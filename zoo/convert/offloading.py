@@ -41,7 +41,7 @@ def offload(model: nn.Module, slots: int, device: torch.device | str | None = No
         whole = together(experts)
         held = _slots(name, whole, slots)
         source = OnHost(whole, lock=device is not None and torch.device(device).type == "cuda")
-        memo[id(experts)] = OffloadedExperts(held, experts.num_experts, source)
+        memo[id(experts)] = OffloadedExperts(held, experts.num_experts, source).train(experts.training)
     found = copy.deepcopy(model, memo)
     if device is not None:
         found = found.to(device)

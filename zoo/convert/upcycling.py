@@ -130,6 +130,14 @@ def upcycle_optimizer(old: Optimizer, dense: nn.Module, new: Optimizer, sparse: 
     and other options stay those of `new`. Raises ValueError where the models do not belong together, and for state that
     is not shaped as its parameter is.
     """
+    made: list[tuple[MoE, DenseMLP]] = []
+    for name, moe in [(n, m) for n, m in sparse.named_modules() if isinstance(m, MoE)]:
+        module_name, module = _counterpart(name, dense)
+        if isinstance(module, MoE):
+            continue
+        if not isinstance(moe.experts, (Experts, ResidualExperts)):
+            raise ValueError(f"upcycle_optimizer: {name} has {type(moe.experts).__name__}, which upcycle does not make")
+        made.append((moe, recognise(module_name, module)))
     before = dict(dense.named_parameters())
     known = {parameter for group in new.param_groups for parameter in group["params"]}
     for name, parameter in sparse.named_parameters():
@@ -137,11 +145,7 @@ def upcycle_optimizer(old: Optimizer, dense: nn.Module, new: Optimizer, sparse: 
             if before[name].shape != parameter.shape:
                 raise ValueError(f"upcycle_optimizer: {name} has another shape in the upcycled model")
             new.state[parameter] = copy.deepcopy(old.state[before[name]])
-    for name, moe in [(n, m) for n, m in sparse.named_modules() if isinstance(m, MoE)]:
-        module_name, module = _counterpart(name, dense)
-        if isinstance(module, MoE):
-            continue
-        mlp = recognise(module_name, module)
+    for moe, mlp in made:
         for part, state in _expert_state(mlp, moe, old).items():
             parameter = expert_parameter(moe.experts, part)
             if parameter in known:
