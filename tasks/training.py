@@ -267,7 +267,10 @@ class Task(LightningModule):
         h = self.hparams
         steps = h["schedule_steps"] or self.trainer.estimated_stepping_batches
         factor = learning_rate(h["schedule"], h["warmup_steps"], steps, h["min_lr_ratio"], h["decay_fraction"])
-        optimizer: Any = self.optimizer(self.parameter_groups())
+        if not (groups := self.parameter_groups()):
+            last = f" after {self._conversions[-1][0]}" if self._conversions else ""
+            raise ValueError(f"fit: every parameter is frozen{last}, so that there is nothing to train")
+        optimizer: Any = self.optimizer(groups)
         # A fused one could unscale fp16 gradients itself, but Lightning then refuses to clip them; let it unscale.
         optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from zoo.moe import (
+    MLP,
     AdaMix,
     AdaptedLinear,
     Capacity,
@@ -217,6 +218,31 @@ def test_mixlora_is_an_mlp_with_changed_weights_for_each_expert(form, tokens):
         same(found, expected, inputs)
     else:
         assert found.shape == x.shape
+
+
+def test_mixlora_clamps_both_sides_where_its_activation_does():
+    """gpt-oss's: min(g, 7) sigmoid(1.702 min(g, 7)) (clamp(u, -7, 7) + 1), in layers apart."""
+    mlp = MLP(D, 6, "swiglu_clamped", bias=True).double().requires_grad_(False)
+    experts = MixLoRAExperts(mlp, ("gate_proj", "up_proj", "down_proj"), "swiglu_clamped", E, R, 5.0)
+    moe = MoE(TopKRouter(D, E, 2, normalize=True), experts).double()
+    for part in experts.lora.values():
+        nn.init.normal_(part.b)
+    x = (20 * torch.randn(9, D, dtype=torch.float64)).requires_grad_()
+    with record(moe) as step:
+        found = moe(x)
+    weight, expected = step.routings[""][0].dense(), torch.zeros_like(x)
+    for e in range(E):
+        layers = {}
+        for name, part in experts.lora.items():
+            own = getattr(mlp, name)
+            layers[name] = own.weight + 5.0 / R * part.b[e] @ part.a[e], own.bias
+        gate, up = (F.linear(x, *layers[name]) for name in ("gate_proj", "up_proj"))
+        assert (gate > 7).any()
+        assert (up.abs() > 7).any()
+        gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+        inner = gate * torch.sigmoid(1.702 * gate) * (up + 1)
+        expected = expected + weight[:, e : e + 1] * F.linear(inner, *layers["down_proj"])
+    same(found, expected, [x, moe.router.weight, *experts.lora.parameters()])
 
 
 def test_mixlora_adds_to_the_named_layers_alone():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import zoo
 from zoo.moe import Experts, LoRAOfExperts, MoE, OffloadedExperts, QuantisedExperts, Routing
 from zoo.moe.capacity import Capacity
 from zoo.moe.expert_sources import OnHost
@@ -429,3 +430,16 @@ def test_gradients_through_few_bits_when_experts_come_to_other_slots(
             found = torch.autograd.grad(y, [x, routing.weight], g)
             wanted = torch.autograd.grad(expected, [x64, weight64], g.double())
             assert all(error(a, b) < 1e-4 for a, b in zip(found, wanted))
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_experts_that_come_are_no_change_of_what_a_backward_saves(format: str | None) -> None:
+    """They come from another thread while others, in the same tensor, are saved: autograd would raise."""
+    moe: Any = MoE(TopKRouter(8, 6, k=2), Experts(6, 8, 12))
+    made: Any = zoo.offload(moe if format is None else zoo.quantise(moe, format), 2)
+    held = made.experts.held
+    before = {name: tensor._version for name, tensor in held.state_dict(keep_vars=True).items()}
+    x = torch.randn(20, 8, requires_grad=True)
+    made(x).sum().backward()
+    assert made.experts.read >= 6
+    assert before == {name: tensor._version for name, tensor in held.state_dict(keep_vars=True).items()}

@@ -317,6 +317,7 @@ def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.Captur
             "trainer.accumulate_grad_batches: expected a whole number of at least 1, got 0",
         ),
         ("model: {network: language/mixtral_tiny, convert: [{prun: {}}]}", "unknown conversion 'prun'"),
+        ("model: {network: language/mixtral_tiny, convert: [share_depth]}", "share weights, which no mesh lays out"),
     ],
 )
 def test_a_configuration_that_cannot_be_planned_is_one_line(

@@ -106,6 +106,27 @@ def test_another_capacity_or_gate_takes_over_the_weights(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_grown_and_shared_models_are_written_as_transformers_reads_them(freeze, tmp_path):
+    theirs().save_pretrained(tmp_path / "a")
+    ours, inputs = zoo.from_pretrained(tmp_path / "a"), batch()
+    shared = zoo.share_depth(ours)
+    assert (
+        shared.encoder.block[3].layer[0].SelfAttention.q.weight
+        is shared.encoder.block[0].layer[0].SelfAttention.q.weight
+    )
+    for name, made in {
+        "grown": zoo.grow(ours, num_new=2, init="random", freeze_old=freeze),
+        "shared": shared,
+        "both": zoo.grow(shared, num_new=1, freeze_old=freeze, noise=0.5),
+    }.items():
+        zoo.save_pretrained(made, tmp_path / name)
+        plain = SwitchTransformersForConditionalGeneration.from_pretrained(tmp_path / name)
+        number = {"grown": 6, "shared": 4, "both": 5}[name]
+        assert {c.num_experts for c in (made.config, made.encoder.config, made.decoder.config)} == {number}
+        assert error(plain(**inputs).logits, made(**inputs).logits) < 1e-5
+
+
 def test_what_is_not_supported_is_said(tmp_path):
     theirs().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="switch_transformers cannot be read in parts"):

@@ -156,6 +156,12 @@ def test_adapters_are_merged_by_a_config(make, tmp_path):
     assert all(torch.equal(found[name], value) for name, value in weights.items())
 
 
+def test_a_conversion_that_leaves_nothing_to_train_is_named(make):
+    adapt = {"kind": "LoRA", "targets": "q_proj", "rank": 2}
+    with pytest.raises(ValueError, match="fit: every parameter is frozen after merge_adapters"):
+        make.trainer(max_steps=1).fit(make.task(convert=[{"adapt": adapt}, "merge_adapters"]), make.data())
+
+
 def test_arguments_without_a_name_of_their_own_are_passed_on(monkeypatch):
     assert conversions.parse([{"merge_adapters": {"task": 3}}]) == [("merge_adapters", {"task": 3})]
     monkeypatch.setattr(zoo, "probe", lambda model, *others, size, **more: model, raising=False)

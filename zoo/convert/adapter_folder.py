@@ -22,6 +22,7 @@ from ..pretrained.storable import storable
 from ..pretrained.tensorfile import read_all, read_header, write_file
 from . import adapter_peft
 from .adapting import adapt, adapter_state, base_state
+from .origin import converted_by, files_of
 
 RECORD, WEIGHTS = "adapters.json", "adapters.safetensors"
 SAMPLE = 16  # numbers of every tensor that tell base weights apart
@@ -61,12 +62,19 @@ def save(
     if peft:
         learns = {name for name, _ in model.named_parameters()}.intersection(more)
         return adapter_peft.write(model, folder, state if state_dict is None else state_dict, learns, overwrite)
+    if how := converted_by(model):
+        warnings.warn(
+            f"save_pretrained: {target} has adapters alone, and no folder has the model that {how} made, which they "
+            "stand beside; save that too",
+            stacklevel=3,
+        )
     record = {
         "adapted": storable(model.adapted, "argument"),
         "more": more,
         "base": {
             "class": type(model).__name__,
-            "name": str(getattr(model, "name_or_path", "") or ""),
+            "name": files_of(model),
+            "converted": converted_by(model),
             "quantise": next((m.format for m in map(_kept, model.modules()) if isinstance(m, QuantisedExperts)), None),
             "tensors": dict(sorted(_shapes(model, state).items())),
             "weights": _fingerprint(model, state, more),
@@ -106,7 +114,9 @@ def load(
         base = known["name"]
         if not base:
             said = path / (adapter_peft.CONFIG if is_peft else RECORD)
-            raise ValueError(f"{said}: the model that adapters stand beside was read from nowhere; give base")
+            how = "" if is_peft else known.get("converted", "")
+            why = f"is what {how} made of another" if how else "was read from nowhere"
+            raise ValueError(f"{said}: the model that adapters stand beside {why}; give base")
     if not isinstance(base, nn.Module):
         if format := known.get("quantise"):
             options = {"quantise": format, **options}
@@ -185,14 +195,17 @@ def _kept(module: nn.Module) -> nn.Module:
 
 
 def _matrices(model: nn.Module) -> dict[str, list[int]]:
-    """The experts' own matrices by name, as they are called and shaped when they are not in few bits."""
+    """The experts' own matrices and biases by name, as they are called and shaped when they are not in few bits."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # layers may share experts in few bits
         if isinstance(module, (Experts, OffloadedExperts, QuantisedExperts)):
             part = "gate_up_proj" if module.gated else "up_proj"
             wide = module.hidden_dim * (2 if module.gated else 1)
             found[f"{name}.{part}"] = [module.num_experts, wide, module.dim]
             found[f"{name}.down_proj"] = [module.num_experts, module.dim, module.hidden_dim]
+            if _kept(module).b_in is not None:  # offloaded ones are in no state
+                found[f"{name}.{part}_bias"] = [module.num_experts, wide]
+                found[f"{name}.down_proj_bias"] = [module.num_experts, module.dim]
     return found
 
 

@@ -25,6 +25,7 @@ from ..moe import (
 from ..moe.adapted import Columns
 from ..moe.routers import DenseRouter, LabelRouter, MoCLERouter, MoLERouter, TaskMixtureRouter, TaskRouter, TopKRouter
 from .adapting import base_of
+from .origin import made_by
 
 
 @torch.no_grad()
@@ -47,8 +48,11 @@ def merge_adapters(model: nn.Module, **context: Any) -> nn.Module:
     for name in reversed(names):  # innermost first
         parent, _, leaf = name.rpartition(".")
         setattr(made.get_submodule(parent), leaf, _merged(name, made.get_submodule(name), context))
-    kept = [how for how in getattr(made, "adapted", []) if how["kind"] == "AdaMix"]
+    before: Any = getattr(made, "adapted", [])
+    kept = [how for how in before if how["kind"] == "AdaMix"]
     made.adapted = [{**how, "num_experts": 1, "shared": None} for how in kept]
+    if len(kept) < len(before):
+        made_by("merge_adapters", made)
     if not kept:
         del made.adapted
         if made.__dict__.pop("_saves_adapters", False):

@@ -28,6 +28,7 @@ from .adapter_peft_experts import VERSION, Layout, layouts, matrices, parts
 from .adapter_targets import _stacks, plain_name
 from .adapting import adapt
 from .dense_mlps import _is_linear
+from .origin import files_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(.+?)(?:\.base_layer)*\.lora_(A|B)(?:\.default)?\.weight")
@@ -239,7 +240,7 @@ def write(
         "peft_type": "LORA",
         "peft_version": VERSION,
         "task_type": "CAUSAL_LM" if causal else None,
-        "base_model_name_or_path": str(getattr(model, "name_or_path", "") or "") or None,
+        "base_model_name_or_path": files_of(model) or None,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0 if stacks else dropout,  # peft has none inside experts

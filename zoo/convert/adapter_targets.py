@@ -90,7 +90,7 @@ def find(model: nn.Module, targets: Sequence[str], within: str = "", experts: bo
         )
     for site in sites:
         _check(model, site)
-    order = {name: at for at, (name, _) in enumerate(model.named_modules())}
+    order = {name: at for at, (name, _) in enumerate(model.named_modules(remove_duplicate=False))}
     return sorted(sites, key=lambda site: order[site.name])
 
 

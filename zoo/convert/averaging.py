@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..moe import OffloadedExperts, QuantisedExperts
 from ..pretrained import hub
+from .origin import made_by
 
 Source = nn.Module | str | os.PathLike[str]
 
@@ -64,6 +65,7 @@ def average(
         mean.add(tensors_of(model), next(rest))
         del model
     mean.write()
+    made_by("average", result)
     return result
 
 

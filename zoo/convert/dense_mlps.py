@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..moe import Experts, MoE, ResidualExperts, Routing
 from ..moe.kernels import ACTIVATIONS, moe_mlp
 from ..moe.residual import CORE
+from ..pretrained.sparse_blocks import _in_pair
 
 # gate, up, down; without a gate the MLP is plain, or gate and up are one matrix where it has twice the rows.
 LAYOUTS: tuple[tuple[str | None, str, str], ...] = (
@@ -111,7 +112,8 @@ class DenseMLP:
         if not self.inline:
             was = self.module.training
             try:
-                return self.module.eval()(x)
+                found = self.module.eval()(x)
+                return found[0] if answers_in_pair(self.module) else found
             finally:
                 self.module.train(was)
         _, up, down = self.layout
@@ -143,6 +145,17 @@ class DenseMLP:
                 f"{self.name} ({type(self.module).__name__}) computes something else than its layers "
                 f"{', '.join(n for n in self.layout if n)} with {self.activation} (relative difference {error:.1e})"
             )
+
+
+def answers_in_pair(module: nn.Module) -> bool:
+    """Whether the block around an MLP or a `MoE` wants (output, None) of it, as gpt-oss's does."""
+    return _in_pair in module._forward_hooks.values()
+
+
+def answer_as(module: nn.Module, new: nn.Module) -> None:
+    """Let what takes the place of an MLP or a `MoE` answer as that does."""
+    if answers_in_pair(module):
+        new.register_forward_hook(_in_pair)
 
 
 def expert_parameter(experts: Experts | ResidualExperts, name: str) -> nn.Parameter:

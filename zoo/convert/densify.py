@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from ..moe import MLP, Experts, IsolatedMoE, MoE, ShortcutMoE
 from ..pretrained.adopt import materialize
 from ..pretrained.placement import moe_layers
-from ..pretrained.sparse_blocks import _in_pair
 from .again import made_again_by
 from .arguments import Calibrate, whole
-from .dense_mlps import DenseMLP, activation_attribute, is_mlp, part_of, put_part, recognise
+from .dense_mlps import DenseMLP, activation_attribute, answer_as, is_mlp, part_of, put_part, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
+from .origin import made_by
 from .timm_layers import dense_blocks
 from .usage import Usage, is_meta, layers_of, measure
 
@@ -115,9 +115,11 @@ def to_dense(
     if hasattr(model, "config") and hasattr(model, "get_decoder"):
         twin = plain_twin(model, widths) if len(chosen) == len(every) else None
         if twin is not None:
-            return _fill(twin, model, makers)
+            dense: Any = _fill(twin, model, makers)
+            made_by("to_dense", dense)
+            return dense
         config, twin = partly_dense(model, widths)
-        dense: Any = _replaced(model, makers, twin)
+        dense = _replaced(model, makers, twin)
         # In place: all modules of a copied model hold the one configuration.
         vars(dense.config.get_text_config()).update(vars(config.get_text_config()))
     elif hasattr(model, "pretrained_cfg"):
@@ -127,6 +129,7 @@ def to_dense(
     else:
         dense = _replaced(model, makers, None)
     dense.reshaped = True
+    made_by("to_dense", dense)
     return dense
 
 
@@ -228,6 +231,12 @@ def _fill(twin: Any, model: Any, makers: Mapping[str, Callable[[], dict[str, Ten
             tensor.copy_(state[name])
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(state[name].requires_grad)
+    first: dict[int, str] = {}
+    names = {name for name, _ in twin.named_parameters(remove_duplicate=False)}
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # blocks may share weights (share_depth)
+        if name in names and (kept := first.setdefault(id(parameter), name)) != name:
+            owner, _, leaf = name.rpartition(".")
+            setattr(twin.get_submodule(owner), leaf, twin.get_parameter(kept))
     for name, make in makers.items():
         mlp = mlp_at(twin, name)
         assert mlp is not None
@@ -254,8 +263,7 @@ def _replaced(model: nn.Module, makers: Mapping[str, Callable[[], dict[str, Tens
                 like = recognise(name, MLP(*sizes))
         _write(like, parts, moe.experts.down_proj.requires_grad)
         like.module.train(moe.training)
-        if _in_pair in moe._forward_hooks.values():
-            like.module.register_forward_hook(_in_pair)
+        answer_as(moe, like.module)
         if like.inline:
             inline[like.name] = like
             memo[id(moe)] = nn.Identity()

@@ -14,10 +14,12 @@ from ..moe import Experts, MoE, Router
 from ..moe.grown import FROZEN, NEW, GrownExperts, empty_like, freeze_rows, rows, thaw_rows
 from ..moe.routers import PrototypeRouter, TopKRouter
 from ..moe.routers.linear import LinearRouter
+from ..pretrained import switch
 from ..pretrained.context import decoder_of
 from ..pretrained.sparse_blocks import row_of
 from .arguments import whole
 from .numbers_said import say_timm
+from .origin import made_by
 
 # What a gate may hold a row an expert of.
 PER_EXPERT = ("weight", "bias", "noise_weight", "selection_bias")
@@ -74,10 +76,15 @@ def grow(
     # What has a replacement is not copied.
     grown: Any = copy.deepcopy(model, memo)
     for of_config, field in fields:
-        holder = decoder_of(grown).config if of_config else grown
-        setattr(holder, field, getattr(holder, field) + num_new)
+        number = getattr(decoder_of(grown).config if of_config else grown, field)
+        # An encoder and a decoder have copies of their own.
+        holders = {id(m.config): m.config for m in grown.modules() if hasattr(m, "config")} if of_config else {0: grown}
+        for holder in holders.values():
+            if getattr(holder, field, None) == number:
+                setattr(holder, field, number + num_new)
     _share(layers, grown)
     _tell(grown)
+    made_by("grow", grown)
     return grown
 
 
@@ -188,9 +195,9 @@ def _fields(model: Any, numbers: set[int]) -> list[tuple[bool, str]]:
     """Where a model says how many experts it has: fields of its decoder's configuration (True), and of its own."""
     if not hasattr(model, "config") or not hasattr(model, "get_decoder"):
         return []
-    if row_of(model) is None:
-        return []  # an upcycled dense one
     config = decoder_of(model).config
+    if row_of(model) is None and config.model_type != switch.MODEL_TYPE:
+        return []  # an upcycled dense one
     said = {name: getattr(config, name, None) for name in COUNTS if name not in config.attribute_map}
     known = [name for name, number in said.items() if isinstance(number, int) and number in numbers]
     if not known or len(numbers) > 1:

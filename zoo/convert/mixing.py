@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..moe import MoE
 from .averaging import RunningMean, Source, branches, listed, shares_of, tensors_of
 from .dense_mlps import DenseMLP, expert_parameter, recognise
+from .origin import made_by
 from .upcycling import _counterpart, upcycle
 
 
@@ -90,6 +91,7 @@ def mix(
         mean.add(_outside(model, mlps), shares[number])
         del model, mlps
     mean.write()
+    made_by("mix", sparse)
     return sparse
 
 

@@ -66,7 +66,12 @@ def _by_number(model: Any, how: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         groups.setdefault(key, []).append(i)
     granularity = how.get("granularity", 1)
     for (number, k, width), layers in groups.items():
-        made = {**how, "layers": layers, "num_experts": number // granularity, "router": _with_k(how["router"], k)}
+        made = {
+            **how,
+            "layers": layers,
+            "num_experts": max(number // granularity, 1),
+            "router": _with_k(how["router"], k),
+        }
         if "expert_dim" in how and number != how["num_experts"]:
             made["expert_dim"] = width  # fewer or more than what an MLP was cut into
         yield {**made, "k": max(k // granularity, 1)}

@@ -18,7 +18,7 @@ from ..pretrained.adopt import materialize
 from ..pretrained.sharded import fill, views
 from ..pretrained.tensorfile import Entry
 from .expert_files import parted
-from .quantising import stacks_of
+from .quantising import stacks_of, together
 
 
 def offload(model: nn.Module, slots: int, device: torch.device | str | None = None, ahead: bool = True) -> nn.Module:
@@ -38,9 +38,10 @@ def offload(model: nn.Module, slots: int, device: torch.device | str | None = No
     stacks = stacks_of(model, "offload", (Experts, QuantisedExperts))
     memo: dict[int, Any] = {}
     for name, experts in stacks.items():
-        held = _slots(name, experts, slots)
-        source = OnHost(experts, lock=device is not None and torch.device(device).type == "cuda")
-        memo[id(experts)] = OffloadedExperts(held, experts.num_experts, source)
+        whole = together(experts)
+        held = _slots(name, whole, slots)
+        source = OnHost(whole, lock=device is not None and torch.device(device).type == "cuda")
+        memo[id(experts)] = OffloadedExperts(held, experts.num_experts, source).train(experts.training)
     found = copy.deepcopy(model, memo)
     if device is not None:
         found = found.to(device)

@@ -16,6 +16,7 @@ from ..pretrained.placement import moe_layers
 from .again import made_again_by
 from .arguments import Calibrate, whole, whole_each
 from .numbers_said import say_numbers
+from .origin import made_by
 from .trimming import block_similarity, blocks_of, drop_blocks, drop_moe, layer_similarity
 from .usage import is_meta, layers_of, measure
 
@@ -103,6 +104,7 @@ def prune(
     if fewer:
         _drop_blocks(pruned, fewer)
     pruned.reshaped = True
+    made_by("prune", pruned)
     pruned.decided = {"experts": kept, "drop_layers": gone, "drop_blocks": fewer}  # what does the same without data
     return pruned
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Experts, MoE, OffloadedExperts, QuantisedExperts
+from ..moe.grown import GrownExperts
 from ..pretrained.adopt import materialize
 from ..pretrained.sharded import fill, views
 from ..pretrained.tensorfile import Entry
@@ -35,7 +36,7 @@ def quantise(model: nn.Module, format: str = "float8") -> nn.Module:
         # Layers that share weights go on doing so.
         weights = tuple(id(parameter) for parameter in experts.parameters())
         if weights not in made:
-            made[weights] = _checked(name, experts, format)
+            made[weights] = _checked(name, together(experts), format)
         memo[id(experts)] = made[weights]
     return copy.deepcopy(model, memo)
 
@@ -62,8 +63,12 @@ def read(
 
 
 def stacks_of(model: nn.Module, what: str, kinds: tuple[type, ...] = (Experts,)) -> dict[str, Any]:
-    """Experts of some kinds by name; raises ValueError where there are none, or a gate needs them whole."""
-    stacks = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    """Experts of some kinds by name, grown ones as what they are together; raises ValueError where there are none, or a
+    gate needs them whole."""
+    grown = {name: module for name, module in model.named_modules() if isinstance(module, GrownExperts)}
+    parts = {id(part) for module in grown.values() for part in (module.old, module.new)}
+    found = {name: m for name, m in model.named_modules() if type(m) in kinds and id(m) not in parts}
+    stacks: dict[str, Any] = {**found, **grown}
     if not stacks:
         for name, module in model.named_modules():
             if isinstance(module, (OffloadedExperts, QuantisedExperts)):
@@ -74,6 +79,11 @@ def stacks_of(model: nn.Module, what: str, kinds: tuple[type, ...] = (Experts,))
         if isinstance(module, MoE) and module.router.merges and type(module.experts) in kinds:
             raise ValueError(f"{what}: {name}: {type(module.router).__name__} merges experts, which it needs whole")
     return stacks
+
+
+def together(experts: Any) -> Any:
+    """Experts of which some are frozen (`zoo.grow`) in one stack, others as they are."""
+    return experts.whole() if isinstance(experts, GrownExperts) else experts
 
 
 def _checked(name: str, experts: Experts, format: str) -> QuantisedExperts:

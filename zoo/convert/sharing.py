@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..moe import MoE
+from ..moe import MoE, OffloadedExperts, QuantisedExperts
 from ..parallel.spread import repeated
 from .dense_mlps import is_mlp
+from .origin import made_by
 
 
 def share_depth(model: nn.Module, *, within: str = "") -> nn.Module:
@@ -27,11 +28,19 @@ def share_depth(model: nn.Module, *, within: str = "") -> nn.Module:
     block's own.
     `zoo.parallel.parallelize` refuses such a model, DDP takes it. Raises ValueError where no two blocks are alike.
     """
-    return tie_depth(copy.deepcopy(getattr(model, "_orig_mod", model)), within)
+    shared = tie_depth(copy.deepcopy(getattr(model, "_orig_mod", model)), within)
+    made_by("share_depth", shared)
+    return shared
 
 
 def tie_depth(model: Any, within: str = "") -> Any:
     """The same, of the given model itself."""
+    for name, module in model.get_submodule(within).named_modules():
+        if isinstance(module, (OffloadedExperts, QuantisedExperts)):
+            few, after = (
+                ("in few bits", "quantise") if isinstance(module, QuantisedExperts) else ("offloaded", "offload")
+            )
+            raise ValueError(f"share_depth: {name} are {few}, and no parameters; share first and {after} then")
     shared = 0
     for stack in _stacks(model.get_submodule(within)):
         first: dict[Any, nn.Parameter] = {}

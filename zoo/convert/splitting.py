@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..gates import gate_factory
-from ..moe import Experts, MoE, Router
+from ..moe import Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, MoE, OffloadedExperts, Router
 from ..moe.routers import EMoERouter, LLaMAMoERouter, MoEficationRouter, TopKRouter
 from ..pretrained.adopt import gate_arguments
 from ..pretrained.placement import moe_layers
 from .again import made_again_by
 from .arguments import Calibrate, whole
-from .dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
+from .dense_mlps import DenseMLP, answer_as, blocks_with_mlps, expert_parameter, recognise
+from .origin import made_by
 from .split_groups import Cut, Method, any_groups, cut
 from .split_predictor import fit_predictor
 from .upcycling import finish_transformers, language_model, put_inline, warn_of_dropout
@@ -110,7 +111,8 @@ def set_k(model: nn.Module, k: int) -> None:
     With all E the sum of the experts is the MLP, biases too: what can be put together to a dense one again (EMoE).
     Raises ValueError for gates that are no token choice, more experts than there are, and experts that share units.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    every = [(name, module) for name, module in model.named_modules() if isinstance(module, MoE)]
+    layers = [(name, moe) for name, moe in every if not isinstance(moe.experts, (LoRAExperts, MixLoRAExperts))]
     entries = getattr(model, "split_how", [])
     for name, moe in layers:
         if not isinstance(moe.router, TopKRouter) or not 1 <= k <= moe.router.num_experts:
@@ -118,13 +120,29 @@ def set_k(model: nn.Module, k: int) -> None:
             raise ValueError(f"set_k: expected token choice that can choose {k} experts, {name} has a {found}")
     if any(how["shared"] for how in entries):
         raise ValueError("set_k: experts that share units have them in parts; split the model anew")
-    for _, moe in layers:
+    biases: dict[int, tuple[Tensor, float]] = {}  # layers may share theirs
+    for name, moe in layers:
         router: Any = moe.router
-        if router.unit_weights and (bias := moe.experts.down_proj_bias) is not None:
-            bias.mul_(router.k / k)
+        for bias in _output_biases(name, moe) if router.unit_weights else ():
+            biases[id(bias)] = bias, router.k / k
+    for bias, factor in biases.values():
+        bias.mul_(factor)
+    for _, moe in layers:
+        router = moe.router
         router.k = k
     for how in entries:
         how["k"], how["router"] = k, _with_k(how["router"], k)
+
+
+def _output_biases(name: str, moe: MoE) -> list[Tensor]:
+    """What the experts of a layer add to what they give, [E, D], in as many tensors as hold it."""
+    experts: Any = moe.experts.base if isinstance(moe.experts, LoRAOfExperts) else moe.experts
+    parts = (experts.old, experts.new) if isinstance(experts, GrownExperts) else (experts,)
+    held = [part.held if isinstance(part, OffloadedExperts) else part for part in parts]
+    found = [bias for part in held if (bias := part.down_proj_bias) is not None]
+    if found and isinstance(experts, OffloadedExperts):
+        raise ValueError(f"set_k: {name} has offloaded experts, whose biases stay where they are; set k before")
+    return found
 
 
 def _with_k(spec: Any, k: int) -> Any:
@@ -172,6 +190,7 @@ def _split(model: Any, calibrate: Calibrate | None, how: dict[str, Any], decide:
             put_inline(sparse.get_submodule(mlp.name), mlp, moe)
     told = {**how, "layers": indices, "k": k, "within": within}
     sparse.split_how = [*getattr(sparse, "split_how", []), told]
+    made_by("split", sparse)
     finish_transformers(sparse)
     return sparse
 
@@ -255,4 +274,6 @@ def _moe(mlp: DenseMLP, router: Any, neurons: Tensor, shared: int, scale: float 
         parameter.requires_grad_(like.requires_grad)
     if isinstance(router, EMoERouter):
         router.follow(experts)
-    return MoE(router, experts).train(mlp.module.training)
+    moe = MoE(router, experts).train(mlp.module.training)
+    answer_as(mlp.module, moe)
+    return moe

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..pretrained.context import decoder_of
-from ..pretrained.sparse_blocks import _in_pair
 from .arguments import Calibrate, losses_of
-from .dense_mlps import blocks_with_mlps
+from .dense_mlps import answer_as, blocks_with_mlps
 from .dense_relatives import dense_layers, say_dense
 from .timm_layers import NOTES
 from .usage import evaluating
@@ -81,6 +80,10 @@ def layer_similarity(model: nn.Module, calibrate: Calibrate | None, names: Colle
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             if name in seen:
                 (stream, added), into = seen.pop(name), _into(args, kwargs)
+                if not isinstance(into, Tensor):  # LIMoE's is of two modalities
+                    raise ValueError(
+                        f"prune: the block of {name} has no one stream; give drop_layers as numbers of layers"
+                    )
                 beside = into.data_ptr() == stream.data_ptr()  # attention is, and in what the block gives too
                 sums[name] = _added(sums[name], stream, stream + added if beside else _first(output))
 
@@ -133,10 +136,9 @@ def _width(block: nn.Module) -> tuple[int, ...] | None:
 def drop_moe(model: nn.Module, name: str) -> None:
     """Leave out one `MoE`, in place."""
     dropped, moe = Dropped(), model.get_submodule(name)
-    if _in_pair in moe._forward_hooks.values():
-        dropped.register_forward_hook(_in_pair)
+    answer_as(moe, dropped)
     if norm := norm_before(model, name):
-        model.set_submodule(norm, nn.Identity())
+        model.set_submodule(norm, nn.Identity().train(moe.training))
     model.set_submodule(name, dropped.train(moe.training))
 
 
@@ -148,7 +150,9 @@ def drop_blocks(model: Any, numbers: Collection[int]) -> None:
         raise ValueError(f"prune: all {depth} blocks of {type(model).__name__} would be dropped")
     order = [i for i, (name, _) in _places(model, place)]
     rest = [blocks[i] for i in left]
-    model.set_submodule(place, nn.ModuleList(rest) if isinstance(blocks, nn.ModuleList) else nn.Sequential(*rest))
+    kept = nn.ModuleList(rest) if isinstance(blocks, nn.ModuleList) else nn.Sequential(*rest)
+    kept.training = blocks.training
+    model.set_submodule(place, kept)
     if hasattr(model, "config"):
         _say_blocks(model, depth, left)
     else:

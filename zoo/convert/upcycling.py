@@ -22,6 +22,7 @@ from .arguments import whole, whole_each
 from .dense_mlps import (
     DenseMLP,
     activation_attribute,
+    answer_as,
     blocks_with_mlps,
     expert_parameter,
     is_mlp,
@@ -29,6 +30,7 @@ from .dense_mlps import (
     put_part,
     recognise,
 )
+from .origin import made_by
 
 
 def upcycle(
@@ -114,6 +116,7 @@ def upcycle(
     how |= {"normalize": normalize, "capacity": capacity, "losses": losses, "granularity": granularity}
     how |= {"residual": True} if residual else {}
     sparse.upcycled = [*getattr(model, "upcycled", []), {**how, "within": within, "backend": backend}]
+    made_by("upcycle", sparse)
     finish_transformers(sparse)
     return sparse
 
@@ -127,6 +130,14 @@ def upcycle_optimizer(old: Optimizer, dense: nn.Module, new: Optimizer, sparse: 
     and other options stay those of `new`. Raises ValueError where the models do not belong together, and for state that
     is not shaped as its parameter is.
     """
+    made: list[tuple[MoE, DenseMLP]] = []
+    for name, moe in [(n, m) for n, m in sparse.named_modules() if isinstance(m, MoE)]:
+        module_name, module = _counterpart(name, dense)
+        if isinstance(module, MoE):
+            continue
+        if not isinstance(moe.experts, (Experts, ResidualExperts)):
+            raise ValueError(f"upcycle_optimizer: {name} has {type(moe.experts).__name__}, which upcycle does not make")
+        made.append((moe, recognise(module_name, module)))
     before = dict(dense.named_parameters())
     known = {parameter for group in new.param_groups for parameter in group["params"]}
     for name, parameter in sparse.named_parameters():
@@ -134,11 +145,7 @@ def upcycle_optimizer(old: Optimizer, dense: nn.Module, new: Optimizer, sparse: 
             if before[name].shape != parameter.shape:
                 raise ValueError(f"upcycle_optimizer: {name} has another shape in the upcycled model")
             new.state[parameter] = copy.deepcopy(old.state[before[name]])
-    for name, moe in [(n, m) for n, m in sparse.named_modules() if isinstance(m, MoE)]:
-        module_name, module = _counterpart(name, dense)
-        if isinstance(module, MoE):
-            continue
-        mlp = recognise(module_name, module)
+    for moe, mlp in made:
         for part, state in _expert_state(mlp, moe, old).items():
             parameter = expert_parameter(moe.experts, part)
             if parameter in known:
@@ -230,7 +237,9 @@ def _moe(
             own = experts.residual(parameter) if isinstance(experts, ResidualExperts) else parameter
             own.add_(torch.randn_like(own), alpha=noise * float(weights[part].float().std()))
     experts.requires_grad_(like.requires_grad)
-    return MoE(router, experts).train(mlp.module.training)
+    moe = MoE(router, experts).train(mlp.module.training)
+    answer_as(mlp.module, moe)
+    return moe
 
 
 def _stack(weights: dict[str, Tensor], mlp: DenseMLP, experts: Any) -> dict[str, Tensor]:

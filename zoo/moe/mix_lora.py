@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapted import features
@@ -62,8 +63,8 @@ class MixLoRAExperts(nn.Module):
         parts = [self._add(name, self._base(name)(x).index_select(0, index), rows, routing) for name in into]
         if self.gate_last:
             parts[0] = parts[0].roll(parts[0].shape[-1] // 2, dims=-1)
-        if len(parts) == 1:
-            hidden = act.forward(parts[0])
+        if len(parts) == 1 or act.clamped:
+            hidden = act.forward(torch.cat(parts, dim=-1))
         else:
             gate, up = parts
             hidden = act.point.f(gate) * up

@@ -5,6 +5,7 @@ T tokens, D width, E experts, S slots for them where tokens are, A assignments s
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 import weakref
@@ -259,12 +260,13 @@ class OffloadedExperts(nn.Module):
         """Fill a slot, on a stream of its own on a GPU: when that is done there."""
         # What was made in inference mode is written to in it alone.
         with torch.inference_mode() if self._any.is_inference() else torch.no_grad():
+            held = _uncounted(self.held)
             if not done:
-                return self.source.read(expert, self.held, slot)
+                return self.source.read(expert, held, slot)
             with torch.cuda.stream(self._stream):
                 for event in done:
                     self._stream.wait_event(event)
-                self.source.read(expert, self.held, slot)
+                self.source.read(expert, held, slot)
                 return self._stream.record_event()
 
     def _wait(self, experts: Sequence[int]) -> None:
@@ -292,6 +294,18 @@ class OffloadedExperts(nn.Module):
         """Sizes for `print(model)`."""
         kind = self.held.format if isinstance(self.held, QuantisedExperts) else "whole"
         return f"{self.num_experts}, slots={self.slots}, dim={self.dim}, hidden_dim={self.hidden_dim}, {kind}"
+
+
+def _uncounted(held: Any) -> Any:
+    """The same memory, writes to which autograd does not count.
+
+    Slots are one tensor: where an expert comes to one of them while another's is saved for a backward, autograd would
+    take that for a change of what it saves. A backward brings its experts again.
+    """
+    twin = copy.copy(held)
+    twin._parameters = {n: p if p is None else nn.Parameter(p.data, False) for n, p in held._parameters.items()}
+    twin._buffers = {name: buffer if buffer is None else buffer.data for name, buffer in held._buffers.items()}
+    return twin
 
 
 def _sent(numbers: Any, device: torch.device) -> Tensor:

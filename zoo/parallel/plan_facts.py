@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..moe import Experts, MoE, QuantisedExperts, ShortcutMoE
-from .spread import blocks, spreadable
+from .spread import blocks, share_weights, spreadable
 from .tensor import planned
 
 
@@ -39,10 +39,15 @@ class Stack:
 class Facts:
     """What a plan needs of a model, which may be on the meta device.
 
-    `active` parameters work for each token, `learning` of them get gradients; all by default.
+    `active` parameters work for each token, `learning` of them get gradients; all by default. Raises ValueError for a
+    model that `parallelize` refuses: its blocks share weights.
     """
 
     def __init__(self, model: Any, active: int, learning: int | None = None) -> None:
+        if share_weights(model):
+            raise ValueError(
+                f"blocks of {type(model).__name__} share weights, which no mesh lays out; train it with ddp"
+            )
         stacks = dict(spreadable(model))
         inside = {id(p) for experts in stacks.values() for p in experts.parameters()}
         styles = planned(model)

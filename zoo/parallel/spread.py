@@ -66,8 +66,7 @@ def parallelize(
         given = {"chunks": chunks, "within": within, "shadows": shadows}
         raise ValueError(f"places={places}: rows go in flat groups, at once, to experts that are not lent; got {given}")
     stacks = dict(spreadable(model))
-    held = Counter(parameter for block in blocks(model) for parameter in set(block.parameters()))
-    if any(times > 1 for times in held.values()):
+    if share_weights(model):
         # FSDP would give each block weights of its own, without a word.
         raise ValueError(f"parallelize: blocks of {type(model).__name__} share weights; train it with ddp")
     if sizes.tensor > 1:
@@ -139,6 +138,12 @@ def _of_another_dtype(model: nn.Module, stacks: Iterable[Experts], beside: set[n
         if own and module is not model and own != {sizes.most_common(1)[0][0]}:
             found |= {module, *(child for child in module.children() if not beside.issuperset(child.parameters()))}
     return [module for module in reversed(list(model.modules())) if module in found]
+
+
+def share_weights(model: nn.Module) -> bool:
+    """Whether blocks of a model have parameters in common, as those of `zoo.share_depth`."""
+    held = Counter(parameter for block in blocks(model) for parameter in set(block.parameters()))
+    return any(times > 1 for times in held.values())
 
 
 def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..gates import gate_factory
 from ..moe import Capacity, Experts, MoE
+from ..moe.grown import joined_state
 from ..moe.routers import TopKRouter
 from ..nearest import unknown
 from . import adopt, image_text, shards
@@ -135,6 +136,8 @@ def save(
             means = TopKRouter(router.dim, router.num_experts, 1, bias=model.config.router_bias)
         check_same(f"{name}.router", router, means, MODEL_TYPE)
     limit = shards.bytes_of(max_shard_size)
-    state = dict(tensors_of_transformers(model.state_dict() if state_dict is None else state_dict))
+    tied = set(getattr(model, "all_tied_weights_keys", {}) or {})
+    state = image_text._own(joined_state(model, state_dict), tied)
+    state = dict(tensors_of_transformers(state))
     with staged(folder, overwrite) as staging:
         type(model).save_pretrained(model, staging, state_dict=state, max_shard_size=limit)
