@@ -60,6 +60,7 @@ class VisionTask(Task):
     """
 
     unit = "images"
+    reads = "timm"
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class ContrastiveTask(Task):
     """
 
     unit = "pairs"
+    reads = "limoe"
 
     def __init__(
         self,

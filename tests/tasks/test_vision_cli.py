@@ -253,6 +253,27 @@ def test_a_mistake_that_shows_before_the_first_batch_is_one_line(config, args, t
     assert told in errors[0]
 
 
+@pytest.mark.parametrize(
+    ("start", "held"),
+    [
+        ("vision vmoe_digits", "vision_language/limoe_tiny"),
+        ("vision vmoe_digits", "vision_language/moe_llava_tiny"),
+        ("vision_language limoe_digits", "vision/vmoe_tiny_test"),
+        ("language mixtral_tiny", "vision/vmoe_tiny_test"),
+        ("language mixtral_tiny", "vision_language/limoe_tiny"),
+    ],
+)
+def test_a_folder_of_another_kind_of_model_is_a_mistake(start, held, tmp_path, capsys):
+    domain, config = start.split()
+    zoo.save_pretrained(zoo.create_model(held), tmp_path / "held")
+    file = CONFIGS.parent / domain / f"{config}.yaml"
+    assert main([domain, "fit", "--config", str(file), "--model.pretrained", str(tmp_path / "held")]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "pretrained: expected a" in errors[0]
+    assert f"{tmp_path / 'held'} holds a" in errors[0]
+
+
 def test_what_fails_in_the_middle_of_training_is_told_with_a_traceback(tmp_path, monkeypatch):
     """Not taken for a mistake in the arguments."""
     whole = VisionTask.training_step
