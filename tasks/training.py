@@ -147,9 +147,12 @@ class Task(LightningModule):
         What data decided of the model in the run that a checkpoint is of is taken from there.
         """
         self.setup(subcommand)
-        source = self.hparams.get("pretrained")
-        if isinstance(source, str) and (found := layout_of(source)) not in (None, self.reads):
-            raise ValueError(f"pretrained: expected {LAYOUTS[self.reads]}, and {source} holds {LAYOUTS[found]}")
+        sources = {name: self.hparams.get(name) for name in ("pretrained", "teacher")}
+        if isinstance(sources["teacher"], Mapping):
+            sources["teacher"] = sources["teacher"].get("pretrained")
+        for name, source in sources.items():
+            if isinstance(source, str) and (found := layout_of(source)) not in (None, self.reads):
+                raise ValueError(f"{name}: expected {LAYOUTS[self.reads]}, and {source} holds {LAYOUTS[found]}")
         if checkpoint and self._conversions:
             self.decided = conversions.decided_in(checkpoint)
         in_parts = isinstance(trainer.strategy, ModelParallelStrategy)

@@ -272,6 +272,9 @@ def test_a_folder_of_another_kind_of_model_is_a_mistake(start, held, tmp_path, c
     assert len(errors) == 1
     assert "pretrained: expected a" in errors[0]
     assert f"{tmp_path / 'held'} holds a" in errors[0]
+    if domain == "vision":
+        assert cli("fit", file, f"--model.teacher={{pretrained: {tmp_path / 'held'}}}") == 2
+        assert "teacher: expected an image classifier" in capsys.readouterr().err
 
 
 def test_what_fails_in_the_middle_of_training_is_told_with_a_traceback(tmp_path, monkeypatch):
