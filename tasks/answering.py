@@ -44,13 +44,17 @@ def open_image(path: str | Path) -> Any:
         raise ValueError(f"{path}: not an image that can be read ({error})") from error
 
 
-def prepare(processor: Any, images: Sequence[Any], text: str) -> dict[str, Any]:
-    """The model's inputs for images and a text about them: a user's turn where the model has a chat template."""
+def prepare(processor: Any, images: Sequence[Any], text: str, system: str | None = None) -> dict[str, Any]:
+    """The model's inputs for images and a text about them: a user's turn where the model has a chat template.
+
+    system: what the system says before it; only a chat template has a place for it.
+    """
     if getattr(processor, "chat_template", None):
         content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
-        turn = [{"role": "user", "content": content}]
+        turns = [] if system is None else [{"role": "system", "content": [{"type": "text", "text": system}]}]
+        turns.append({"role": "user", "content": content})
         options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-        return dict(processor.apply_chat_template(turn, **options))
+        return dict(processor.apply_chat_template(turns, **options))
     prompt = "".join(f"{processor.image_token}\n" for _ in images) + text
     return dict(processor(images=list(images), text=prompt, return_tensors="pt"))
 
@@ -70,9 +74,16 @@ def check_length(model: Any, inputs: dict[str, Any], more: int) -> None:
 
 
 @torch.no_grad()
-def answer(model: Any, processor: Any, images: Sequence[Any], text: str, max_new_tokens: int = 128) -> str:
+def answer(
+    model: Any,
+    processor: Any,
+    images: Sequence[Any],
+    text: str,
+    max_new_tokens: int = 128,
+    system: str | None = None,
+) -> str:
     """The likeliest answer, without the question; raises as `check_length`, and where image tokens fit no image."""
-    inputs = prepare(processor, images, text)
+    inputs = prepare(processor, images, text, system)
     check_length(model, inputs, max_new_tokens)
     tokenizer = processor.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -131,6 +131,8 @@ class InstructionTask(Task):
         running = trainer.state.fn if trainer else None
         subcommand = self._subcommand if running is None else running.value
         data.fit_to(model, {"fit": "train", "validate": "val", "test": "test"}.get(subcommand))
+        if subcommand == "predict":
+            data.check_asked(model, self.hparams["max_new_tokens"])
 
     def configure_model(self) -> None:
         """Build the model, and let the data fit its processor to it; Lightning calls this."""
@@ -247,9 +249,8 @@ class InstructionTask(Task):
         """Path, question and the model's answer."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         processor = data.chat.processor
-        found = answer(
-            self.model, processor, [open_image(batch["path"])], batch["question"], self.hparams["max_new_tokens"]
-        )
+        images, question = [open_image(batch["path"])], batch["question"]
+        found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system)
         return [{"path": batch["path"], "question": batch["question"], "answer": found}]
 
     def show_predictions(self, predictions: list[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
@@ -13,9 +14,10 @@ from tasks.training import share_of
 from zoo.data import Loader
 from zoo.data.captions import digit_scenes, vocabulary
 from zoo.data.chat import Chat
-from zoo.data.conversations import Conversations, SceneConversations, open_conversations
+from zoo.data.conversations import Conversations, SceneConversations, open_conversations, read_image
 from zoo.data.conversations_rows import ConversationRows, chosen, lengths
 from zoo.data.images import image_files
+from zoo.data.pictures import picture_size
 from zoo.data.processors import llava_processor
 from zoo.data.tokenizer import Tokenizer, open_or_learn_words
 
@@ -150,6 +152,22 @@ class InstructionData(LightningDataModule):
                 )
         if split is not None:
             self.rows(split)
+
+    def check_asked(self, model: Any, more: int) -> None:
+        """Raise ValueError, before anything is answered, for what `predict` cannot ask.
+
+        That is a question with an image in its text, an image that cannot be read, and a question that leaves no room
+        for `more` tokens of an answer.
+        """
+        sizes = {read_image(Path(path), picture_size) for path in image_files(self.show)}
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        for question in self.questions:
+            tokens = self.chat.asking(question, sizes)
+            if context and tokens + more > context:
+                raise ValueError(
+                    f"question {question!r}: {tokens} tokens with an image and {more} to write are more than the "
+                    f"model's context of {context}; shorten it, take smaller images, or a smaller max_new_tokens"
+                )
 
     def check(self, subcommand: str) -> None:
         """Raise what is wrong with the arguments, as far as it shows without a model."""

@@ -277,7 +277,7 @@ class TaskCLI(LightningCLI):
                     f"{file} is a checkpoint in parts, which trainer.strategy expert_parallel reads, on one process too"
                 )
             self.model.check_run(self.trainer, self.datamodule, self._only, file)
-            if self._only in ("validate", "test") and not checkpoint and not self.model.hparams["pretrained"]:
+            if self._only != "fit" and not checkpoint and not self.model.hparams["pretrained"]:
                 warnings.warn(
                     f"{self._only}: neither --ckpt_path nor model.pretrained is given, so that the weights are those "
                     "that a fit would start from",

@@ -66,6 +66,7 @@ class RecommendationTask(Task):
     """
 
     unit = "rows"
+    reads = "recommendation"
     weighting: FixedWeighting
 
     def __init__(

@@ -24,7 +24,7 @@ from tasks.optim import learning_rate, parameter_groups, regroup
 from zoo.moe import QuantisedExperts, Step
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
-from zoo.pretrained.dispatch import check_savable
+from zoo.pretrained.dispatch import LAYOUTS, check_savable, layout_of
 
 # Among values of any type the command line takes a {"class_path": ...} for a class that it is to fill with defaults;
 # but here the model makes it, which knows the sizes.
@@ -69,6 +69,7 @@ class Task(LightningModule):
     """
 
     unit = "samples"  # what throughput counts
+    reads = "transformers"  # the layout of the folders that it starts from
     generates = False  # whether `predict` calls the model until a text ends
     left_alone: Collection[str] = ()  # names of the model's parameters that another optimizer has
     model: Any
@@ -146,6 +147,12 @@ class Task(LightningModule):
         What data decided of the model in the run that a checkpoint is of is taken from there.
         """
         self.setup(subcommand)
+        sources = {name: self.hparams.get(name) for name in ("pretrained", "teacher")}
+        if isinstance(sources["teacher"], Mapping):
+            sources["teacher"] = sources["teacher"].get("pretrained")
+        for name, source in sources.items():
+            if isinstance(source, str) and (found := layout_of(source)) not in (None, self.reads):
+                raise ValueError(f"{name}: expected {LAYOUTS[self.reads]}, and {source} holds {LAYOUTS[found]}")
         if checkpoint and self._conversions:
             self.decided = conversions.decided_in(checkpoint)
         in_parts = isinstance(trainer.strategy, ModelParallelStrategy)

@@ -60,6 +60,7 @@ class VisionTask(Task):
     """
 
     unit = "images"
+    reads = "timm"
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class VisionTask(Task):
             raise ValueError("pretrained and upcycle exclude each other: both say where the weights come from")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing is a share of the target, from 0 to 1, got {label_smoothing}")
-        for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        for name, alpha in (("mixup", mixup), ("cutmix", cutmix), ("layer_decay", layer_decay)):
             if alpha < 0:
                 raise ValueError(f"{name} must be at least 0, got {alpha}")
         self._mix = self._mixing() if mixup or cutmix else None

@@ -27,6 +27,7 @@ from tasks.training import Overrides, Task, data_group
 from tasks.vision_language_data import VisionLanguageData
 from tasks.zero_shot import class_embeddings, retrieval
 from zoo.data.images_rows import IGNORE
+from zoo.data.pairs_rows import check_text_length
 from zoo.models.contrastive import contrastive_loss
 
 __all__ = ["ContrastiveTask", "InstructionData", "InstructionTask", "VisionLanguageData"]
@@ -43,7 +44,7 @@ class ContrastiveTask(Task):
         losses: auxiliary losses by name with their weights; the model's own by default.
         capacity: places an expert, a factor or the arguments of `zoo.moe.Capacity`.
         vocab_size: of the model; the tokenizer's by default.
-        text_length: of the model; the data's by default, and if that has none the model's own.
+        text_length: of the model; the data's by default, and of a pretrained model, or where these have none, its own.
         image_size: of the model; the data's by default, and if that has none the model's own.
         channels: of the model; the data's by default, and if that has none the model's own.
         predictions: the file that `predict` writes: path, class and probability of each image.
@@ -51,6 +52,7 @@ class ContrastiveTask(Task):
     """
 
     unit = "pairs"
+    reads = "limoe"
 
     def __init__(
         self,
@@ -79,7 +81,6 @@ class ContrastiveTask(Task):
         names = ("vocab_size", "text_length", "image_size", "channels", "router", "losses", "capacity")
         given = {**{name: h[name] for name in names if h[name] is not None}, **self.overrides}
         if h["pretrained"]:
-            given.pop("vocab_size", None)  # that of the folder; `check_model` holds it against the data
             return zoo.from_pretrained(h["pretrained"], **given)
         assert isinstance(self.network, str)
         return zoo.create_model(self.network, **given)
@@ -103,6 +104,7 @@ class ContrastiveTask(Task):
             raise ValueError(
                 f"the model takes texts of {model.text_length} tokens, but data.text_length is {data.text_length}"
             )
+        check_text_length(data.tokenizer, data.text_length or model.text_length)
         for name in ("image_size", "channels"):
             asked, own = getattr(data, name), getattr(model, name)
             if asked and asked != own:
@@ -113,8 +115,9 @@ class ContrastiveTask(Task):
         if data.tokenizer_name is None:
             folder = self.hparams["pretrained"]
             data.tokenizer_name = folder if folder and (Path(folder) / "tokenizer.json").is_file() else "words"
-        found = {"vocab_size": data.tokenizer.vocab_size}
-        found |= {name: getattr(data, name) for name in ("text_length", "image_size", "channels")}
+        found = {name: getattr(data, name) for name in ("image_size", "channels")}
+        if not self.hparams["pretrained"]:  # else those of the folder; `check_model` holds them against the data
+            found |= {"vocab_size": data.tokenizer.vocab_size, "text_length": data.text_length}
         for name, value in found.items():
             if self.hparams[name] is None and name not in self.overrides:
                 self.hparams[name] = value

@@ -23,6 +23,8 @@ def check_timm(name: Any) -> None:
     """Raise ValueError, with the nearest ones, for no model of timm's, which may also be "hf-hub:..." and the like."""
     import timm
 
+    if name is None:
+        raise ValueError("upcycle: expected a table that names the dense model of timm under 'model'; it has none")
     if not isinstance(name, str) or (":" not in name and not timm.is_model(name)):
         raise unknown("model of timm", str(name), timm.list_models())
 

@@ -196,6 +196,16 @@ def test_texts_become_ids_that_begin_and_end() -> None:
     assert ids.shape == mask.shape == (0, 1)
 
 
+def test_a_text_length_without_room_for_a_token_is_an_error() -> None:
+    words = learn_words(["a two"])
+    assert encode_texts(words, ["a two"], 3)[0].tolist() == [
+        [words.start, int(words.encode(["a"])[0][0][0]), words.end]
+    ]
+    for length in (2, 1, 0):
+        with pytest.raises(ValueError, match=rf"text_length must be at least 3, start and end .* got {length}"):
+            encode_texts(words, ["a two"], length)
+
+
 def test_words_do_not_depend_on_order_and_the_frequent_are_kept(tmp_path: Path) -> None:
     texts = ["b a", "c a", "b a d"]
     assert learn_words(texts).fingerprint == learn_words(texts[::-1]).fingerprint

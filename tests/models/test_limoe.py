@@ -320,6 +320,27 @@ def test_a_folder_that_does_not_fit_is_named(tmp_path: Any) -> None:
         zoo.from_pretrained(tmp_path / "a")
 
 
+def test_a_folder_is_read_for_larger_images_and_other_channels(tmp_path) -> None:
+    """Positions as bicubic interpolation with antialiasing has them; a grey image in all channels stays what it is."""
+    model = make().eval()
+    zoo.save_pretrained(model, tmp_path / "a")
+    larger = zoo.from_pretrained(tmp_path / "a", image_size=24, channels=3)
+    table = model.image_positions.unflatten(1, (4, 4)).permute(0, 3, 1, 2).float()
+    expected = F.interpolate(table, size=(6, 6), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(larger.image_positions, expected.double(), rtol=0, atol=1e-6)
+    kernel = larger.patch_embed.proj.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(kernel, model.patch_embed.proj.weight, rtol=1e-5, atol=1e-6)  # timm adapts in float32
+    coloured = zoo.from_pretrained(tmp_path / "a", channels=3)
+    grey, ids, mask = batch()
+    torch.testing.assert_close(coloured(grey.expand(-1, 3, -1, -1)).image, model(grey).image, rtol=1e-5, atol=1e-5)
+    assert torch.equal(larger(ids=ids, mask=mask).text, model(ids=ids, mask=mask).text)
+    zoo.save_pretrained(larger, tmp_path / "b")
+    assert torch.equal(zoo.from_pretrained(tmp_path / "b").image_positions, larger.image_positions)
+    for wrong, told in (({"patch_size": 8}, "patch_embed.proj.weight"), ({"text_length": 20}, "text_positions")):
+        with pytest.raises(ValueError, match=f"{told} has shape"):
+            zoo.from_pretrained(tmp_path / "a", **wrong)
+
+
 @pytest.mark.parametrize("how", ["upcycle", "split", "both"])
 def test_an_upcycled_or_split_one_is_saved_and_read(how: str, tmp_path: Any) -> None:
     model = zoo.create_model(TINY, dense=True, vocab_size=64).eval()

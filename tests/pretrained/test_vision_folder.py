@@ -152,6 +152,30 @@ def test_patches_are_adapted_to_other_channels(tmp_path):
     assert torch.equal(zoo.from_pretrained(tmp_path / "grey").patch_embed.proj.weight, model.patch_embed.proj.weight)
 
 
+@pytest.mark.parametrize("channels", [2, 3, 4, 6])
+def test_a_model_of_grey_images_sees_the_same_in_the_same_value_of_several_channels(channels, tmp_path):
+    grey = timm.create_model("vmoe_tiny_test", in_chans=1, num_classes=5).eval()
+    torch.nn.init.normal_(grey.head.weight)
+    zoo.save_pretrained(grey, tmp_path / "grey")
+    several = zoo.from_pretrained(tmp_path / "grey", in_chans=channels)
+    images = torch.randn(2, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(several(images.expand(-1, channels, -1, -1)), grey(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+def test_patches_of_four_channels_are_adapted_as_timm_does(channels, tmp_path):
+    four = timm.create_model("vmoe_tiny_test", in_chans=4, num_classes=5)
+    zoo.save_pretrained(four, tmp_path / "four")
+    kernel = four.patch_embed.proj.weight.detach()
+    found = zoo.from_pretrained(tmp_path / "four", in_chans=channels).patch_embed.proj.weight
+    if channels == 1:  # a value that is the same in all four
+        torch.testing.assert_close(found, kernel.sum(1, keepdim=True))
+    else:
+        scaled = torch.cat([kernel, kernel], dim=1)[:, :channels] * (4 / channels)
+        torch.testing.assert_close(found, scaled)
+
+
 def test_another_number_of_classes_is_an_error_or_a_new_head(tmp_path):
     zoo.save_pretrained(zoo.from_pretrained(ROOMY), tmp_path / "timm")
     for source in (ROOMY, tmp_path / "timm"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch.nn import functional as F
 
 import zoo
@@ -262,6 +263,50 @@ def test_a_mistake_is_one_line_before_any_work(args: list[str], told: str, tmp_p
     assert len(errors) == 1
     assert told in errors[0]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--data.questions=[<image> why?]"], "the image comes before it; leave <image> out of the text"),
+        (["--data.questions=[how many?, <|end|> why?]"], "question '<|end|> why?': its text spells the special token"),
+        (["--model.max_new_tokens=600"], "and 600 to write are more than the model's context of 512"),
+        (["--data.show=[whole.png, damaged.png]"], "damaged.png is not a readable image"),
+        (["--model.pretrained=classifier"], "expected a model of text, or of images and text, and classifier holds an"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_before_anything_is_answered(
+    args: list[str], told: str, stages: dict[int, Path], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("whole.png")
+    Path("damaged.png").write_bytes(b"damaged")
+    zoo.save_pretrained(zoo.create_model("vision/vmoe_tiny_test"), "classifier")
+    monkeypatch.setattr("tasks.instruction.answer", lambda *given: pytest.fail("answered"))
+    start = ["--task=instruction", "--model.pretrained", str(stages[3]), "--data.show=[whole.png]"]
+    asked = ["--data.questions=[how many?]", "--model.predictions=answers.csv", *args]
+    assert main(["vision_language", "predict", *start, *asked]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert told in errors[0]
+
+
+def test_predict_asks_after_what_the_system_says(stages: dict[int, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (16, 16)).save("a.png")
+    prompts = []
+
+    def generate(self, input_ids, **inputs):
+        prompts.append(input_ids[0].tolist())
+        return input_ids
+
+    monkeypatch.setattr("transformers.LlavaForConditionalGeneration.generate", generate)
+    start = ["--task=instruction", "--model.pretrained", str(stages[3]), "--data.show=[a.png]"]
+    asked = ["--data.questions=[how many digits are there?]", "--model.predictions=answers.csv"]
+    assert main(["vision_language", "predict", *start, *asked, "--data.system=this is a picture ."]) == 0
+    processor = open_processor(str(stages[3]))
+    text = "this is a picture . USER: <image>\nhow many digits are there? ASSISTANT:"
+    assert prompts == processor(images=[Image.new("RGB", (16, 16))], text=text)["input_ids"]
 
 
 def test_experts_in_the_vision_tower_are_no_share_of_text(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ def test_fit_validate_test_predict_and_resume(text, tmp_path, capsys):
         assert cli("validate", config, *options, "--ckpt_path", checkpoint) == 0
     with pytest.warns(UserWarning, match="validate: neither --ckpt_path nor model.pretrained is given"):
         assert cli("validate", config, *options) == 0
+    with pytest.warns(UserWarning, match="predict: neither --ckpt_path nor model.pretrained is given"):
+        assert cli("predict", config, *options) == 0
     assert "val/bits_per_byte" in capsys.readouterr().out
     assert cli("test", config, *options, "--ckpt_path", checkpoint) == 0
     assert "test/perplexity" in capsys.readouterr().out

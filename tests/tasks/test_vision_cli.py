@@ -213,6 +213,13 @@ def test_an_exported_model_predicts_its_own_classes_without_the_images_it_was_tr
         (["--data.std", "[0]"], "std must be above 0, got [0.0]"),
         (["--data.crop_pct", "0"], "crop_pct must be above 0 and at most 1, got 0.0"),
         (["--model.label_smoothing", "7"], "label_smoothing is a share of the target, from 0 to 1, got 7.0"),
+        (["--data.augment.ratio", "[2, 1]"], "augment.ratio is a range of shapes such as [0.75, 1.33], got [2.0, 1.0]"),
+        (["--model.layer_decay", "-1"], "layer_decay must be at least 0, got -1.0"),
+        (["--model.upcycle", "{layers: all}"], "expected a table that names the dense model of timm under 'model'"),
+        (
+            ["--model.network=vision/test_vit", "--model.overrides=null", "--model.losses={z: 0.1}"],
+            "losses: test_vit has no experts; say which blocks get some, in moe_layers",
+        ),
         (["--model.mixup", "-1"], "mixup must be at least 0, got -1.0"),
         (["--model.overrides.num_experts", "0"], "num_experts must be at least 1, got 0"),
         (["--model.overrides.embed_dim", "7"], "dim should be divisible by num_heads"),
@@ -243,6 +250,8 @@ def test_a_mistake_is_one_line_before_any_work(args, told, tmp_path, capsys):
             "SoftRouter of blocks.2.mlp has no probabilit",
         ),
         ("vmoe_digits", ["--data.num_workers", "-1"], "num_workers"),
+        ("vmoe_digits", ["--data.augment.rand", "randm9"], "timm has no policy 'randm9'; expected one such as"),
+        ("vmoe_digits", ["--data.augment.rand", "rand-z9"], "timm has no policy 'rand-z9'; expected one such as"),
     ],
 )
 def test_a_mistake_that_shows_before_the_first_batch_is_one_line(config, args, told, tmp_path, monkeypatch, capsys):
@@ -251,6 +260,30 @@ def test_a_mistake_that_shows_before_the_first_batch_is_one_line(config, args, t
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert told in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "held"),
+    [
+        ("vision vmoe_digits", "vision_language/limoe_tiny"),
+        ("vision vmoe_digits", "vision_language/moe_llava_tiny"),
+        ("vision_language limoe_digits", "vision/vmoe_tiny_test"),
+        ("language mixtral_tiny", "vision/vmoe_tiny_test"),
+        ("language mixtral_tiny", "vision_language/limoe_tiny"),
+    ],
+)
+def test_a_folder_of_another_kind_of_model_is_a_mistake(start, held, tmp_path, capsys):
+    domain, config = start.split()
+    zoo.save_pretrained(zoo.create_model(held), tmp_path / "held")
+    file = CONFIGS.parent / domain / f"{config}.yaml"
+    assert main([domain, "fit", "--config", str(file), "--model.pretrained", str(tmp_path / "held")]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "pretrained: expected a" in errors[0]
+    assert f"{tmp_path / 'held'} holds a" in errors[0]
+    if domain == "vision":
+        assert cli("fit", file, f"--model.teacher={{pretrained: {tmp_path / 'held'}}}") == 2
+        assert "teacher: expected an image classifier" in capsys.readouterr().err
 
 
 def test_what_fails_in_the_middle_of_training_is_told_with_a_traceback(tmp_path, monkeypatch):

@@ -214,6 +214,7 @@ def test_shards_train_and_a_resumed_run_goes_on_with_the_next_batch(tmp_path: Pa
         (["--data.tokenizer", "wrds"], "unknown tokenizer 'wrds'"),
         (["--data.pictures", "{trian: 9}"], "unknown split of pictures 'trian'; did you mean train"),
         (["--data.templates", "[a digit]"], "'a digit' has no {}"),
+        (["--data.text_length", "2"], "text_length must be at least 3, start and end among the tokens, got 2"),
     ],
 )
 def test_a_mistake_is_one_line_before_any_work(
@@ -237,6 +238,15 @@ def test_a_model_from_a_folder_brings_its_tokenizer(tmp_path):
     assert data.tokenizer.fingerprint == tokenizer.fingerprint
     with pytest.raises(ValueError, match=r"the model has \d+ token ids, but the tokenizer 'words' 54"):
         task.check_model(model, VisionLanguageData(tokenizer="words"))
+    # Shorter texts than the model takes are no reason to change it, larger and coloured images are.
+    shorter = VisionLanguageData(text_length=5, image_size=24, channels=3)
+    task = ContrastiveTask(pretrained=str(tmp_path / "model"))
+    task.check(shorter)
+    found = task.build()
+    task.check_model(found, shorter)
+    assert (found.text_length, found.image_size, found.channels) == (model.text_length, 24, 3)
+    with pytest.raises(ValueError, match=r"takes texts of 16 tokens, but data\.text_length is 40"):
+        task.check_model(found, VisionLanguageData(text_length=40, tokenizer=str(tmp_path / "model")))
     task, data = ContrastiveTask(), VisionLanguageData()
     task.check(data)
     assert data.tokenizer.vocab_size == 54  # words of the drawn pictures' captions

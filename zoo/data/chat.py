@@ -157,10 +157,13 @@ class Chat:
         if self.system is not None and turns[0][0] != "system":
             turns.insert(0, ("system", self.system))
         for _, text in turns:
-            for token in self._special:
-                if token in text.replace(IMAGE_TOKEN, ""):
-                    raise ValueError(f"{conversation.name}: its text spells the special token {token!r}")
+            self._check(text.replace(IMAGE_TOKEN, ""), conversation.name)
         return [{"role": role, "content": _parts(text)} for role, text in turns]
+
+    def _check(self, text: str, name: str) -> None:
+        for token in self._special:
+            if token in text:
+                raise ValueError(f"{name}: its text spells the special token {token!r}")
 
     def _render(self, conversations: list[list[dict[str, Any]]], **options: Any) -> list[str]:
         given = {"tokenize": False, "chat_template": self.template, **options}
@@ -195,6 +198,20 @@ class Chat:
         """Tokens of a conversation whose images have these widths and heights, without decoding any."""
         text = self._render([self._messages(conversation)])[0]
         return len(self._tokens(text)[0]) + sum(self._image_tokens(size) - 1 for size in sizes)
+
+    def asking(self, question: str, sizes: Iterable[tuple[int, int]]) -> int:
+        """The most tokens of a question about one image, of whichever of these sizes.
+
+        Raises ValueError for a question that has an image in its text, or spells a special token.
+        """
+        if IMAGE_TOKEN in question or self.image_token in question:
+            raise ValueError(f"question {question!r}: the image comes before it; leave {IMAGE_TOKEN} out of the text")
+        self._check(question, f"question {question!r}")
+        system = [] if self.system is None else [("system", self.system)]
+        turns = [*system, ("user", f"{IMAGE_TOKEN}\n{question}")]
+        messages = [{"role": role, "content": _parts(text)} for role, text in turns]
+        text = self._render([messages], add_generation_prompt=True)[0]
+        return len(self._tokens(text)[0]) + max(map(self._image_tokens, set(sizes)), default=1) - 1
 
     def _image_tokens(self, size: tuple[int, int]) -> int:
         """Tokens in the place of an image's one."""

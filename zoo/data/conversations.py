@@ -117,12 +117,12 @@ class FileConversations:
 
     def sizes(self, index: int) -> list[tuple[int, int]]:
         """Read from the head of each file."""
-        return [_read_image(self.folder / path, picture_size) for path in self.conversations[index].images]
+        return [read_image(self.folder / path, picture_size) for path in self.conversations[index].images]
 
     def load(self, index: int) -> list[Image]:
         """Decode them."""
         paths = self.conversations[index].images
-        return [_read_image(self.folder / path, lambda file: in_mode(open_picture(file), "RGB")) for path in paths]
+        return [read_image(self.folder / path, lambda file: in_mode(open_picture(file), "RGB")) for path in paths]
 
     @property
     def fingerprint(self) -> str:
@@ -133,7 +133,8 @@ class FileConversations:
         return digest.hexdigest()[:16]
 
 
-def _read_image(path: Path, read: Callable[[Path], Any]) -> Any:
+def read_image(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What `read` makes of an image; raises ValueError naming one that cannot be read."""
     try:
         return read(path)
     except (OSError, ValueError, SyntaxError) as error:

@@ -44,6 +44,8 @@ class Augment:
                 raise ValueError(f"augment.{name} is a probability, got {value}")
         if self.crop is not None and not 0 < self.crop[0] <= self.crop[1] <= 1:
             raise ValueError(f"augment.crop is a range of shares of the area such as [0.08, 1], got {list(self.crop)}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"augment.ratio is a range of shapes such as [0.75, 1.33], got {list(self.ratio)}")
 
 
 @dataclass(frozen=True)
@@ -105,23 +107,28 @@ class Preparation:
         return lambda image: transform(in_mode(image, MODES[self.channels]))
 
     def training(self, augment: Augment) -> Transform:
-        """The same at random; policies see colour, whatever the model takes."""
+        """The same at random; policies see colour, whatever the model takes. ValueError for an unknown policy."""
         from timm.data import create_transform
         from torchvision.transforms import Grayscale
 
         crop, ratio = (augment.crop, augment.ratio) if augment.crop else ((1.0, 1.0), (1.0, 1.0))
         jitter: dict[str, Any] = {"color_jitter": augment.color_jitter or None}
-        parts = create_transform(
-            **self._shared(),
-            **jitter,
-            is_training=True,
-            separate=True,
-            scale=crop,
-            ratio=ratio,
-            hflip=augment.flip,
-            auto_augment=augment.rand,
-            re_prob=augment.erase,
-        )
+        try:
+            parts = create_transform(
+                **self._shared(),
+                **jitter,
+                is_training=True,
+                separate=True,
+                scale=crop,
+                ratio=ratio,
+                hflip=augment.flip,
+                auto_augment=augment.rand,
+                re_prob=augment.erase,
+            )
+        except (AssertionError, LookupError, ValueError) as error:  # timm says no more of a policy
+            raise ValueError(
+                f"augment.rand: timm has no policy {augment.rand!r}; expected one such as 'rand-m9-n2-mstd0.5'"
+            ) from error
         steps = [*parts[:2], *([Grayscale()] if self.channels == 1 else []), parts[2]]
 
         def transform(image: Image) -> Any:

@@ -25,8 +25,9 @@ from .tokenizer import Tokenizer
 def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """ids [m, S] and mask [m, S], False for padding: start, tokens and end, at most `length` of them a text.
 
-    Of a longer text the first tokens are kept, and the end.
+    Of a longer text the first tokens are kept, and the end. Raises ValueError as `check_text_length`.
     """
+    check_text_length(tokenizer, length)
     last = [] if tokenizer.end is None else [tokenizer.end]
     room = length - 1 - len(last)
     rows = [[tokenizer.start, *ids[:room].tolist(), *last] for ids, _ in tokenizer.encode(list(texts))]
@@ -34,6 +35,13 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], length: int) -> tup
     ids = torch.tensor([row + [tokenizer.pad] * (longest - len(row)) for row in rows]).view(len(rows), longest).long()
     sizes = torch.tensor([len(row) for row in rows]).view(-1, 1)
     return ids, torch.arange(longest) < sizes
+
+
+def check_text_length(tokenizer: Tokenizer, length: int) -> None:
+    """Raise ValueError for texts so short that no token finds a place beside start and end."""
+    least = 2 if tokenizer.end is None else 3
+    if length < least:
+        raise ValueError(f"text_length must be at least {least}, start and end among the tokens, got {length}")
 
 
 class PairRows:

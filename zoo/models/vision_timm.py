@@ -102,7 +102,8 @@ def build_from_timm(
     """One of timm's own models, with experts in its blocks `moe_layers` where such are asked for.
 
     Experts are copies of the MLP they replace. normalize (the weights of a token's experts sum to one) is on for
-    pretrained models, so that they start from what they know, and else off as in V-MoE.
+    pretrained models, so that they start from what they know, and else off as in V-MoE. Raises ValueError for a gate's
+    arguments without moe_layers.
     """
     from ..convert.upcycling import upcycle
     from .vision_gates import vision_spec
@@ -114,6 +115,11 @@ def build_from_timm(
         )
     if not isinstance(num_experts, int):
         raise ValueError(f"num_experts: expected one number, got {num_experts!r}; zoo.upcycle takes one a layer")
+    if moe_layers is None:
+        asked = {"k": k, "capacity": capacity, "losses": losses, "group_images": group_images}
+        asked["router"] = None if router == "TopKRouter" else router
+        if said := [option for option, value in asked.items() if value is not None]:
+            raise ValueError(f"{', '.join(said)}: {name} has no experts; say which blocks get some, in moe_layers")
     model = timm.create_model(name, pretrained=pretrained, **overrides)
     if moe_layers is None:
         return model

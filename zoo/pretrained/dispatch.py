@@ -17,6 +17,12 @@ from .peek import peek
 from .vmoe import is_prefix
 
 HUB = ("revision", "cache_dir", "local_files_only", "token")
+LAYOUTS = {
+    "timm": "an image classifier",
+    "recommendation": "a recommendation model",
+    "limoe": "a LIMoE",
+    "transformers": "a model of text, or of images and text",
+}
 
 
 @extras.named()
@@ -61,6 +67,25 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
         )
     reader = switch if switch.is_switch(path) else language if language.has_table(path) else causal
     return _named(reader.from_pretrained(path, **options), source)
+
+
+def layout_of(source: str | os.PathLike[str]) -> str | None:
+    """Which of LAYOUTS a folder, or a V-MoE checkpoint's prefix, on this machine has; None for adapters and elsewhere.
+
+    "transformers" stands for MoE-LLaVA's too.
+    """
+    name = str(source).removesuffix(".index")
+    if is_prefix(name) or _has_shards(name):
+        return "timm"
+    path = Path(source).expanduser()
+    if not (path / "config.json").is_file() or adapter_folder.is_adapted(path):
+        return None
+    known = (
+        ("timm", _is_timm),
+        ("recommendation", recommendation.is_recommendation),
+        ("limoe", vision_language.is_vision_language),
+    )
+    return next((layout for layout, has in known if has(path)), "transformers")
 
 
 def save_pretrained(

@@ -76,7 +76,8 @@ def fill(
     for name, target in targets.items():
         if target is not state[name]:
             ours = state[name]
-            ours.copy_(adapt_input_conv(ours.shape[1], target) if name in patches else _resampled(model, target, grid))
+            kept = adapt_input_conv(ours.shape[1], target, channels) if name in patches else None
+            ours.copy_(_resampled(model, target, grid) if kept is None else kept)
 
 
 def _names(entry: Any) -> tuple[str, ...]:

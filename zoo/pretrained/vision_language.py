@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from .language import resolve_dtype
 from .peek import peek
 from .staging import staged
 from .storable import storable
-from .tensorfile import DTYPES, read_all, read_header, write_file
+from .tensorfile import DTYPES, Entry, read_all, read_header, write_file
 
 CONFIG, WEIGHTS, NETWORK = "config.json", "model.safetensors", "network"
+POSITIONS, PATCHES = "image_positions", "patch_embed.proj.weight"
 # What was done to a model since it was made: the model's attribute, and the key of config.json.
 UPCYCLED, SPLIT = ("upcycled", "upcycled"), ("split_how", "split")
 
@@ -78,7 +80,8 @@ def load(
 ) -> Any:
     """The model of a folder that `save` wrote, in eval mode; arguments of the model go before those stored.
 
-    dtype "auto" keeps the checkpoint's. Raises ValueError naming file and tensor for missing and surplus tensors, wrong
+    Another image_size resamples the positions of patches, other channels adapt the patches, as timm does. dtype "auto"
+    keeps the checkpoint's. Raises ValueError naming file and tensor for missing and surplus tensors, wrong
     shapes and a damaged file, and FileNotFoundError for a file that is not there.
     """
     path = Path(folder).expanduser()
@@ -95,5 +98,25 @@ def load(
     place: dict[str, Any] = {"dtype": resolve_dtype(dtype), "device": device}
     model = model.to(**{name: value for name, value in place.items() if value is not None})
     if not next(model.parameters()).is_meta:
-        read_all(model.state_dict(), entries, path / WEIGHTS)
+        _fill(model, entries, path / WEIGHTS)
     return model.eval()
+
+
+@torch.no_grad()
+def _fill(model: Any, entries: Mapping[str, Entry], where: Path) -> None:
+    """Read all tensors, positions of patches and the patches' weights as they are stored, and adapt these two."""
+    from timm.layers import resample_abs_pos_embed
+    from timm.models import adapt_input_conv
+
+    state = dict(model.state_dict())
+    old = {}
+    for name in (POSITIONS, PATCHES):
+        stored, ours = (list(t[name].shape) if name in t else [] for t in (entries, state))
+        # Places [1, N, D] and channels [D, C, P, P]: the second dimension may differ, and no other.
+        if stored[1:2] != ours[1:2] and [*stored[:1], *stored[2:]] == [*ours[:1], *ours[2:]]:
+            old[name] = state[name].new_empty(stored)
+    read_all({**state, **old}, entries, where)
+    if POSITIONS in old:
+        state[POSITIONS].copy_(resample_abs_pos_embed(old[POSITIONS], list(model.patch_embed.grid_size), None, 0))
+    if PATCHES in old:
+        state[PATCHES].copy_(adapt_input_conv(model.channels, old[PATCHES], old[PATCHES].shape[1]))
