@@ -49,6 +49,8 @@ def test_the_graph_predicts_what_the_model_does(name, schema, arguments, tmp_pat
     program = torch.export.load(tmp_path / "graph" / GRAPH)
     operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in operators if "fbgemm" in name or "zoo" in name]  # a server needs torch alone
+    unknown = ("stable", "repeat_interleave", "searchsorted", "rshift")  # to ONNX
+    assert not [name for name in operators if any(part in name for part in unknown)]
     graph = program.module()
     for rows, most in ((0, 4), (1, 0), (2, 4), (100, 9)):  # bags of one row may all be empty
         batch = random_batch(schema, rows, torch.Generator().manual_seed(rows), most=most)

@@ -2,6 +2,7 @@
 
     export_graph(zoo.from_pretrained("my-model"), "served")
     predictions = torch.export.load("served/model.pt2").module()(dense, ids)
+    torch.onnx.export(torch.export.load("served/model.pt2"), f="served/model.onnx", dynamo=True)
 
 dense [B, N] are the schema's dense features in order, transformed; ids is a mapping by feature: of a categorical one
 the ids [B], of a bag or sequence (values, lengths), of a weighted bag (values, lengths, weights): the ids of all rows
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.tables_batch import TableBatch, random_batch
 from ..data.tables_schema import Bag, Categorical, Dense, Schema, Sequence
+from ..moe import portable
 from ..pretrained.staging import staged
 
 GRAPH = "model.pt2"
@@ -43,6 +45,15 @@ class Graph(nn.Module):
         x = torch.stack(vectors) if self.several else vectors[0]
         domain = None if self.schema.domain is None else ids[self.schema.domain]
         return self.predictions(self.towers(self.sharing(x, domain), domain))
+
+
+def rows_of(lengths: Tensor, count: int) -> Tensor:
+    """The row of each of `count` ids, int64, of how many of them every row [B] has: how often a row has ended by then.
+
+    torch.repeat_interleave, which ONNX does not know.
+    """
+    ends = lengths.cumsum(0)
+    return torch.zeros(count + 1, dtype=torch.int64).scatter_add(0, ends, torch.ones_like(ends)).cumsum(0)[:count]
 
 
 class _Lookup(nn.Module):
@@ -75,7 +86,7 @@ class _Lookup(nn.Module):
             return nn.functional.embedding(ids[f.name], table)
         values, lengths, *weights = ids[f.name]
         embedded = nn.functional.embedding(values, table)
-        rows = torch.repeat_interleave(lengths, output_size=values.shape[0])
+        rows = rows_of(lengths, values.shape[0])
         total = lengths.to(table.dtype)
         if weights:
             embedded = embedded * weights[0].unsqueeze(1)
@@ -117,7 +128,8 @@ def export_graph(model: Any, folder: str | os.PathLike[str]) -> torch.export.Exp
         name: {0: rows} if isinstance(given, Tensor) else _jagged_sizes(name, rows, len(given))
         for name, given in ids.items()
     }
-    program = torch.export.export(graph, (dense, ids), dynamic_shapes=({0: rows}, sizes))
+    with portable():
+        program = torch.export.export(graph, (dense, ids), dynamic_shapes=({0: rows}, sizes))
     with staged(folder) as staging:
         torch.export.save(program, staging / GRAPH)
         if getattr(model, "preparation", None) is not None:

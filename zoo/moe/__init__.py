@@ -16,6 +16,7 @@ from .experts import MLP, Experts
 from .grown import GrownExperts
 from .hyper import HyperExperts, HyperNetwork
 from .isolated import IsolatedMoE
+from .kernels.portable import portable
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
 from .lora_of_experts import LoRAOfExperts
@@ -87,6 +88,7 @@ __all__ = [
     "expert_losses",
     "is_recomputation",
     "kernels",
+    "portable",
     "record",
     "rotary",
     "routers",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .kernels.portable import sort_stably
+
 Drop = Literal["choice", "position", "probability", "priority", "priority_sum", "random", "unordered"]
 ROUNDING: dict[str, Callable[[float], int]] = {"ceil": math.ceil, "floor": math.floor, "round": round}
 
@@ -111,9 +113,10 @@ class Capacity:
         group = torch.arange(groups, device=expert.device).view(-1, 1, 1)
         bucket = (expert + group * (num_experts + 1)).view(groups, -1).gather(1, order).view(-1)
         # Stable, so that within a bucket claims stay in order; a claim's rank is its distance to the bucket's first.
-        sorted_bucket, by_bucket = bucket.sort(stable=True)
+        sorted_bucket, by_bucket = sort_stably(bucket)
         position = torch.arange(bucket.numel(), device=expert.device)
-        rank = position - torch.searchsorted(sorted_bucket, sorted_bucket)
+        claims = position.new_zeros(groups * (num_experts + 1)).scatter_add(0, bucket, torch.ones_like(bucket))
+        rank = position - (claims.cumsum(0) - claims).index_select(0, sorted_bucket)
         rank = torch.empty_like(position).scatter(0, by_bucket, rank)
         kept = torch.empty(groups, tokens * k, dtype=torch.bool, device=expert.device)
         kept = kept.scatter(1, order, (rank < places).view(groups, -1))
@@ -136,13 +139,13 @@ class Capacity:
         if self.drop == "position":
             return flat.reshape(groups, -1)
         if self.drop == "probability":
-            return weight.reshape(groups, -1).argsort(dim=1, descending=True, stable=True)
+            return sort_stably(weight.reshape(groups, -1), 1, descending=True)[1]
         if self.drop == "random":
             by_token = torch.rand(groups, tokens, device=weight.device).argsort(dim=1)
         elif self.drop == "priority":
-            by_token = weight.amax(-1).argsort(dim=1, descending=True, stable=True)
+            by_token = sort_stably(weight.amax(-1), 1, descending=True)[1]
         elif self.drop == "priority_sum":
-            by_token = _sum_without_noise(weight).argsort(dim=1, descending=True, stable=True)
+            by_token = sort_stably(_sum_without_noise(weight), 1, descending=True)[1]
         else:
             return flat.transpose(1, 2).reshape(groups, -1)
         ordered = flat.gather(1, by_token.unsqueeze(-1).expand(-1, -1, k))

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from . import autocast
 from .experts import check_sizes
+from .kernels.portable import expert_of_rows
 from .lora import LoRAExperts, _asked
 from .routing import Routing
 
@@ -50,9 +51,9 @@ class RankOneExperts(LoRAExperts):
 
     def each(self, rows: Tensor, offsets: Tensor, experts: Tensor | None = None) -> Tensor:
         """What experts, or those [G] of them, make of rows [A, D] sorted by expert, unweighted: [A, O]."""
-        if experts is None:
-            experts = torch.arange(self.num_experts, device=rows.device)
-        expert = experts.repeat_interleave(offsets.diff().long(), output_size=rows.shape[0])
+        expert = expert_of_rows(offsets, rows.shape[0])
+        if experts is not None:
+            expert = experts[expert]
         columns = self.b.shape[0]
         hidden = (rows * self.a[expert // columns, 0]).sum(-1, keepdim=True)
         return hidden * self.b[expert % columns, :, 0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .kernels import transformed
 from .kernels.choices import sort_choices
+from .kernels.portable import expert_of_rows
 
 
 @dataclass
@@ -48,8 +49,7 @@ class Routing:
     @property
     def expert_index(self) -> Tensor:
         """Expert of every assignment, [A] int64."""
-        experts = torch.arange(self.num_experts, device=self.offsets.device)
-        return experts.repeat_interleave(self.counts.long(), output_size=self.token_index.numel())
+        return expert_of_rows(self.offsets, self.token_index.numel())
 
     def dense(self) -> Tensor:
         """The same decision as a matrix [T, E] of combine weights, zero where a token is not sent."""

@@ -14,7 +14,7 @@ from gate_cases import DIM, EXPERTS, GATES, HIDDEN, Gate, layer, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from zoo.moe import MLP, MoE, Router, record, routers, schedule
+from zoo.moe import MLP, MoE, Router, portable, record, routers, schedule
 from zoo.moe.routers.remoe import update_l1
 
 every_gate = pytest.mark.parametrize("gate", GATES.values(), ids=GATES.keys())
@@ -56,6 +56,17 @@ def test_no_gate_is_missing() -> None:
     assert {c.__name__ for c in known - met - bases} == set(ELSEWHERE)
     for name, file in ELSEWHERE.items():
         assert name in (Path(__file__).parents[1] / file).read_text()
+
+
+@every_gate
+def test_portable_operators_compute_the_same(gate: Gate) -> None:
+    moe = layer(gate).eval()
+    x, cluster = tokens()
+    with torch.no_grad():
+        expected = run(moe, x, **gate.context(x, cluster))
+        with portable():
+            found = run(moe, x, **gate.context(x, cluster))
+    same({"y": found}, {"y": expected})
 
 
 @every_gate

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import transformed
+from .portable import is_portable, sort_stably
 from .register import operator
 
 # Most experts that a program of the Triton kernels holds.
@@ -49,9 +50,12 @@ def sort_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor 
     if keep is not None:
         # A dropped choice sorts behind the last expert, so that it can be cut off.
         key = key.where(keep.reshape(-1), num_experts)
-    key, order = key.sort(stable=True)
+    key, order = sort_stably(key)
     bounds = torch.arange(num_experts + 1, dtype=key.dtype, device=key.device)
-    offsets = torch.searchsorted(key, bounds, out_int32=True)
+    if is_portable():  # not every runtime can search
+        offsets = (key < bounds.unsqueeze(-1)).sum(-1, dtype=torch.int32)
+    else:
+        offsets = torch.searchsorted(key, bounds, out_int32=True)
     if keep is not None:
         order = order[: int(offsets[-1])]
     # Not weight[order]: its backward sums duplicates one by one, though there are none.
@@ -61,7 +65,7 @@ def sort_choices(expert: Tensor, weight: Tensor, num_experts: int, keep: Tensor 
 
 def _can(x: Tensor, num_experts: int) -> bool:
     """Whether the Triton kernels can run."""
-    if not x.is_cuda or num_experts > MOST:
+    if not x.is_cuda or num_experts > MOST or is_portable():
         return False
     from . import triton  # elsewhere its kernels need not be defined
 

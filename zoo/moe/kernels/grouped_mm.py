@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .activations import get_activation
+from .portable import expert_of_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALIGNMENT = 16  # bytes; the GEMM refuses rows that start elsewhere
@@ -37,11 +38,6 @@ def aligned(w: Tensor) -> Tensor:
     return w.clone() if w.data_ptr() % ALIGNMENT else w
 
 
-def _expert_of_row(offsets: Tensor, rows: int) -> Tensor:
-    experts = torch.arange(offsets.numel() - 1, device=offsets.device)
-    return experts.repeat_interleave(offsets.diff().long(), output_size=rows)
-
-
 def _combine(rows: Tensor, token_index: Tensor, num_tokens: int) -> Tensor:
     """Sum rows [A, D] into their tokens [T, D], in float32."""
     y = rows.new_zeros(num_tokens, rows.shape[1], dtype=torch.float32)
@@ -67,10 +63,10 @@ def forward(
         return x.new_zeros(x.shape), nothing
     pre = F.grouped_mm(x[token_index], aligned(w_in).transpose(1, 2), offs=ends)
     if b_in is not None:
-        pre += b_in[_expert_of_row(offsets, count)]
+        pre += b_in[expert_of_rows(offsets, count)]
     out = F.grouped_mm(get_activation(activation).forward(pre), aligned(w_out).transpose(1, 2), offs=ends)
     if b_out is not None:
-        out += b_out[_expert_of_row(offsets, count)]
+        out += b_out[expert_of_rows(offsets, count)]
     y = _combine(out * weight[:, None].to(out.dtype), token_index, x.shape[0])
     return y, pre if save else nothing
 
@@ -104,7 +100,7 @@ def backward(
     if need_weight:
         dweight = (d_hidden * hidden).sum(-1, dtype=weight.dtype)
         if b_out is not None:
-            dweight += (g * b_out[_expert_of_row(offsets, count)]).sum(-1, dtype=weight.dtype)
+            dweight += (g * b_out[expert_of_rows(offsets, count)]).sum(-1, dtype=weight.dtype)
     g = g * scale
     if need_out:
         dw_out = F.grouped_mm(g.T, hidden, offs=ends)
@@ -124,4 +120,4 @@ def _sum_rows(rows: Tensor, bias: Tensor, offsets: Tensor) -> Tensor:
     """Gradient of a bias [E, N]: rows [A, N] summed per expert, in float64."""
     # One long running sum: in float32 it would be less exact than torch.sum, which adds in a tree.
     total = torch.zeros(bias.shape, dtype=torch.float64, device=bias.device)
-    return total.index_add_(0, _expert_of_row(offsets, rows.shape[0]), rows.double()).to(bias.dtype)
+    return total.index_add_(0, expert_of_rows(offsets, rows.shape[0]), rows.double()).to(bias.dtype)

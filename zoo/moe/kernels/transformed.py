@@ -1,7 +1,8 @@
 """Expert math for derivatives that our operators do not have: compositions of torch's own.
 
-That is torch.func, torch.vmap and forward mode, which cannot see into operators, and gradients of gradients. Every
-expert computes every row, so that no size depends on what a gate decided; any number of derivatives may be taken.
+That is torch.func, torch.vmap and forward mode, which cannot see into operators, gradients of gradients, and `portable`
+graphs. Every expert computes every row, so that no size depends on what a gate decided; any number of derivatives may
+be taken.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .activations import get_activation
+from .portable import is_portable
 
 
 def is_active() -> bool:
-    """Whether a transform of torch.func or forward mode is under way; torch.compile traces those by itself."""
+    """Whether `portable`, a transform of torch.func or forward mode is under way; torch.compile traces the latter."""
+    if is_portable():
+        return True
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -54,7 +58,7 @@ def kept(value: Tensor) -> Tensor:
 def _expert_index(offsets: Tensor, count: int) -> Tensor:
     """Expert of each of `count` rows sorted by expert, [A]."""
     rows = torch.arange(count, dtype=offsets.dtype, device=offsets.device)
-    return torch.searchsorted(offsets[1:], rows, right=True)
+    return (rows.unsqueeze(-1) >= offsets[1:]).sum(-1)
 
 
 def moe_mlp(

@@ -113,7 +113,7 @@ class DSelectKRouter(Router):
         step = smooth_step(z, self.gamma)
         # Not a buffer, which a model made on the meta device would be left without.
         expert, bit = torch.arange(self.num_experts, device=x.device), torch.arange(self.bits, device=x.device)
-        codes = expert[:, None] >> (self.bits - 1 - bit) & 1
+        codes = expert[:, None] // 2 ** (self.bits - 1 - bit) % 2  # ONNX cannot shift
         return torch.where(codes > 0, step, 1 - step).prod(-1)
 
     def _linear(self, x: Tensor, weight: Tensor | None, bias: Tensor) -> Tensor:
