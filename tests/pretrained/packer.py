@@ -28,8 +28,9 @@ def words(codes: np.ndarray, bits: int, order: tuple[int, ...] | None = None) ->
     return torch.from_numpy(found.astype(np.uint32).view(np.int32))
 
 
-def scales(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    return (torch.rand(shape) / 8 + 1 / 64).to(dtype)
+def scales(shape: tuple[int, ...], dtype: torch.dtype, largest: int) -> Tensor:
+    """Such that numbers of codes up to a power of two are about 1 at most: larger ones decide by their last bits."""
+    return ((torch.rand(shape) + 1 / 8) / largest).to(dtype)
 
 
 def numbers(tensor: Tensor) -> np.ndarray:
@@ -47,7 +48,7 @@ def ints(weight: Tensor, bits: int, packed: bool, group: int, zeros: bool, order
     rows, columns = weight.shape
     half, size = 1 << bits - 1, (columns if group < 1 else group)
     codes = np.random.randint(-half, half, (rows, columns))
-    scale = scales((1,) if group == 0 else (rows, columns // size), torch.bfloat16)
+    scale = scales((1,) if group == 0 else (rows, columns // size), torch.bfloat16, half)
     grid = numbers(scale).reshape(1, 1) if group == 0 else numbers(scale)
     found = {"weight_scale": scale, "weight_shape": torch.tensor(weight.shape)}
     zero = np.random.randint(-half, half, grid.shape) if zeros else np.zeros(grid.shape, int)
@@ -77,7 +78,7 @@ def float8(
     rows, columns = weight.shape
     codes = np.random.randint(0, 256, weight.shape).astype(np.uint8)
     codes[(codes & 127) == 127] = 0
-    drawn = scales(scale, dtype)
+    drawn = scales(scale, dtype, 512)
     grid = numbers(drawn).reshape((1, 1) if drawn.numel() == 1 else (drawn.shape[0], -1))
     found = {"weight": torch.from_numpy(codes).view(torch.float8_e4m3fn), "weight_scale": drawn}
     each = spread(grid, rows, columns) if block is None else grid.repeat(block[0], 0).repeat(block[1], 1)
@@ -90,11 +91,11 @@ def float4(weight: Tensor, group: int, over: str, name: str = "weight_packed") -
     codes = np.random.randint(0, 16, weight.shape)
     blocks = torch.from_numpy((codes[:, 0::2] | codes[:, 1::2] << 4).astype(np.uint8))
     if not over:
-        exponents = np.random.randint(120, 130, (rows, columns // group)).astype(np.uint8)
+        exponents = np.random.randint(115, 125, (rows, columns // group)).astype(np.uint8)
         found = {name: blocks, "weight_scale": torch.from_numpy(exponents)}
         grid = 2.0 ** (exponents.astype(float) - 127)
     else:
-        of_scale, whole = np.random.randint(1, 120, (rows, columns // group)).astype(np.uint8), torch.rand(1) + 0.5
+        of_scale, whole = np.random.randint(1, 57, (rows, columns // group)).astype(np.uint8), torch.rand(1) + 0.5
         found = {name: blocks, "weight_scale": torch.from_numpy(of_scale).view(torch.float8_e4m3fn), over: whole}
         grid = E4M3[of_scale] / numbers(whole) if over == "weight_global_scale" else E4M3[of_scale] * numbers(whole)
     return found, torch.from_numpy(E2M1[codes] * spread(grid, rows, columns))
@@ -105,7 +106,7 @@ def gptq(weight: Tensor, bits: int, group: int, one: int, ordered: bool) -> Pack
     size = inputs if group < 0 else group
     codes = np.random.randint(0, 1 << bits, (inputs, outputs))
     zero = np.random.randint(one, 1 << bits, (inputs // size, outputs))
-    scale = scales((inputs // size, outputs), torch.float16)
+    scale = scales((inputs // size, outputs), torch.float16, 1 << bits - 1)
     place = np.arange(inputs) // size
     found = {"qweight": words(codes.T, bits).T, "qzeros": words(zero - one, bits), "scales": scale}
     if not ordered:
@@ -118,7 +119,7 @@ def awq(weight: Tensor, group: int) -> Packed:
     outputs, inputs = weight.shape
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     codes, zero = (np.random.randint(0, 16, (n, outputs)) for n in (inputs, inputs // group))
-    scale = scales((inputs // group, outputs), torch.float16)
+    scale = scales((inputs // group, outputs), torch.float16, 8)
     place = np.arange(inputs) // group
     found = {"qweight": words(codes, 4, order), "qzeros": words(zero, 4, order), "scales": scale}
     return found, torch.from_numpy(((codes - zero[place]) * numbers(scale)[place]).T)
