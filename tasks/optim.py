@@ -87,6 +87,24 @@ def regroup(checkpoint: dict[str, Any], groups: list[dict[str, Any]], model: nn.
         schedule["lr_lambdas"] = schedule["lr_lambdas"][:1] * len(groups)
 
 
+SAID = ("initial_lr", "weight_decay", "betas")  # of a group; what a run is told, and no state of what it did
+
+
+def said_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What each group of an optimizer with a schedule was told."""
+    return [{name: group[name] for name in SAID if name in group} for group in optimizer.param_groups]
+
+
+def tell(optimizer: torch.optim.Optimizer, schedule: Any, said: list[dict[str, Any]]) -> None:
+    """Let a restored optimizer and its `LambdaLR` go by what this run says, not by what the checkpoint's run said."""
+    for group, own in zip(optimizer.param_groups, said):
+        group.update(own)
+    schedule.base_lrs = [group["initial_lr"] for group in optimizer.param_groups]
+    for group, base, factor in zip(optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas):
+        group["lr"] = base * factor(schedule.last_epoch)
+    schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
+
+
 class Beside(torch.optim.Optimizer):
     """An optimizer, and beside it one of embedding tables that has moved them in backward already.
 
@@ -150,6 +168,11 @@ def learning_rate(
     """
     if schedule not in SCHEDULES:
         raise unknown("schedule", schedule, SCHEDULES)
+    for name, share in (("min_lr_ratio", floor), ("decay_fraction", decay)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {share}")
+    if total < 1:
+        raise ValueError(f"schedule_steps must be at least 1, got {total}")
     if schedule != "constant" and not math.isfinite(total):
         raise ValueError(f"schedule {schedule!r} must know its end: set schedule_steps, or the trainer's max_steps")
 

@@ -20,7 +20,7 @@ from tasks import conversions, frozen, labels
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
 from tasks.folders import check_writable
-from tasks.optim import learning_rate, parameter_groups, regroup
+from tasks.optim import learning_rate, parameter_groups, regroup, said_of, tell
 from zoo.moe import QuantisedExperts, Step
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.parts import is_spread, meshes_of, not_finite, total_norm, whole_state
@@ -105,6 +105,8 @@ class Task(LightningModule):
         self.model = network if isinstance(network, nn.Module) else None
         self._compiled = False
         self._sums: Tensor | None = None
+        self._said: list[dict[str, Any]] = []
+        self._resumed = False
         self._balance = LayerBalance()
         if self.frozen_in_files():
             self.register_load_state_dict_post_hook(frozen.forgive)
@@ -172,7 +174,7 @@ class Task(LightningModule):
         data.check(subcommand)
         self.check(data)
         if subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs in (None, -1):  # max_time alone
-            learning_rate(self.hparams["schedule"], 0, self.hparams["schedule_steps"] or math.inf)
+            self.lr_factor(self.hparams["schedule_steps"] or math.inf)
 
     def check(self, data: Any) -> None:
         """Build the model without memory: raises what is wrong with the arguments before any work is done."""
@@ -182,7 +184,8 @@ class Task(LightningModule):
             labels.check(model, data)
             with torch.device("meta"):
                 self.check_model(model, data)
-        learning_rate(self.hparams["schedule"], self.hparams["warmup_steps"], 1)
+        steps = self.hparams["schedule_steps"]
+        self.lr_factor(1 if steps is None else steps)
 
     def checked_on_meta(self) -> bool:
         """Whether `build` needs no memory on the meta device; here, for a pretrained model it may."""
@@ -216,6 +219,7 @@ class Task(LightningModule):
             for callback in trainer.callbacks if trainer is not None and trainer.training else ():
                 if isinstance(callback, WeightAveraging):
                     callback.setup(trainer, self, "fit")  # the copy that it has is of the model before
+        self._resumed = True
         if trainer is not None and trainer.training and not isinstance(trainer.strategy, ModelParallelStrategy):
             regroup(checkpoint, self.parameter_groups(), self)
 
@@ -269,11 +273,15 @@ class Task(LightningModule):
         h = self.hparams
         return torch.optim.AdamW(groups, lr=h["lr"], betas=tuple(h["betas"]), fused=True)
 
+    def lr_factor(self, steps: float) -> Callable[[int], float]:
+        """The schedule's factor at each step of so many; raises ValueError for settings that make none."""
+        h = self.hparams
+        return learning_rate(h["schedule"], h["warmup_steps"], steps, h["min_lr_ratio"], h["decay_fraction"])
+
     def configure_optimizers(self) -> Any:
         """The optimizer, and the schedule a step at a time."""
-        h = self.hparams
-        steps = h["schedule_steps"] or self.trainer.estimated_stepping_batches
-        factor = learning_rate(h["schedule"], h["warmup_steps"], steps, h["min_lr_ratio"], h["decay_fraction"])
+        steps = self.hparams["schedule_steps"]
+        factor = self.lr_factor(max(self.trainer.estimated_stepping_batches, 1) if steps is None else steps)
         if not (groups := self.parameter_groups()):
             last = f" after {self._conversions[-1][0]}" if self._conversions else ""
             raise ValueError(f"fit: every parameter is frozen{last}, so that there is nothing to train")
@@ -281,7 +289,15 @@ class Task(LightningModule):
         # A fused one could unscale fp16 gradients itself, but Lightning then refuses to clip them; let it unscale.
         optimizer._step_supports_amp_scaling = False
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self._said = said_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Go by this run's learning rate, weight decay and betas where a checkpoint brought those of its own."""
+        if self._resumed and self._said:
+            [optimizer], [config] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+            tell(optimizer, config.scheduler, self._said)
+        self._resumed = False
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move what follows steps, not gradients: once a step, however many micro-batches it had."""

@@ -1,6 +1,9 @@
+import gzip
 import json
 import os
+import re
 import sysconfig
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -182,3 +185,46 @@ def test_every_split_has_text_however_the_keys_of_some_documents_fall(tmp_path, 
         splits = everything(open_corpus(str(file)))
         assert all("".join(documents) for documents in splits.values())
         assert sorted("".join(t for s in splits.values() for t in s)) == sorted("".join(texts))
+
+
+def test_a_file_that_is_not_text_is_refused_by_name_and_left_out_of_a_pattern(tmp_path):
+    text = "words and more words\n" * 50
+    for name, content in {
+        "a.txt": text.encode(),
+        "b.txt.gz": gzip.compress(os.urandom(4000)),
+        "c.txt": text.encode("utf-16"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    for name in ("b.txt.gz", "c.txt"):
+        with pytest.raises(ValueError, match=rf"{re.escape(name)} is not text"):
+            open_corpus(str(tmp_path / name))
+    assert "".join("".join(d) for d in everything(open_corpus(str(tmp_path / "*"))).values()) == text
+
+
+def test_another_encoding_is_told(tmp_path):
+    (tmp_path / "old.txt").write_bytes("déjà vu\n".encode("latin-1") * 50)
+    with pytest.warns(UserWarning, match=r"old\.txt is not UTF-8 \(byte 1 is 0xe9\)"):
+        splits = everything(open_corpus(str(tmp_path / "old.txt")))
+    assert "".join("".join(d) for d in splits.values()) == "d\ufffdj\ufffd vu\n" * 50
+
+
+def test_half_a_character_in_json_is_replaced_and_a_whole_one_kept(tmp_path):
+    lines = [rf'{{"text": "{i} \ud83d\ude00 \ud800."}}' for i in range(60)]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines))
+    splits = everything(open_corpus(str(tmp_path / "odd.jsonl")))
+    assert sorted(t for s in splits.values() for t in s) == sorted(f"{i} \U0001f600 \ufffd." for i in range(60))
+
+
+def test_lines_of_json_are_read_one_at_a_time(tmp_path):
+    with (tmp_path / "large.jsonl").open("w") as file:
+        for i in range(200):
+            file.write(json.dumps({"text": f"{i} " * 20_000}) + "\n")
+    corpus = open_corpus(str(tmp_path / "large.jsonl"))
+    tracemalloc.start()
+    try:
+        number = sum(1 for split in SPLITS for _ in corpus.documents(split))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert number == 200
+    assert most < (tmp_path / "large.jsonl").stat().st_size / 10

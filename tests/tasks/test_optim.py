@@ -148,3 +148,12 @@ def test_an_optimizer_beside_another_follows_the_schedule_and_continues_exactly(
     found = beside(1)
     torch.testing.assert_close(found[1], table)
     torch.testing.assert_close(found[0], torch.full((2,), 1.0 * (1 - 0.05 * 0.01) + 0.05))  # Adam's first step
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [({"floor": -0.1}, "min_lr_ratio"), ({"decay": 1.5}, "decay_fraction"), ({"total": 0}, "schedule_steps")],
+)
+def test_numbers_that_make_no_schedule_are_named(said, named):
+    with pytest.raises(ValueError, match=named):
+        learning_rate(**{"schedule": "wsd", "warmup": 1, "total": 10, **said})

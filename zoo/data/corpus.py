@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sysconfig
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -37,8 +38,9 @@ class Corpus:
 def open_corpus(source: str | Sequence[str] = "stdlib", text_column: str = "text") -> Corpus:
     """Open "stdlib", "hub:NAME" or "hub:NAME:CONFIG", or files, folders and glob patterns (one or several).
 
-    A `.jsonl` file holds one document a line, under `text_column`; any other file is one document.
-    Raises FileNotFoundError when a pattern matches nothing, ConnectionError when the hub cannot be reached.
+    A `.jsonl` file holds one document a line, under `text_column`; any other file is one document. Folders and patterns
+    leave out files with zero bytes, which are not text. Raises FileNotFoundError when a pattern matches nothing,
+    ValueError when a file named by itself is not text, ConnectionError when the hub cannot be reached.
     """
     if source == "stdlib":
         return stdlib()
@@ -167,19 +169,35 @@ def _from_files(files: dict[str, Path], description: str, text_column: str) -> C
 
 
 def _read(key: str, path: Path, text_column: str) -> Iterator[tuple[str, str]]:
-    text = path.read_bytes().decode("utf-8-sig", errors="replace")
-    if path.suffix != ".jsonl":
-        yield key, text
+    if path.suffix.lower() != ".jsonl":
+        yield key, _decoded(path.read_bytes(), path)
         return
-    for number, line in json_lines(text):
-        try:
-            found = json.loads(line)[text_column]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: expected a JSON object with {text_column!r}: {error}") from error
-        if not isinstance(found, str | None):
-            raise ValueError(f"{path}, line {number}: expected text in {text_column!r}, got {type(found).__name__}")
-        if found:
-            yield f"{key}:{number}", found
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):  # as json_lines has them, one at a time
+            text = _decoded(line, path)
+            if not text.strip():
+                continue
+            try:
+                found = json.loads(text)[text_column]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path}, line {number}: expected a JSON object with {text_column!r}: {error}"
+                ) from error
+            if not isinstance(found, str | None):
+                raise ValueError(f"{path}, line {number}: expected text in {text_column!r}, got {type(found).__name__}")
+            if found:
+                # JSON can spell halves of a character alone, which no encoding of text has.
+                yield f"{key}:{number}", found.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _decoded(text: bytes, path: Path) -> str:
+    """UTF-8, without a byte order mark; warns where it is another encoding, of which letters are lost."""
+    try:
+        return text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} is {text[error.start]:#x}"
+        warnings.warn(f"{path} is not UTF-8 ({place}); what cannot be read becomes U+FFFD", stacklevel=2)
+        return text.decode("utf-8-sig", errors="replace")
 
 
 def json_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -217,7 +235,10 @@ def _match(pattern: str) -> list[tuple[str, Path]]:
             for relative, p in visible
             if not any(part.startswith(".") for part in relative.parts) and b"\0" not in _head(p)
         )
-    return [(Path(p).name, Path(p)) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    files = [Path(p) for p in sorted(glob.glob(str(path), recursive=True)) if Path(p).is_file()]
+    if files == [path] and b"\0" in _head(path):
+        raise ValueError(f"{pattern} is not text: it has zero bytes; expected UTF-8, not compressed")
+    return [(p.name, p) for p in files if b"\0" not in _head(p)]
 
 
 def _head(path: Path) -> bytes:
