@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import zoo
 from tasks.cli import run_script
+from tasks.folders import check_free
 from tasks.numbers import count
 from zoo.convert.adapter_kinds import KINDS, PARTS
 from zoo.data.corpus import open_corpus
@@ -61,7 +62,7 @@ def batches(text: dict[str, str], encode: Callable[[str], list[int]], length: in
     tokens = {split: torch.tensor(encode(part)) for split, part in text.items()}
     for split, found in tokens.items():
         if len(found) <= length:
-            raise SystemExit(f"expected more than {length} tokens of {split} text, got {len(found)}")
+            raise ValueError(f"expected more than {length} tokens of {split} text, got {len(found)}")
 
     def draw(number: int, split: str) -> Tensor:
         own = random.Random(number)
@@ -145,6 +146,8 @@ def main() -> None:
     parser.add_argument("--out", help="folder for the adapters")
     args = parser.parse_args()
 
+    if args.out:
+        check_free("--out", args.out)
     torch.manual_seed(0)
     encode: Callable[[str], list[int]] = lambda text: list(text.encode())  # noqa: E731
     if args.model:

@@ -23,6 +23,7 @@ import transformers
 
 import zoo
 from tasks.cli import run_script
+from tasks.folders import check_free
 from tasks.numbers import count
 from zoo.models import DomainEnsemble
 from zoo.moe import MoE, record
@@ -92,6 +93,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for the sparse model, in Mixtral's layout")
     args = parser.parse_args()
+    texts = domains()
+    if args.k > len(texts) + 1:
+        parser.error(f"--k: there are {len(texts) + 1} experts, of the branches and the seed, got {args.k}")
+    if args.width % 8:
+        parser.error(f"--width: expected a multiple of 8, for 4 heads, got {args.width}")
+    if args.out:
+        check_free("--out", args.out)
 
     torch.manual_seed(args.seed)
     config = transformers.LlamaConfig(
@@ -103,7 +111,6 @@ def main() -> None:
         num_key_value_heads=4,
         max_position_embeddings=args.length,
     )
-    texts = domains()
     both, tuning = [text for text, _ in texts.values()], args.steps // 4
     seed = train(transformers.LlamaForCausalLM(config), both, args.steps, args)
     branches = {name: train(copy.deepcopy(seed), [text], args.steps, args) for name, (text, _) in texts.items()}

@@ -25,6 +25,8 @@ import torch
 
 import zoo
 from tasks.balance import LayerBalance
+from tasks.cli import run_script
+from tasks.folders import check_writable
 from tasks.language import LanguageData, LanguageTask
 from tasks.numbers import count
 from tasks.optim import parameter_groups
@@ -340,6 +342,9 @@ def main() -> None:
     args = parser.parse_args()
     if not any(fnmatchcase(name, pattern) for name in ("dense twin", *GATES) for pattern in args.routers):
         parser.error(f"no gate is called {' or '.join(args.routers)}; there are: dense twin, {', '.join(GATES)}")
+    check_writable("--out", args.out)
+    if (args.out / "routers.csv").exists():
+        raise ValueError(f"--out: {args.out} has the results of an earlier comparison; name another folder")
     made = {"language": lambda: Language(args.text, args.steps), "vision": lambda: Vision("digits", args.steps)}
     domains, found = [made[name]() for name in args.domains], []
     for domain in domains:
@@ -351,4 +356,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

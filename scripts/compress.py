@@ -13,6 +13,7 @@ import torch
 
 import zoo
 from tasks.cli import run_script
+from tasks.folders import check_free
 from tasks.language import LanguageData, LanguageTask
 from tasks.numbers import count
 
@@ -52,6 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.keep is None and not args.drop_blocks and not args.dense:
         parser.error("nothing to do: give --keep, --drop-blocks or --dense")
+    check_free("--out", args.out)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     data = LanguageData(args.source or "stdlib", tokenizer=args.model, sequence_length=args.sequence_length)

@@ -30,12 +30,12 @@ def main() -> None:
     args = parser.parse_args()
 
     check_sampling(args.tokens, args.temperature)
-    torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = {name: value for name in ("quantise", "offload") if (value := getattr(args, name)) is not None}
     model = zoo.from_pretrained(args.model, device=device, **options)
     tokenizer = open_tokenizer(args.model)
     told = {} if args.label is None else labels.told(model, {"source": torch.tensor(args.label)})
+    torch.manual_seed(args.seed)  # now, for how a model is loaded draws numbers too
     for prompt in args.prompts:
         ids = prompt_ids(tokenizer, prompt)
         print(generate(model, tokenizer, ids, args.tokens, args.temperature, context=told))

@@ -9,6 +9,7 @@ from pathlib import Path
 import zoo
 from tasks.capacity import FACTORS, trade_off
 from tasks.cli import run_script
+from tasks.folders import check_writable
 from tasks.numbers import amount, count
 from tasks.vision_data import VisionData, channels_of
 from zoo.report.chart import Series
@@ -27,6 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("capacity.svg"))
     args = parser.parse_args()
 
+    check_writable("--out", args.out.parent)
     model = zoo.from_pretrained(args.model)
     data = VisionData(args.source, channels=channels_of(model))
     points = trade_off(model, list(data.batches(args.split, model=model)), args.factors, args.choices)
@@ -42,6 +44,7 @@ def main() -> None:
         )
         for number, (drop, k) in enumerate(sorted({(p.drop, p.k) for p in points}))
     ]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(picture(series, "million multiplications an image", "top-1 accuracy, %"))
     print(f"picture: {args.out}")
 

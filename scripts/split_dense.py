@@ -77,7 +77,7 @@ def language(args: argparse.Namespace) -> tuple[Any, list[torch.Tensor]]:
     ids = torch.tensor(AutoTokenizer.from_pretrained(args.model)(text)["input_ids"])
     needed = args.batches * args.batch_size * args.length
     if ids.numel() < needed:
-        raise SystemExit(
+        raise ValueError(
             f"{args.text}: expected at least {needed} tokens for {args.batches} batches, got {ids.numel()}"
         )
     return model, list(ids[:needed].view(shape))
@@ -97,7 +97,7 @@ def vision(args: argparse.Namespace) -> tuple[Any, list[torch.Tensor]]:
     endings, needed = (".jpg", ".jpeg", ".png"), args.batches * args.batch_size
     paths = sorted(path for path in Path(args.images).rglob("*") if path.suffix.lower() in endings)
     if len(paths) < needed:
-        raise SystemExit(
+        raise ValueError(
             f"{args.images}: expected at least {needed} images for {args.batches} batches, got {len(paths)}"
         )
     transform, order = create_transform(**config), torch.randperm(len(paths))[:needed].tolist()

@@ -4,6 +4,7 @@ python scripts/train_language.py my/texts/ --out my-model
 """
 
 import argparse
+import shlex
 
 import lightning.pytorch as pl
 
@@ -35,7 +36,7 @@ def main() -> None:
     trainer = pl.Trainer(max_steps=args.steps, gradient_clip_val=1.0, limit_val_batches=20, default_root_dir="runs")
     trainer.fit(task, data)
     trainer.validate(task, data)
-    print(f"saved to {args.out}; try: python scripts/generate.py {args.out} 'def '")
+    print(f"saved to {args.out}; try: python scripts/generate.py {shlex.quote(args.out)} 'def '")
 
 
 if __name__ == "__main__":

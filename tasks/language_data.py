@@ -55,6 +55,8 @@ class LanguageData(LightningDataModule):
             raise ValueError("source: expected texts by name, got none")
         self.names = list(source) if isinstance(source, Mapping) else []
         if isinstance(prompts, Mapping):
+            if not self.names:
+                raise ValueError("prompts: expected a list, for only where sources have names do prompts go by them")
             for name in prompts:
                 if name not in self.names:
                     raise unknown("source of prompts", name, self.names)
@@ -97,6 +99,8 @@ class LanguageData(LightningDataModule):
         for split in splits.get(stage or TrainerFn.FITTING, ("train", "val")):
             for corpus in self.corpora:
                 tokenize(corpus, split, self.tokenizer)
+        if stage == TrainerFn.FITTING:
+            self.packed("train")  # raises what only training would find out after the sanity check
 
     def packed(self, split: str) -> Packed | Sources:
         """The sequences of a split, of one source each: for training what fills whole ones, else everything."""

@@ -26,7 +26,7 @@ from tasks.cli import TASKS
 from tasks.folders import check_writable, remove_unused
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
-from zoo.parallel.checkpoint import found
+from zoo.parallel.checkpoint import found, is_sharded
 
 TABLES = ("model.router", "model.losses", "model.overrides", "model.teacher")  # options that are tables
 TRAINER_DEFAULTS = {
@@ -259,6 +259,11 @@ class TaskCLI(LightningCLI):
         checkpoint = config.get("ckpt_path")
         if checkpoint and checkpoint not in ("auto", "best", "last", "hpc") and not found(Path(checkpoint)).exists():
             raise ArgumentMistake(f"there is no checkpoint {checkpoint!r}")
+        if checkpoint and (folder := found(Path(checkpoint))).is_dir() and not is_sharded(folder):
+            inside = ", ".join(sorted(str(path) for path in folder.glob("*.ckpt"))[:3])
+            raise ArgumentMistake(
+                f"{checkpoint} is a folder, and no checkpoint" + (f"; it has {inside}" * bool(inside))
+            )
         if checkpoint and Path(checkpoint).is_file() and not zipfile.is_zipfile(checkpoint):
             raise ArgumentMistake(f"{checkpoint} is no checkpoint, or not a whole one")
         with _one_line(*MISTAKES, TypeError, RuntimeError):

@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,7 +18,7 @@ import zoo
 from tasks import conversions, frozen, labels
 from tasks.balance import LayerBalance
 from tasks.callbacks import ExactResume, Throughput
-from tasks.folders import check_writable
+from tasks.folders import check_free
 from tasks.optim import learning_rate, parameter_groups, regroup, said_of, tell
 from zoo.moe import QuantisedExperts, Step
 from zoo.parallel import ExpertParallelStrategy
@@ -139,9 +138,7 @@ class Task(LightningModule):
         export = self.hparams["export"]
         if stage != "fit" or not export:
             return
-        check_writable("export", export)
-        if Path(export).exists() and any(Path(export).iterdir()):
-            raise ValueError(f"export: {export} exists and is not empty")
+        check_free("export", export)
 
     def check_run(self, trainer: Any, data: Any, subcommand: str, checkpoint: str | None) -> None:
         """Raise ValueError for what is wrong with a run of the command line, before any work is done.
@@ -155,6 +152,8 @@ class Task(LightningModule):
         for name, source in sources.items():
             if isinstance(source, str) and (found := layout_of(source)) not in (None, self.reads):
                 raise ValueError(f"{name}: expected {LAYOUTS[self.reads]}, and {source} holds {LAYOUTS[found]}")
+        if trainer.accumulate_grad_batches < 1:
+            raise ValueError(f"accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}")
         if checkpoint and self._conversions:
             self.decided = conversions.decided_in(checkpoint)
         in_parts = isinstance(trainer.strategy, ModelParallelStrategy)

@@ -4,7 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.data import ByteTokenizer, SubwordTokenizer, open_corpus, open_tokenizer
-from zoo.data.tokenizer import open_or_learn_words
+from zoo.data import tokenizer as tokenizer_module
+from zoo.data.corpus import Corpus
+from zoo.data.tokenizer import PIECE, cut, open_or_learn_words
 
 TEXTS = [
     "",
@@ -148,3 +150,42 @@ def test_every_id_is_below_the_size_of_a_vocabulary_with_gaps():
     [(ids, _)] = tokenizer.encode(["a"])
     assert ids.tolist() == [40]
     assert tokenizer.vocab_size == 41
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="a9.' \n\r\té\u2028", max_size=300))
+def test_a_long_text_is_encoded_in_parts_as_it_is_whole(text):
+    """The reference: the backend on the whole text; parts of few letters, so that there are many."""
+    fast = open_tokenizer("bpe:300", Corpus("", "parts", lambda split: iter(["a9 é.\n'aa\n\n a99 9\n" * 40])))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "PIECE", 3)
+        patch.setattr(tokenizer_module, "GROUP", 20)
+        assert "".join(cut(text)) == text
+        [(ids, size), (again, _)] = fast.encode([text, "a\nb" * 20 + text])
+        second = fast.backend.encode("a\nb" * 20 + text, add_special_tokens=False).ids
+    assert ids.tolist() == fast.backend.encode(text, add_special_tokens=False).ids
+    assert again.tolist() == second
+    assert size.sum() == len(text.encode())
+
+
+def test_parts_are_only_for_tokenizers_that_split_at_line_feeds(bpe):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {letter: i for i, letter in enumerate(["<s>", "▁", "a", "\n", "▁a"])}
+    backend = Tokenizer(models.BPE(letters, [("▁", "a")]))  # as Llama 2's: every text begins with a space
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    other = SubwordTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    text = "a\n" * PIECE
+    [(ids, _)] = other.encode([text])
+    assert ids.tolist() == backend.encode(text, add_special_tokens=False).ids
+    assert len(cut(text)) == 2
+
+
+def test_documents_are_neither_truncated_nor_padded(bpe):
+    bpe.backend.enable_truncation(4)
+    bpe.backend.enable_padding(length=9, pad_id=bpe.pad)
+    saved = SubwordTokenizer(bpe.fast)
+    [(ids, _), (short, _)] = saved.encode(["router expert token while return " * 3, "a"])
+    assert saved.decode(ids) == "router expert token while return " * 3
+    assert len(short) == 1

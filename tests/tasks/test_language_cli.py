@@ -275,7 +275,18 @@ def test_layers_of_other_kinds_are_named_in_a_config(text, tmp_path, capsys):
         (["--model.max_new_tokens", "0"], "max_new_tokens must be at least 1, got 0"),
         (["--model.temperature", "-1"], "temperature must be at least 0, got -1.0"),
         (["--model.top_p", "0"], "top_p must be above 0 and at most 1, got 0.0"),
-        (["--model.overrides.hidden_size", "-4"], "negative dimension -4"),
+        (["--model.overrides.hidden_size", "-4"], "hidden_size must be at least 1, got -4"),
+        (["--model.overrides.num_hidden_layers", "0"], "num_hidden_layers must be at least 1, got 0"),
+        (["--model.overrides.num_attention_heads", "3"], "a multiple of num_key_value_heads, got 3 and 2"),
+        (
+            ["--model.overrides", "{hidden_size: 36, num_attention_heads: 4, num_key_value_heads: 2}"],
+            "rotary positions need heads of an even size, got 9",
+        ),
+        (["--model.schedule_steps", "0"], "schedule_steps must be at least 1, got 0"),
+        (["--model.min_lr_ratio", "-1"], "min_lr_ratio must be between 0 and 1, got -1.0"),
+        (["--trainer.accumulate_grad_batches", "0"], "accumulate_grad_batches must be at least 1, got 0"),
+        (["--data.prompts", "{law: [a]}"], "only where sources have names do prompts go by them"),
+        (["--ckpt_path", str(CONFIGS)], "is a folder, and no checkpoint"),
         (["--trainer.max_steps=-1", "--trainer.max_time", "00:01:00:00"], "must know its end: set schedule_steps"),
     ],
 )
@@ -337,6 +348,8 @@ def test_a_mistake_in_a_config_file_names_its_key(content, told, tmp_path, capsy
         ("", [], "text.txt: 1 files, 0 bytes: nothing to train on; give more text"),
         ("hi", [], "text.txt: 1 files, 2 bytes: nothing to val on; give more text"),
         ("one, two, three. " * 500, ["--data.batch_size=5000"], "rows do not fill one batch of 5000"),
+        ("one, two, three. " * 500, ["--data.sequence_length=90000"], "tokens do not fill one sequence of 90000"),
+        ("one, two, three. " * 500, ["--data.num_workers=-1"], "num_workers option should be non-negative"),
         ("one, two, three. " * 500, ["--model.betas", "[2, 3]"], "Invalid beta parameter at index 0: 2.0"),
     ],
 )

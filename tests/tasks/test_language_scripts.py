@@ -29,6 +29,13 @@ def run(monkeypatch, name, *args):
         ("generate.py", ["empty", "x"], "empty/config.json: no such file"),
         ("train_language.py", ["empty.txt", "--out", "made"], "nothing to train on; give more text"),
         ("train_language.py", ["short.txt", "--out", "made"], "nothing to val on; give more text"),
+        ("compress.py", ["model", "short.txt", "--keep", 2, "--out", "full"], "--out: full exists and is not empty"),
+        ("adapt_language.py", ["--out", "full"], "--out: full exists and is not empty"),
+        ("branch_train_mix.py", ["--out", "full"], "--out: full exists and is not empty"),
+        ("branch_train_mix.py", ["--k", 4], "--k: there are 3 experts"),
+        ("branch_train_mix.py", ["--width", 30], "--width: expected a multiple of 8"),
+        ("compare_routers.py", ["--out", "full"], "--out: full has the results of an earlier comparison"),
+        ("compare_routers.py", ["--text", "nowhere"], "no text file matches 'nowhere'"),
         ("split_dense.py", ["vit_tniy"], "unknown model of timm 'vit_tniy'; did you mean"),
         ("classify_images.py", ["model", "empty"], "MixtralForCausalLM; expected a model of images"),
         ("score_table.py", ["model", "rows.csv", "--out", "x"], "MixtralForCausalLM; expected a recommendation model"),
@@ -40,6 +47,8 @@ def test_a_mistake_is_one_line(name, args, told, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "short.txt").write_text("hi")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "routers.csv").write_text("work")
     if "model" in args:
         zoo.save_pretrained(zoo.create_model("language/mixtral_tiny", num_hidden_layers=1), "model")
     with pytest.raises(SystemExit) as done:
@@ -62,4 +71,9 @@ def test_train_continue_and_generate(text, tmp_path, monkeypatch, capsys):
     whole = capsys.readouterr().out
     run(monkeypatch, "generate.py", "second", "router", "--tokens", 9, "--temperature", 0, "--offload", 3)
     assert capsys.readouterr().out == whole
+    # The same seed, whatever loading a model draws.
+    run(monkeypatch, "generate.py", "second", "router", "--tokens", 9)
+    drawn = capsys.readouterr().out
+    run(monkeypatch, "generate.py", "second", "router", "--tokens", 9, "--offload", 3)
+    assert capsys.readouterr().out == drawn
     assert (tmp_path / "second" / "tokenizer.json").read_text() == (tmp_path / "first" / "tokenizer.json").read_text()

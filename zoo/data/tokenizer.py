@@ -7,8 +7,10 @@ tokenizers, and saves itself in the layout `transformers` reads.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,12 +92,23 @@ class SubwordTokenizer:
         self.end: int | None = fast.eos_token_id
         self.pad: int = next(i for i in (fast.pad_token_id, fast.eos_token_id, start) if i is not None)
         self.vocab_size: int = 1 + max(self.backend.get_vocab().values())  # ids may leave gaps
-        self.fingerprint = hashlib.sha256(self.backend.to_str().encode()).hexdigest()[:16]
+        described = self.backend.to_str()
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()[:16]
+        self._cuts = _can_cut(json.loads(described))
+        # Some files say both, for batches of sentences; a document is encoded whole.
+        self.backend.no_truncation()
+        self.backend.no_padding()
 
     def encode(self, texts: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Ids and bytes of each text."""
-        encoded = self.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(np.array(e.ids, dtype=np.int32), _bytes_of(text, e.offsets)) for text, e in zip(texts, encoded)]
+        found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in texts]
+        for group in _groups(
+            (n, part) for n, text in enumerate(texts) for part in (cut(text) if self._cuts else [text])
+        ):
+            encoded = self.backend.encode_batch([part for _, part in group], add_special_tokens=False)
+            for (n, part), e in zip(group, encoded):
+                found[n].append((np.array(e.ids, dtype=np.int32), _bytes_of(part, e.offsets)))
+        return [(np.concatenate([ids for ids, _ in own]), np.concatenate([size for _, size in own])) for own in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, without special tokens."""
@@ -183,8 +196,51 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer=trainer)
+    backend.train_from_iterator((part for text in texts for part in cut(text)), trainer=trainer)
     return str(backend.to_str())
+
+
+# What a tokenizer says of each token takes some two hundred times the text's memory.
+PIECE, GROUP = 1 << 16, 1 << 20  # characters
+_EDGE = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+def cut(text: str) -> list[str]:
+    """Parts of a text that a byte-level BPE encodes one by one as it does the whole, each a little above PIECE long.
+
+    They end after the one line feed between two lines that begin and end with no white space: the BPE splits there, and
+    in the same way at the end of a text. A text without such places is one part.
+    """
+    parts, at = [], 0
+    while at + PIECE < len(text):
+        found = _EDGE.search(text, at + PIECE)
+        if found is None:
+            break
+        parts.append(text[at : found.start()])
+        at = found.start()
+    return [*parts, text[at:]]
+
+
+def _can_cut(described: dict[str, Any]) -> bool:
+    """Whether a tokenizer is a BPE that splits text as GPT-2's does, and changes nothing before that."""
+    splits, added = described["pre_tokenizer"] or {}, described["added_tokens"]
+    known = all(t["special"] or not (t["lstrip"] or t["rstrip"] or "\n" in t["content"]) for t in added)
+    plain = described["normalizer"] is None and not splits.get("add_prefix_space") and known
+    return plain and splits.get("type") == "ByteLevel" and splits.get("use_regex", True)
+
+
+def _groups(parts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    """Parts in groups of at most GROUP characters, or of one."""
+    group: list[tuple[int, str]] = []
+    size = 0
+    for part in parts:
+        if group and size + len(part[1]) > GROUP:
+            yield group
+            group, size = [], 0
+        group.append(part)
+        size += len(part[1])
+    if group:
+        yield group
 
 
 def _as_bytes(backend: Any) -> Any:

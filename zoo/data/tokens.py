@@ -49,10 +49,10 @@ def _write(folder: Path, texts: Iterable[str], tokenizer: Tokenizer) -> None:
         for batch in _batches((text for text in texts if text), 256):
             for ids, size in tokenizer.encode(batch):
                 tail = [] if tokenizer.end is None else [tokenizer.end]
-                row = np.concatenate([[tokenizer.start], ids, tail])
-                sizes = np.concatenate([[NOT_TEXT], size, [NOT_TEXT] * len(tail)])
+                row = np.concatenate([[tokenizer.start], ids, tail], dtype=np.int32, casting="unsafe")
+                sizes = np.concatenate([[NOT_TEXT], size, [NOT_TEXT] * len(tail)], dtype=np.int32, casting="unsafe")
                 for name, values in (("ids", row), ("size", sizes), ("starts", np.array([at]))):
-                    values.astype(_FILES[name]).tofile(files[name])
+                    values.astype(_FILES[name], copy=False).tofile(files[name])
                 at += len(row)
     finally:
         for file in files.values():

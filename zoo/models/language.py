@@ -128,7 +128,30 @@ def configuration(name: str, **fields: Any) -> Any:
     aliases = config_class.attribute_map
     merged = {aliases.get(field, field): value for field, value in preset.items()}
     merged.update({aliases.get(field, field): value for field, value in fields.items()})
-    return config_class(**merged)
+    config = config_class(**merged)
+    _check_sizes(config)
+    return config
+
+
+def _check_sizes(config: Any) -> None:
+    """Raise ValueError for sizes with which a model could be made, or nearly, but not run."""
+    named = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None)
+    groups = heads if groups is None else groups
+    for name, value in {**named, "num_attention_heads": heads, "num_key_value_heads": groups}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if heads % groups:
+        raise ValueError(f"num_attention_heads must be a multiple of num_key_value_heads, got {heads} and {groups}")
+    head = getattr(config, "head_dim", None)
+    if head is None and config.hidden_size < heads:
+        raise ValueError(f"hidden_size must be at least num_attention_heads, got {config.hidden_size} and {heads}")
+    if (size := head or config.hidden_size // heads) % 2:
+        raise ValueError(
+            f"rotary positions need heads of an even size, got {size}: head_dim, or hidden_size {config.hidden_size} "
+            f"over {heads} heads"
+        )
 
 
 def _check_fields(config_class: Any, fields: Mapping[str, Any]) -> None:
