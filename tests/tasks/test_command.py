@@ -1,5 +1,6 @@
 """The command line is instant where it can be, and says what is wrong where it must."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,7 +8,7 @@ import time
 import pytest
 
 import zoo
-from tasks.__main__ import main
+from tasks.__main__ import _COMMANDS, main
 
 
 def test_help_is_instant():
@@ -52,6 +53,33 @@ def test_help_names_every_command(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("language", "models", "demo", "report", "bench"))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["models"], ["language", "--help"], ["--version"]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_traceback(args, buffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    command = [sys.executable, "-m", "tasks", *args]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_is_still_told():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "tasks", "models"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode != 0
+    assert b"No space left" in done.stderr
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(_COMMANDS, "models", interrupted)
+    assert main(["models"]) == 130
 
 
 def test_version(capsys):
