@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from zoo import extras
 from zoo.nearest import unknown
 
 # domain: (its classes, in the module of the same name; what it is)
@@ -75,7 +76,8 @@ def _classes(domain: str, args: Sequence[str], configs: Sequence[dict[str, Any]]
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what is wrong with its arguments and files is one line, with exit status 2."""
     try:
-        main()
+        with extras.named():
+            main()
     except (ValueError, OSError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("zoo", "tasks", "__main__")

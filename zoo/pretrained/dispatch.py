@@ -63,6 +63,7 @@ def from_pretrained(source: str | os.PathLike[str], **options: Any) -> Any:
     return _named(reader.from_pretrained(path, **options), source)
 
 
+@extras.named()
 def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],
