@@ -166,3 +166,9 @@ def test_the_page_of_a_domain_names_its_configs(folder: str) -> None:
     for config in (ROOT / "configs" / folder).glob("*.yaml"):
         numbered = re.sub(r"_\d(?=\.yaml)", "_1", config.name)  # stages are named by their first
         assert f"`{config.name}`" in text or f"`{numbered}` to `_3`" in text, config.name
+
+
+def test_files_that_are_not_python_go_into_the_wheel() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {path.resolve() for top in data for pattern in data[top] for path in (ROOT / top).glob(pattern)}
+    assert found == {*ROOT.glob("configs/*/*.yaml"), ROOT / "zoo" / "py.typed"}

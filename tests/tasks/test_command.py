@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import zoo
 from tasks.__main__ import _COMMANDS, main
+from tasks.cli import CONFIGS, _with_ours
 
 
 def test_help_is_instant():
@@ -147,3 +149,20 @@ def test_a_config_file_that_is_no_yaml_is_one_error(tmp_path, capsys):
     assert "broken.yaml is not YAML" in capsys.readouterr().err
     assert main(["language", "fit", f"--config={scalar}"]) == 2
     assert "expected sections model, data and trainer, got str" in capsys.readouterr().err
+
+
+def test_configs_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config", "configs/language/mixtral_tiny.yaml", "--gpus", "2"]) == 0
+    capsys.readouterr()
+    assert main(["language", "fit", "--config", "configs/language/mixtral_tini.yaml"]) == 2
+    assert "did you mean configs/language/mixtral_tiny.yaml" in capsys.readouterr().err
+    for args in (["--config", "configs/language/mixtral_tiny.yaml"], ["--config=configs/language/mixtral_tiny.yaml"]):
+        told = _with_ours([*args, "--trainer.max_steps", "3"])
+        assert Path(told[-3].removeprefix("--config=")).samefile(CONFIGS / "language" / "mixtral_tiny.yaml")
+    # One's own of the same name goes first.
+    own = tmp_path / "configs" / "language" / "mixtral_tiny.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("model: {network: nothing/here}")
+    assert main(["plan", "--config", "configs/language/mixtral_tiny.yaml", "--gpus", "2"]) == 2
+    assert "nothing/here" in capsys.readouterr().err
