@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -25,8 +26,32 @@ train and run models, a domain each (zoo DOMAIN --help):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status, 2 for a mistake in the arguments."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Run a command; returns the exit status, 2 for a mistake in the arguments, 130 for Ctrl-C."""
+    try:
+        status = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return 141  # 128 + SIGPIPE, as other commands end when what they write to, such as head, has gone
+    return status
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output any more; what is left for it is thrown away then."""
+    import select
+
+    poll = select.poll()
+    poll.register(sys.stdout, select.POLLOUT)
+    gone = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE.format(domains="\n".join(f"  {name:<22}{DOMAINS[name][2]}" for name in DOMAINS)), end="")
         return 0

@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from zoo import extras
 from zoo.nearest import unknown
 
 # domain: (its classes, in the module of the same name; what it is)
@@ -40,6 +41,9 @@ SUBCOMMANDS = {
 }
 
 
+CONFIGS = Path(__file__).parent / "configs"
+
+
 def main(domain: str, argv: Sequence[str] | None = None) -> int:
     """Run a task's command line; returns the exit status, 2 for a mistake in the arguments."""
     args = list(sys.argv[1:] if argv is None else argv)
@@ -50,6 +54,7 @@ def main(domain: str, argv: Sequence[str] | None = None) -> int:
         if args[0] not in SUBCOMMANDS:
             raise unknown(f"subcommand of zoo {domain}", args[0], SUBCOMMANDS)
         configs = [checked_config(path) for path in _config_files(args)]
+        args = _with_ours(args)
         task, data, _ = _classes(domain, args, configs)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,7 +80,8 @@ def _classes(domain: str, args: Sequence[str], configs: Sequence[dict[str, Any]]
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main`; what is wrong with its arguments and files is one line, with exit status 2."""
     try:
-        main()
+        with extras.named():
+            main()
     except (ValueError, OSError, ImportError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         ours = frame.f_globals.get("__name__", "").partition(".")[0] in ("zoo", "tasks", "__main__")
@@ -116,12 +122,27 @@ def _values(args: Sequence[str], *flags: str) -> list[str]:
     return after + [a.partition("=")[2] for a in args if a.startswith(f"{flags[0]}=")]
 
 
+def _with_ours(args: Sequence[str]) -> list[str]:
+    """The same, with the paths of our configs where they lie."""
+    here = {flag + name: f"{flag}{config_path(name)}" for name in _config_files(args) for flag in ("", "--config=")}
+    return [here.get(a, a) for a in args]
+
+
+def config_path(name: str) -> Path:
+    """A config file; one of ours, configs/DOMAIN/NAME.yaml, also where the current folder does not have it."""
+    path = Path(name)
+    ours = CONFIGS.parent / path
+    return ours if not path.exists() and path.parts[:1] == ("configs",) and ours.is_file() else path
+
+
 def checked_config(name: str) -> dict[str, Any]:
     """What a config file says; raises ValueError when it does not exist, or is not YAML with sections."""
-    path = Path(name)
+    path = config_path(name)
     if not path.is_file():
-        siblings = path.parent if path.parent.is_dir() else Path("configs")
-        known = [str(p) for p in siblings.rglob("*.yaml")]
+        if path.parent.is_dir():
+            known = [str(p) for p in path.parent.rglob("*.yaml")]
+        else:
+            known = [str(p.relative_to(CONFIGS.parent)) for p in CONFIGS.glob("*/*.yaml")]
         raise unknown("config file", name, known) if known else ValueError(f"there is no config file {name!r}")
     import yaml
 

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tasks.callbacks import Before, Begun, SaveLast
 from tasks.cli import TASKS
 from tasks.folders import check_writable, remove_unused
+from zoo import extras
 from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found, is_sharded
@@ -88,7 +89,8 @@ OF_ANOTHER, LONG = "Error(s) in loading state_dict", 400  # torch names every te
 def _one_line(*kinds: type[Exception], unless: Callable[[], bool] = lambda: False) -> Iterator[None]:
     """Turn these exceptions into an ArgumentMistake, but where `unless` says otherwise."""
     try:
-        yield
+        with extras.named():
+            yield
     except kinds as error:
         if unless():
             raise

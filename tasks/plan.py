@@ -17,6 +17,10 @@ INTERCONNECTS = {  # bytes a second of a GPU, within a node and between nodes
     "pcie-ethernet": (32e9, 3e9),
 }
 
+# Arguments of tasks that decide what is built.
+WHICH, GATE = ("network", "pretrained", "upcycle"), ("overrides", "router", "losses")
+VISION = {"upcycle", "num_classes", "image_size", "channels", "capacity"}
+
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zoo plan", description=__doc__)
@@ -37,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     try:
         facts, work = read(Path(args.config))
-        for line in lines(args, facts, work):
-            print(line)
+        shown = "\n".join(lines(args, facts, work))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    print(shown)
     return 0
 
 
@@ -49,15 +53,16 @@ def read(config: Path) -> tuple[Any, Any]:
     """The model that a configuration describes, without memory, and the work of a step."""
     import torch
 
-    import zoo
     from tasks import conversions
     from zoo.models import count_parameters
     from zoo.parallel.plan import Facts, Work
 
     content = checked_config(str(config))
     model, data, trainer = (content.get(section) or {} for section in ("model", "data", "trainer"))
-    if not isinstance(model, dict) or not {"network", "pretrained"} & {name for name in model if model[name]}:
-        raise ValueError(f"{config}: a plan needs model.network, the name of a model, or model.pretrained")
+    if not isinstance(model, dict) or not {*WHICH} & {name for name in model if model[name]}:
+        raise ValueError(
+            f"{config}: a plan needs model.network, the name of a model, model.pretrained or model.upcycle"
+        )
     sizes = {}
     for section, settings, name in (
         ("data", data, "batch_size"),
@@ -71,15 +76,11 @@ def read(config: Path) -> tuple[Any, Any]:
             raise ValueError(f"{config}: {section}.{name}: expected a whole number of at least 1, got {size!r}")
     if str(model.get("network")).startswith(("recommendation/", "vision_language/")):  # whose tokens data does not say
         raise ValueError(f"{config}: expected a model of language or vision, got {model['network']}")
-    options = {name: model[name] for name in ("vocab_size", "router", "losses") if model.get(name) is not None}
-    options |= model.get("overrides") or {}
     with torch.device("meta"):
-        if model.get("network"):
-            network: Any = zoo.create_model(model["network"], **options)
-        else:
-            network = zoo.from_pretrained(model["pretrained"], **options)
-        network = conversions.converted(network, conversions.parse(model.get("convert") or []))
+        network = conversions.converted(_task(model, data).build(), conversions.parse(model.get("convert") or []))
     patches = getattr(getattr(network, "patch_embed", None), "num_patches", None)
+    if len({stage["reduction"] for stage in getattr(network, "feature_info", None) or []}) > 1:
+        raise ValueError(f"{config}: a plan needs layers that see equally many tokens, but those of its stages differ")
     sequence = patches or sizes["sequence_length"] or 256
     precision = str(trainer.get("precision", "32"))
     low, kept = precision.startswith(("bf16", "16")), 2 if precision.endswith("16-true") else 4
@@ -94,6 +95,23 @@ def read(config: Path) -> tuple[Any, Any]:
         state=2 * kept,
     )
     return Facts(network, count_parameters(network)[1], count_parameters(network, learning=True)[1]), work
+
+
+def _task(model: dict[str, Any], data: dict[str, Any]) -> Any:
+    """The task that builds the model: of vision where an argument is one of vision's alone."""
+    from tasks.language import LanguageTask
+    from tasks.vision import VisionTask
+
+    if not str(model.get("network")).startswith("vision/") and not VISION & {name for name in model if model[name]}:
+        return LanguageTask(
+            **{name: model[name] for name in (*WHICH, *GATE, "vocab_size") if model.get(name) is not None}
+        )
+    said: dict[str, Any] = {name: data.get(name) for name in ("image_size", "channels")}
+    for ours, theirs in (("image_size", "img_size"), ("channels", "in_chans")):
+        if theirs in (model.get("overrides") or {}):
+            del said[ours]
+    said |= {name: model[name] for name in (*WHICH, *GATE, *VISION) if name in model}
+    return VisionTask(**{name: value for name, value in said.items() if value is not None})
 
 
 def lines(args: argparse.Namespace, facts: Any, work: Any) -> list[str]:

@@ -24,6 +24,19 @@ def test_importing_zoo_loads_nothing_heavy() -> None:
     assert loaded.strip() == "[]"
 
 
+def test_names_that_are_imported_late_are_listed() -> None:
+    listed = run_python("import zoo; print(set(zoo.__all__) <= set(dir(zoo)))")
+    assert listed.strip() == "True"
+
+
+def test_a_library_that_must_not_be_imported_is_not() -> None:
+    """None in sys.modules, as tests of other packages put it there."""
+    blocked = "import sys; sys.modules.update(timm=None, transformers=None); import zoo, zoo.moe"
+    run_python(
+        f"{blocked}; sys.modules['transformers.integrations.moe'] = None; import importlib; importlib.reload(zoo)"
+    )
+
+
 def test_the_core_needs_torch_alone() -> None:
     others = [m for m in HEAVY if m not in ("torch", "numpy", "triton")]
     loaded = run_python(f"import zoo.moe, sys; print([m for m in {others!r} if m in sys.modules])")
@@ -46,6 +59,7 @@ def test_asking_whether_timm_is_there_does_not_keep_our_models_from_it() -> None
         ("timm", "zoo.create_model('vision/vmoe_tiny_test')", "vision"),
         ("transformers", "zoo.create_model('language/mixtral_tiny')", "language"),
         ("timm", "zoo.from_pretrained(folder)", "vision"),
+        ("transformers", "zoo.save_pretrained(__import__('torch').nn.Linear(2, 2), folder + '/new')", "language"),
     ],
 )
 def test_a_missing_library_says_which_extra_has_it(library: str, call: str, extra: str, tmp_path: Path) -> None:
@@ -152,3 +166,9 @@ def test_the_page_of_a_domain_names_its_configs(folder: str) -> None:
     for config in (ROOT / "configs" / folder).glob("*.yaml"):
         numbered = re.sub(r"_\d(?=\.yaml)", "_1", config.name)  # stages are named by their first
         assert f"`{config.name}`" in text or f"`{numbered}` to `_3`" in text, config.name
+
+
+def test_files_that_are_not_python_go_into_the_wheel() -> None:
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = {path.resolve() for top in data for pattern in data[top] for path in (ROOT / top).glob(pattern)}
+    assert found == {*ROOT.glob("configs/*/*.yaml"), ROOT / "zoo" / "py.typed"}

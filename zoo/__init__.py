@@ -82,3 +82,7 @@ def __getattr__(name: str) -> Any:
     if name in ("convert", "models", "moe", "pretrained"):
         return importlib.import_module(f"zoo.{name}")
     raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,7 @@ from types import ModuleType
 
 def when_imported(library: str, module: str, function: str) -> None:
     """Call `module.function()` once module `library` has been imported: now, if it has been already."""
-    if library in sys.modules:
+    if sys.modules.get(library) is not None:  # None says: not to be imported
         getattr(importlib.import_module(module), function)()
     else:
         sys.meta_path.insert(0, _Waiting(library, module, function))

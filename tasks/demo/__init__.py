@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.cli import CONFIGS
+
 from .machine import describe
 
 MARKER = "demo.json"
@@ -120,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config",
         type=Path,
-        default=Path(__file__).parents[2] / "configs" / "language" / "demo.yaml",
+        default=CONFIGS / "language" / "demo.yaml",
         help="configuration of the mixture of experts, as for zoo language fit (default configs/language/demo.yaml)",
     )
     return parser

@@ -10,13 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks.cli import CONFIGS
+
 from .machine import cores_each, in_words
 from .output import write_json
 from .side_by_side import side_by_side
 
 MODELS = {"moe": "MMoE", "dense": "shared bottom"}
 NETWORKS = {"moe": "recommendation/mmoe", "dense": "recommendation/shared_bottom"}
-CONFIG = Path(__file__).parents[2] / "configs" / "recommendation" / "demo.yaml"
+CONFIG = CONFIGS / "recommendation" / "demo.yaml"
 SHARE = 0.08  # of the language part's seconds
 
 

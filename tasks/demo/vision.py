@@ -11,12 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tasks.cli import CONFIGS
+
 from .machine import cores_each, in_words
 from .output import write_json
 from .side_by_side import side_by_side
 
 MODELS = {"moe": "V-MoE", "dense": "dense twin"}
-CONFIG = Path(__file__).parents[2] / "configs" / "vision" / "demo.yaml"
+CONFIG = CONFIGS / "vision" / "demo.yaml"
 SHARE = 0.125  # of the language part's seconds
 
 

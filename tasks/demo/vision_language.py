@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tasks.cli import CONFIGS
+
 from .machine import cores_each, in_words
 from .output import write_json
 from .side_by_side import side_by_side
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "vision_language"
+FOLDER = CONFIGS / "vision_language"
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Pair:
 
 PAIRS = {
     "vision_language": Pair(
-        "LIMoE", CONFIGS / "demo.yaml", 0.25, "ContrastiveTask", "VisionLanguageData", "PairsWatch", {"dense": True}
+        "LIMoE", FOLDER / "demo.yaml", 0.25, "ContrastiveTask", "VisionLanguageData", "PairsWatch", {"dense": True}
     ),
     "instruction": Pair(
         "MoE-LLaVA",
-        CONFIGS / "demo_instruction.yaml",
+        FOLDER / "demo_instruction.yaml",
         0.35,
         "InstructionTask",
         "InstructionData",

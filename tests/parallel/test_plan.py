@@ -170,6 +170,25 @@ def test_operations_with_frozen_weights_are_those_that_torch_counts(kind: str) -
     assert plan.flops + attention == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+@pytest.mark.parametrize("router", ["SoftRouter", "ExpertChoiceRouter"])
+def test_operations_of_experts_that_choose_or_have_slots_are_those_that_torch_counts(router: str) -> None:
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 4}
+    made = {**sizes, "num_classes": 10, "representation_size": 0, "num_experts": 16, "moe_layers": [1, 2]}
+    model = zoo.create_model("vision/vmoe_small_patch32_224", **made, router=router)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(4, 3, 64, 64)).sum().backward()
+    known = facts(model)
+    plan = estimate(known, Sizes(), Work(4 * 64, 64, recompute=False, compute=4), Machine())
+    assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+    # A process of four sends three quarters of what its tokens make: slots, or rows of chosen tokens.
+    shared = estimate(known, Sizes(expert=4), Work(4 * 64, 64, recompute=False, compute=4), Machine())
+    if router == "SoftRouter":
+        rows = 4 * sum(m.router.num_experts * m.router.slots for m in model.modules() if isinstance(m, zoo.moe.MoE))
+        assert shared.sent["all-to-all"] == pytest.approx(rows * 3 / 4 * 96 * 4 * 4)
+    else:
+        assert [stack.k for stack in known.stacks] == [2.0, 2.0]  # the paper's capacity factor
+
+
 @pytest.mark.parametrize("name", ["mixtral_tiny", "qwen3_moe_tiny"])
 def test_activations_are_about_what_autograd_keeps(name: str) -> None:
     model = zoo.create_model(f"language/{name}", **SMALL)
@@ -318,6 +337,7 @@ def test_a_mistake_is_one_line(args: list[str], told: str, capsys: pytest.Captur
         ),
         ("model: {network: language/mixtral_tiny, convert: [{prun: {}}]}", "unknown conversion 'prun'"),
         ("model: {network: language/mixtral_tiny, convert: [share_depth]}", "share weights, which no mesh lays out"),
+        ("model: {network: vision/swin_moe_tiny_test}", "layers that see equally many tokens"),
     ],
 )
 def test_a_configuration_that_cannot_be_planned_is_one_line(
@@ -339,6 +359,23 @@ def test_a_plan_is_of_the_converted_model(tmp_path: Path) -> None:
     whole, half = models
     assert [stack.experts for stack in half.stacks] == [4] * len(whole.stacks)
     assert half.active == whole.active - len(half.stacks) * 4 * half.width  # a row of each gate an expert
+
+
+def test_a_plan_is_of_what_the_task_builds(tmp_path: Path) -> None:
+    """Classes, image size and channels count; a checkpoint goes before a network's name, as in training."""
+    path = tmp_path / "model.yaml"
+    path.write_text("model: {network: vision/vmoe_tiny_test, num_classes: 1000}\ndata: {image_size: 64, channels: 1}")
+    known, work = read(path)
+    whole = zoo.create_model("vision/vmoe_tiny_test", num_classes=1000, img_size=64, in_chans=1)
+    assert local_parameters(known, Sizes()) == sum(p.numel() for p in whole.parameters())
+    assert work.sequence == (64 // 8) ** 2
+    path.write_text("model: {upcycle: {model: vit_tiny_patch16_224, layers: [11], num_experts: 4}, num_classes: 10}")
+    mlp = 2 * 192 * 768 + 192 + 768
+    assert local_parameters(read(path)[0], Sizes()) == 5_526_346 + 3 * mlp + 4 * 192  # of ViT-Ti/16; three copies; gate
+    zoo.save_pretrained(zoo.create_model("language/mixtral_tiny", **SMALL), tmp_path / "small")
+    path.write_text(f"model: {{network: language/mixtral_8x7b, pretrained: {tmp_path}/small}}")
+    small = zoo.create_model("language/mixtral_tiny", **SMALL)
+    assert local_parameters(read(path)[0], Sizes()) == sum(p.numel() for p in small.parameters())
 
 
 @pytest.mark.parametrize(("precision", "kept"), [("32", 4), ("bf16-mixed", 4), ("bf16-true", 2)])

@@ -53,3 +53,14 @@ def test_labels_are_text():
 def test_heat_is_half_at_an_even_load_and_full_from_twice_that():
     cells = svg(heat_map([[0.25, 0.5], [0.0, 0.9]], ["0", "1"], ["10", "20"], 0.25)).iter("rect")
     assert [float(c.get("fill-opacity")) for c in cells] == [0.5, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("window", [None, (float("nan"), float("nan")), (1.0, float("inf"))])
+def test_points_that_are_not_finite_are_left_out(bad, window):
+    kept = [(0, 1.0), (5, 2.0), (10, 3.0)]
+    astray = [(0, 1.0), (2, bad), (5, 2.0), (10, 3.0)]
+    plain, drawn = (line_chart([Series("a", p, "--moe")], "x", "y", window) for p in (kept, astray))
+    assert points(drawn) == points(plain)
+    assert not re.search(r"\b(nan|inf)\b", drawn)
+    assert line_chart([Series("a", [(1, bad)], "--moe")], "x", "y", window) == ""

@@ -141,3 +141,25 @@ def test_spaces_and_line_ends_of_tokens_can_be_seen():
     assert visible(" self") == "·self"
     assert visible("\n        ") == "⏎·8"
     assert visible("____") == "____"
+
+
+@pytest.mark.parametrize("bad", ["nan", "inf"])
+def test_a_run_whose_loss_went_astray_has_a_report(run_folder, bad):
+    for path in run_folder.glob("language/*/*.csv"):
+        head, *lines = path.read_text().splitlines()
+        if (at := head.split(",").index("bits_per_byte") if "bits_per_byte" in head else None) is not None:
+            cells = [line.split(",") for line in lines]
+            told = [",".join([*c[:at], bad, *c[at + 1 :]]) for c in cells[1:]]
+            path.write_text("\n".join([head, *lines[:1], *told]) + "\n")
+    page = build(run_folder).read_text()
+    parsed(page)
+    assert not any(re.search(r"\b(nan|inf)\b", picture) for picture in re.findall(r"<svg.*?</svg>", page, re.S))
+    assert re.search(rf"at equal steps \(\d+\) +{bad} +{bad}", summary(run_folder))
+
+
+@pytest.mark.parametrize("name", ["moe", "dense"])
+def test_a_run_without_a_log_of_training_has_a_summary_without_speed(run_folder, name):
+    (run_folder / "language" / name / "train.csv").unlink()
+    build(run_folder)
+    assert "at equal steps" in summary(run_folder)
+    assert "speed" not in summary(run_folder)

@@ -1,13 +1,16 @@
 """The command line is instant where it can be, and says what is wrong where it must."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 import zoo
-from tasks.__main__ import main
+from tasks.__main__ import _COMMANDS, main
+from tasks.cli import CONFIGS, _with_ours
 
 
 def test_help_is_instant():
@@ -52,6 +55,33 @@ def test_help_names_every_command(capsys):
     assert main([]) == 0
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("language", "models", "demo", "report", "bench"))
+
+
+@pytest.mark.parametrize("args", [["--help"], ["models"], ["language", "--help"], ["--version"]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_gone_is_no_traceback(args, buffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    command = [sys.executable, "-m", "tasks", *args]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_is_still_told():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "tasks", "models"], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode != 0
+    assert b"No space left" in done.stderr
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(_COMMANDS, "models", interrupted)
+    assert main(["models"]) == 130
 
 
 def test_version(capsys):
@@ -119,3 +149,20 @@ def test_a_config_file_that_is_no_yaml_is_one_error(tmp_path, capsys):
     assert "broken.yaml is not YAML" in capsys.readouterr().err
     assert main(["language", "fit", f"--config={scalar}"]) == 2
     assert "expected sections model, data and trainer, got str" in capsys.readouterr().err
+
+
+def test_configs_of_the_package_are_found_from_anywhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config", "configs/language/mixtral_tiny.yaml", "--gpus", "2"]) == 0
+    capsys.readouterr()
+    assert main(["language", "fit", "--config", "configs/language/mixtral_tini.yaml"]) == 2
+    assert "did you mean configs/language/mixtral_tiny.yaml" in capsys.readouterr().err
+    for args in (["--config", "configs/language/mixtral_tiny.yaml"], ["--config=configs/language/mixtral_tiny.yaml"]):
+        told = _with_ours([*args, "--trainer.max_steps", "3"])
+        assert Path(told[-3].removeprefix("--config=")).samefile(CONFIGS / "language" / "mixtral_tiny.yaml")
+    # One's own of the same name goes first.
+    own = tmp_path / "configs" / "language" / "mixtral_tiny.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("model: {network: nothing/here}")
+    assert main(["plan", "--config", "configs/language/mixtral_tiny.yaml", "--gpus", "2"]) == 2
+    assert "nothing/here" in capsys.readouterr().err

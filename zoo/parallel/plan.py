@@ -112,6 +112,8 @@ def _stack_part(stack: Stack, sizes: Sizes) -> int:
 def remote_processes(stack: Stack, parts: int) -> float:
     """To how many other processes a token goes, on average over even routing: k different experts of all."""
     held = -(-stack.experts // parts)
+    if stack.slots:  # every process has slots of every expert
+        return stack.k * (parts - 1) / parts
     k = min(round(stack.k), stack.experts)
     if parts == 1 or stack.experts - held < k:
         return float(parts - 1)
@@ -121,6 +123,7 @@ def remote_processes(stack: Stack, parts: int) -> float:
 
 def estimate(facts: Facts, sizes: Sizes, work: Work, machine: Machine) -> Estimate:
     """What a step takes on a mesh of these sizes."""
+    facts = facts.at(work.sequence)
     found = Estimate(sizes, local_parameters(facts, sizes))
     tensor, fsdp, parts = sizes.tensor, sizes.shard * sizes.expert, sizes.shard * sizes.tensor
     tokens, width, itemsize = work.tokens, facts.width, work.compute
@@ -199,7 +202,8 @@ def _exchanging(stack: Stack, facts: Facts, sizes: Sizes, work: Work, machine: M
 
 def _arriving(stack: Stack, sizes: Sizes, tokens: int) -> float:
     """Rows that come to a process with even routing, its own among them."""
-    return tokens / sizes.tensor * (remote_processes(stack, sizes.expert) + 1)
+    own = stack.k / sizes.expert if stack.slots else 1
+    return tokens / sizes.tensor * (remote_processes(stack, sizes.expert) + own)
 
 
 def _activations(facts: Facts, sizes: Sizes, work: Work) -> float:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from ..moe import Experts, MoE, QuantisedExperts, ShortcutMoE
+from ..moe.routers import ExpertChoiceRouter, SoftRouter
 from .spread import blocks, share_weights, spreadable
 from .tensor import planned
 
@@ -34,6 +37,7 @@ class Stack:
     pair: int = 0  # with a shortcut, those of its two blocks but for gate and experts
     learns: bool = True
     itemsize: int = 4
+    slots: int = 0  # of each expert in a sequence, in Soft MoE
 
 
 class Facts:
@@ -86,18 +90,33 @@ class Facts:
         # Two layers with a shortcut between them are one block.
         self.layers = len(self.units) - 1 + sum(isinstance(m, ShortcutMoE) for m in model.modules())
 
+    def at(self, sequence: int) -> Facts:
+        """The same for sequences of so many tokens: in Soft MoE experts compute slots, as many whatever the tokens."""
+        found = copy(self)
+        found.stacks = [replace(s, k=s.experts * s.slots / sequence) if s.slots else s for s in self.stacks]
+        for stack in (s for s in found.stacks if s.slots):
+            idle = round(sum(math.prod(shape[1:]) for shape in stack.shapes) * (stack.experts - stack.k))
+            # Tokens are mixed into slots, and slots into tokens.
+            found.active += 2 * stack.experts * stack.slots * self.width - idle
+            found.frozen -= 0 if stack.learns else idle
+        return found
+
     @staticmethod
     def _stack(experts: Experts, layer: MoE | None, found: list[nn.Module]) -> Stack:
         shapes, k = tuple(tuple(p.shape) for p in experts.parameters()), 1.0
-        beside = pair = 0
+        beside = pair = slots = 0
         if layer is not None:
-            k = float(getattr(layer.router, "k", 1) or 1)
+            router = layer.router
+            slots = router.slots if isinstance(router, SoftRouter) else 0
+            k = float(getattr(router, "k", 1) or 1)
+            if isinstance(router, ExpertChoiceRouter):
+                k = float(router.capacity.factor)
             beside = _numbers(layer.shared)
             if isinstance(layer, ShortcutMoE):
                 block = next((b for b in found if any(m is layer for m in b.modules())), None)
                 pair = max(0, _numbers(block) - _numbers(layer.experts) - _numbers(layer.router))
         kept = experts.w_out.requires_grad, experts.w_out.element_size()
-        return Stack(experts.num_experts, shapes, k, shapes[0][1], beside, pair, *kept)
+        return Stack(experts.num_experts, shapes, k, shapes[0][1], beside, pair, *kept, slots)
 
 
 def _numbers(module: nn.Module | None) -> int:

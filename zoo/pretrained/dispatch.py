@@ -88,6 +88,7 @@ def layout_of(source: str | os.PathLike[str]) -> str | None:
     return next((layout for layout, has in known if has(path)), "transformers")
 
 
+@extras.named()
 def save_pretrained(
     model: nn.Module,
     folder: str | os.PathLike[str],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from zlib import crc32
 
@@ -37,13 +37,17 @@ class _Scale:
 
 
 def line_chart(series: Sequence[Series], x_label: str, y_label: str, y_range: tuple[float, float] | None = None) -> str:
-    """Curves over common axes; what lies outside y_range is cut off. Without points, an empty string."""
-    drawn = [s for s in series if s.points]
+    """Curves over common axes; what lies outside y_range is cut off. Without points, an empty string.
+
+    Points that are not finite, as a loss that went astray, are left out.
+    """
+    finite = [replace(s, points=[p for p in s.points if all(map(math.isfinite, p))]) for s in series]
+    drawn = [s for s in finite if s.points]
     if not drawn:
         return ""
     xs = [x for s in drawn for x, _ in s.points]
     ys = [y for s in drawn for _, y in s.points]
-    low, high = y_range or (min(ys), max(ys))
+    low, high = y_range if y_range and all(map(math.isfinite, y_range)) else (min(ys), max(ys))
     margin = 0.06 * ((high - low) or abs(high) or 1.0)
     x = _Scale(min(0.0, min(xs)), max(xs) or 1.0, LEFT, WIDTH - RIGHT)
     y = _Scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)

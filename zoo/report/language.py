@@ -48,9 +48,9 @@ def summary(run: Run) -> str:
     if time is None:
         return "stopped before both models were evaluated: nothing to compare yet"
     rates = [speed(trains[name]) for name in ("moe", "dense")]
-    lines.append(
-        f"{'training speed, tokens/s':<30}{rates[0]:>10,.0f}{rates[1]:>10,.0f}{100 * (rates[0] / rates[1] - 1):>11.1f}%"
-    )
+    if all(rates):
+        gain = 100 * (rates[0] / rates[1] - 1)
+        lines.append(f"{'training speed, tokens/s':<30}{rates[0]:>10,.0f}{rates[1]:>10,.0f}{gain:>11.1f}%")
     if time.gain <= 0:
         lines.append("the mixture of experts did not win at equal training time in this run")
     samples = run.document("language", "moe", "samples.json") or []

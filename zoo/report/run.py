@@ -44,6 +44,8 @@ def at(rows: list[Row], x: str, y: str, value: float) -> float:
     right = bisect_left(xs, value)
     if right == 0 or right == len(rows):
         return rows[min(right, len(rows) - 1)][y]
+    if xs[right] == value:  # whatever the row before holds, not a number perhaps
+        return rows[right][y]
     low, high = rows[right - 1], rows[right]
     share = (value - low[x]) / (high[x] - low[x])
     return low[y] + share * (high[y] - low[y])
