@@ -1,10 +1,17 @@
 import gc
 
+import pytest
 import torch
 
 from zoo.moe.kernels import memory
 
-SHAPE = (1024, 1031)  # of no other test
+SHAPE = (1024, 1031)
+
+
+@pytest.fixture(autouse=True)
+def no_memory_of_other_tests(monkeypatch):
+    """A slab a little larger would do too."""
+    monkeypatch.setattr(memory, "_slabs", [])
 
 
 def test_memory_is_used_again_once_no_tensor_holds_it():
