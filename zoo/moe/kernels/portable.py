@@ -51,9 +51,12 @@ def sort_stably(values: Tensor, dim: int = -1, descending: bool = False) -> tupl
     return values.gather(dim, order), order
 
 
-def expert_of_rows(offsets: Tensor, count: int) -> Tensor:
-    """Expert of each of `count` rows sorted by expert, [A] int64, of where each expert's begin, offsets [E + 1]."""
-    if is_portable():
+def expert_of_rows(offsets: Tensor, count: int, compare: bool = False) -> Tensor:
+    """Expert of each of `count` rows sorted by expert, [A] int64, of where each expert's begin, offsets [E + 1].
+
+    By comparisons where asked to, as vmap has no other way, or portable.
+    """
+    if compare or is_portable():
         rows = torch.arange(count, dtype=offsets.dtype, device=offsets.device)
         return (rows.unsqueeze(-1) >= offsets[1:]).sum(-1)
     experts = torch.arange(offsets.numel() - 1, device=offsets.device)

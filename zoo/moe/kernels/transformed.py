@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .activations import get_activation
-from .portable import is_portable
+from .portable import expert_of_rows, is_portable
 
 
 def is_active() -> bool:
@@ -55,12 +55,6 @@ def kept(value: Tensor) -> Tensor:
     return value
 
 
-def _expert_index(offsets: Tensor, count: int) -> Tensor:
-    """Expert of each of `count` rows sorted by expert, [A]."""
-    rows = torch.arange(count, dtype=offsets.dtype, device=offsets.device)
-    return (rows.unsqueeze(-1) >= offsets[1:]).sum(-1)
-
-
 def moe_mlp(
     x: Tensor,
     w_in: Tensor,
@@ -73,7 +67,8 @@ def moe_mlp(
     activation: str,
 ) -> Tensor:
     """The outputs [T, D] that `reference` defines."""
-    experts, cell = w_in.shape[0], token_index * w_in.shape[0] + _expert_index(offsets, token_index.numel())
+    experts = w_in.shape[0]
+    cell = token_index * experts + expert_of_rows(offsets, token_index.numel(), compare=True)
     combine = weight.new_zeros(x.shape[0] * experts).index_add(0, cell, weight).view(-1, experts).to(x.dtype)
     pre = torch.einsum("td,ehd->teh", x, w_in.to(x.dtype))
     if b_in is not None:
@@ -85,6 +80,7 @@ def moe_mlp(
 
 def grouped_linear(rows: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Rows [A, I] through the weights [E, O, I] of their experts, [A, O]."""
-    own = _expert_index(offsets, rows.shape[0]).unsqueeze(-1) == torch.arange(weight.shape[0], device=rows.device)
+    expert = expert_of_rows(offsets, rows.shape[0], compare=True)
+    own = expert.unsqueeze(-1) == torch.arange(weight.shape[0], device=rows.device)
     spread = rows.unsqueeze(1) * own.unsqueeze(-1).to(rows.dtype)
     return torch.einsum("aei,eoi->ao", spread, weight)
