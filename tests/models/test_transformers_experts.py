@@ -138,12 +138,31 @@ def test_plain_experts_are_found_too():
     assert activation_of(NemotronHExperts(config)) == "relu2"
 
 
-@pytest.mark.parametrize("limit", [5.0, 7.5, 1e6])
-def test_another_clamp_than_ours_is_refused_and_never_computed(limit):
+def gpt_oss_experts() -> GptOssExperts:
     experts = GptOssExperts(GptOssConfig(hidden_size=8, intermediate_size=6, num_local_experts=4, head_dim=4))
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=2.0)
+    return experts
+
+
+@pytest.mark.parametrize("limit", [0.3, 5.0, 7.5, 1e6])
+def test_another_limit_is_found_and_computed(limit):
+    experts = gpt_oss_experts()
     assert activation_of(experts) == "swiglu_clamped"
+    x, index, weight = torch.randn(7, 8), torch.randint(0, 4, (7, 2)), torch.rand(7, 2)
+    before = experts_forward(experts, x, index, weight)
     experts.limit = limit
-    with pytest.raises(ValueError, match=f"limit={limit}"):
+    assert activation_of(experts) == f"swiglu_clamped:{limit}"
+    experts.config._experts_implementation = "eager"
+    ours = experts_forward(experts, x, index, weight)
+    torch.testing.assert_close(ours, experts(x, index, weight), rtol=1e-4, atol=1e-4)
+    assert limit > 7 or not torch.allclose(ours, before, rtol=1e-2)
+
+
+def test_another_slope_than_ours_is_refused_and_never_computed():
+    experts = gpt_oss_experts()
+    experts.alpha = 1.5
+    with pytest.raises(ValueError, match=r"limit=7\.0, alpha=1\.5|alpha=1\.5, limit=7\.0"):
         activation_of(experts)
 
 

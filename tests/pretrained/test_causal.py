@@ -139,11 +139,19 @@ def test_losses_capacity_and_other_gates_train(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_another_limit_of_gpt_oss_is_refused():
+def test_another_limit_of_gpt_oss_is_that_of_transformers():
     if "swiglu_limit" not in GptOssConfig().to_dict():
         pytest.skip("this version of transformers knows one limit alone")
-    with pytest.raises(ValueError, match=r"swiglu_limit 5.0; the kernels clamp at 7.0"):
-        zoo.create_model("language/gpt_oss_tiny", swiglu_limit=5.0)
+    sizes = {"num_hidden_layers": 2, "vocab_size": 64}
+    theirs = {
+        limit: causal.class_of("gpt_oss")._from_config(configuration("gpt_oss_tiny", swiglu_limit=limit, **sizes))
+        for limit in (0.5, 7.0)
+    }
+    theirs[7.0].load_state_dict(enlarge(theirs[0.5]).state_dict())
+    tokens = torch.randint(0, 64, (2, 9))
+    ours = image_text.put_layers(copy.deepcopy(theirs[0.5]))(tokens).logits
+    assert error(ours, theirs[0.5](tokens).logits) < 1e-5
+    assert error(ours, theirs[7.0].eval()(tokens).logits) > 1e-3
 
 
 def test_a_dense_model_is_read_as_it_is_and_can_be_upcycled(tmp_path):

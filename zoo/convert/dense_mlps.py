@@ -269,7 +269,7 @@ def _activation_name(name: str, module: nn.Module, gated: bool) -> str:
     with torch.no_grad():
         values = function(x.clone())  # it may work in place
     for known in ACTIVATIONS.values():
-        if known.gated == gated and not known.clamped and torch.allclose(known.point.f(x), values, rtol=0, atol=1e-6):
+        if known.gated == gated and known.plain and torch.allclose(known.point.f(x), values, rtol=0, atol=1e-6):
             return known.name
     known_names = ", ".join(a.name for a in ACTIVATIONS.values() if a.gated == gated)
     label = getattr(function, "__name__", type(function).__name__)

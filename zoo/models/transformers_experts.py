@@ -5,12 +5,13 @@ computes is found out by probing, not by its name: its own gate or activation is
 that it may clamp at, and must equal one of our activations there. Weights in another layout (transposed, or gate and up
 interleaved) are rearranged in each call, through autograd. Whatever cannot be expressed raises ValueError.
 
-Not supported in transformers 5.24: deepseek_v4, glm5_next, hy_v4, hy_v4_vl (SwiGLU clamped at a limit of their own);
-inkling2, inkling2_loop (soft caps inside the gate); muse_spark (a norm after each expert).
+Not supported in transformers 5.24: inkling2, inkling2_loop (soft caps inside the gate); muse_spark (a norm after each
+expert).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..moe import Routing
-from ..moe.kernels import ACTIVATIONS, moe_mlp
+from ..moe.kernels import ACTIVATIONS, get_activation, moe_mlp
 
 NAME = "zoo"
 # Magnitudes to probe at: around the bend of every activation, and far beyond any clamp that a model could mean.
@@ -107,8 +108,10 @@ def _find_activation(experts: Any) -> str:
     else:
         ours = grid[:, None]
         result = experts.act_fn(ours)
-    for name, activation in ACTIVATIONS.items():
-        if activation.gated == gated and _equal(activation.forward(ours), result.double()):
+    plain = [name for name, activation in ACTIVATIONS.items() if activation.gated == gated]
+    limits = {float(v) for v in vars(experts).values() if type(v) in (int, float) and 0 < v < math.inf} if gated else ()
+    for name in plain + [f"{name}:{limit}" for limit in sorted(limits) for name in plain]:
+        if _equal(get_activation(name).forward(ours), result.double()):
             return name
     kind = "gate" if gated else "activation"
     raise ValueError(

@@ -67,8 +67,10 @@ class Experts(nn.Module):
 
     Parameters: gate_up_proj [E, 2F, D] as [gate; up] (gated) or up_proj [E, F, D] (plain); down_proj [E, D, F];
     with `bias`, gate_up_proj_bias [E, 2F] or up_proj_bias [E, F], and down_proj_bias [E, D]. Weights start as
-    `nn.Linear`'s do, each expert on its own. `backend` goes to `zoo.moe.kernels.moe_mlp`. `dropout` acts in training on
-    hidden units and outputs (V-MoE, Switch's expert dropout); no kernel has it, so that such steps are slower.
+    `nn.Linear`'s do, each expert on its own. activation may have a limit behind it: "swiglu:10" clamps gates to at most
+    10 and ups to [-10, 10] before they meet (DeepSeek-V4). `backend` goes to `zoo.moe.kernels.moe_mlp`. `dropout` acts
+    in training on hidden units and outputs (V-MoE, Switch's expert dropout); no kernel has it, so that such steps are
+    slower.
     `weigh_input` multiplies what an expert reads by the combine weight, instead of what it gives: f_e(g_e x), Llama 4.
 
     With `parallel` set, to an `ExpertParallel`, the parameters hold that process's part of the experts (`keep_own`);
@@ -253,4 +255,4 @@ class MLP(nn.Module):
             return self.down_proj(act.forward(up))
         gate = self.gate_proj(x)
         # Put together only where both sides are clamped: the copy costs a tenth of a small layer's time.
-        return self.down_proj(act.forward(torch.cat([gate, up], dim=-1)) if act.clamped else act.point.f(gate) * up)
+        return self.down_proj(act.point.f(gate) * up if act.plain else act.forward(torch.cat([gate, up], dim=-1)))

@@ -63,7 +63,7 @@ class MixLoRAExperts(nn.Module):
         parts = [self._add(name, self._base(name)(x).index_select(0, index), rows, routing) for name in into]
         if self.gate_last:
             parts[0] = parts[0].roll(parts[0].shape[-1] // 2, dims=-1)
-        if len(parts) == 1 or act.clamped:
+        if len(parts) == 1 or not act.plain:
             hidden = act.forward(torch.cat(parts, dim=-1))
         else:
             gate, up = parts

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..moe.kernels.activations import CLAMP_ALPHA, CLAMP_LIMIT
 from .language import TABLES, _deepseek_v2, _deepseek_v3, _mixtral, _softmax, activation_of
 
 
@@ -61,9 +62,12 @@ def _gpt_oss(config: Any) -> dict[str, Any]:
 
 
 def _gpt_oss_activation(config: Any) -> str:
-    if getattr(config, "swiglu_limit", 7.0) != 7.0:
-        raise ValueError(f"gpt_oss: swiglu_limit {config.swiglu_limit}; the kernels clamp at 7.0 alone")
-    return "swiglu_clamped"
+    if getattr(config, "swiglu_alpha", CLAMP_ALPHA) != CLAMP_ALPHA:
+        raise ValueError(
+            f"{config.model_type}: swiglu_alpha {config.swiglu_alpha}; the kernels have {CLAMP_ALPHA} alone"
+        )
+    limit = float(getattr(config, "swiglu_limit", CLAMP_LIMIT))
+    return "swiglu_clamped" if limit == CLAMP_LIMIT else f"swiglu_clamped:{limit}"
 
 
 def _minimax_m2(config: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ BACKENDS = ("cpu", "grouped_mm")
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu:0.7", "swiglu_clamped:1.5"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_and_gradients_are_as_exact_as_a_loops(backend, activation):
     assert_as_exact_as_a_loop(make_case(93, 40, 24, 6, 2, activation, True), backend, torch.float32)

@@ -21,7 +21,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from zoo.bench.gpu.ahead import imagined
-from zoo.moe.kernels import ACTIVATIONS
+from zoo.moe.kernels import get_activation
 from zoo.moe.kernels import triton as kernels
 from zoo.moe.kernels.codes import FORMATS
 from zoo.moe.kernels.triton import choose, plans, tiles
@@ -85,7 +85,7 @@ def launches(imagine: Callable[[int], list[Compiled]]) -> Launches:
             return torch.empty(*shape, dtype=dtype, device="meta")
 
         (D, F), E, T = WIDTHS[rows], EXPERTS, ROWS[rows] * EXPERTS
-        H = 2 * F if ACTIVATIONS[activation].gated else F
+        H = 2 * F if get_activation(activation).gated else F
         w_in, w_out = (empty(E, D, H).mT, empty(E, F, D).mT) if turned else (empty(E, H, D), empty(E, D, F))
         shared = (empty(T, D), w_in, w_out, empty(E, H) if bias else None, empty(E, D) if bias else None)
         routed = (empty(T, dtype=torch.int64), empty(E + 1, dtype=torch.int32), activation)

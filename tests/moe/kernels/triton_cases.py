@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from zoo.moe import Routing
-from zoo.moe.kernels import ACTIVATIONS, moe_mlp, reference
+from zoo.moe.kernels import ACTIVATIONS, get_activation, moe_mlp, reference
 from zoo.moe.kernels import triton as kernels
 from zoo.moe.kernels.triton import plans
 from zoo.moe.kernels.triton.backward import d_hidden
@@ -60,7 +60,7 @@ def make(
     expert: Tensor | None = None,
     keep: Tensor | None = None,
 ) -> Case:
-    H = 2 * F if ACTIVATIONS[activation].gated else F
+    H = 2 * F if get_activation(activation).gated else F
     if expert is None:
         expert = torch.randint(0, E, (T, K))
     r = Routing.from_choices(expert, torch.rand(expert.shape) + 0.1, E, keep=keep)
@@ -113,8 +113,9 @@ def test_every_activation_matches(activation: str, dtype: torch.dtype) -> None:
     check(make(12, 19, 35, 2, activation=activation, dtype=dtype, bias=dtype == torch.float32))
 
 
-def test_gpt_oss_clamp_matches_beyond_its_limit() -> None:
-    c = make(20, 16, 32, 2, activation="swiglu_clamped", bias=True)
+@pytest.mark.parametrize("activation", ["swiglu_clamped", "swiglu_clamped:3", "swiglu:2.5"])
+def test_clamps_match_beyond_their_limits(activation: str) -> None:
+    c = make(20, 16, 32, 2, activation=activation, bias=True)
     check(replace(c, x=c.x * 8))
 
 

@@ -1,15 +1,16 @@
 """Activations an expert may use: forward and derivative, from pre-activations to hidden units.
 
 A gated activation reads pre-activations [A, 2F] laid out as [gate; up] and gives [A, F]; a plain one keeps
-the width. `backward` takes the gradient of the hidden units and gives that of the pre-activations. The forms
-with `out` write into buffers of the caller with as few passes as torch's operators allow.
+the width. A gated one called "name:L" clamps its gate to at most L and its other factor to [-L, L] before they meet:
+"swiglu:10" is DeepSeek-V4's. `backward` takes the gradient of the hidden units and gives that of the pre-activations.
+The forms with `out` write into buffers of the caller with as few passes as torch's operators allow.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -110,18 +111,27 @@ SHARP_SILU = Pointwise(
 
 @dataclass(frozen=True)
 class Activation:
-    """One entry of the table: `point` acts element by element on the gate (or on the only input)."""
+    """One entry of the table: `point` acts element by element on the gate (or on the only input).
+
+    limit: what gate and up are clamped at, None for nothing; shifted: one is added to up afterwards.
+    """
 
     name: str
     gated: bool
     point: Pointwise
-    clamped: bool = False
+    limit: float | None = None
+    shifted: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether a gated activation is no more than f(gate) * up."""
+        return self.limit is None and not self.shifted
 
     def _split(self, pre: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = pre.chunk(2, dim=-1)
-        if self.clamped:
-            return gate.clamp(max=CLAMP_LIMIT), up.clamp(-CLAMP_LIMIT, CLAMP_LIMIT) + 1
-        return gate, up
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate, up + 1 if self.shifted else up
 
     def forward(self, pre: Tensor) -> Tensor:
         """Hidden units [A, F] of pre-activations [A, 2F] (gated) or [A, F] (plain)."""
@@ -136,9 +146,9 @@ class Activation:
             return grad * self.point.df(pre)
         gate, up = self._split(pre)
         d_gate, d_up = grad * up * self.point.df(gate), grad * self.point.f(gate)
-        if self.clamped:
+        if self.limit is not None:
             raw_gate, raw_up = pre.chunk(2, dim=-1)
-            d_gate, d_up = d_gate * (raw_gate <= CLAMP_LIMIT), d_up * (raw_up.abs() <= CLAMP_LIMIT)
+            d_gate, d_up = d_gate * (raw_gate <= self.limit), d_up * (raw_up.abs() <= self.limit)
         return torch.cat([d_gate, d_up], dim=-1)
 
     def forward_out(self, pre: Tensor, out: Tensor, point_out: Tensor | None = None) -> None:
@@ -163,10 +173,10 @@ class Activation:
         d_gate, d_up = out.chunk(2, dim=-1)
         torch.mul(grad, point_out, out=d_up)
         self.point.vjp_into(grad.mul_(up), gate, d_gate)
-        if self.clamped:
+        if self.limit is not None:
             raw_gate, raw_up = pre.chunk(2, dim=-1)
-            d_gate.masked_fill_(raw_gate > CLAMP_LIMIT, 0)
-            d_up.masked_fill_(raw_up.abs() > CLAMP_LIMIT, 0)
+            d_gate.masked_fill_(raw_gate > self.limit, 0)
+            d_up.masked_fill_(raw_up.abs() > self.limit, 0)
 
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -176,7 +186,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("geglu", True, GELU),
         Activation("geglu_tanh", True, GELU_TANH),
         Activation("reglu", True, RELU),
-        Activation("swiglu_clamped", True, SHARP_SILU, clamped=True),
+        Activation("swiglu_clamped", True, SHARP_SILU, limit=CLAMP_LIMIT, shifted=True),
         Activation("relu", False, RELU),
         Activation("relu2", False, RELU2),
         Activation("gelu", False, GELU),
@@ -188,7 +198,20 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def get_activation(name: str) -> Activation:
-    """The activation called `name`; raises ValueError that lists the known ones."""
-    if name not in ACTIVATIONS:
+    """The activation called `name`, or "name:limit" (see the module).
+
+    Raises ValueError that lists the known ones, or for a limit that is no positive number or of a plain activation.
+    """
+    base, colon, limit = name.partition(":")
+    if base not in ACTIVATIONS:
         raise ValueError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
+    known = ACTIVATIONS[base]
+    if not colon:
+        return known
+    try:
+        found = float(limit)
+    except ValueError:
+        found = 0.0
+    if not known.gated or not 0 < found < math.inf:
+        raise ValueError(f"activation {name!r}: expected a gated one and a limit above 0, as in 'swiglu:10'")
+    return replace(known, name=name, limit=found)

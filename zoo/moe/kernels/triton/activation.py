@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..activations import CLAMP_ALPHA, CLAMP_LIMIT, get_activation
+from ..activations import CLAMP_ALPHA, get_activation
 
-# The function that acts on the gate (or the only input), by name of the activation.
+# The function that acts on the gate (or the only input), by name of the activation without its limit.
 FORMS = {
     "swiglu": "silu",
     "geglu": "gelu",
@@ -23,7 +23,6 @@ FORMS = {
 }
 
 # In the interpreter a constant must stand to the right of a tensor.
-LIMIT = tl.constexpr(CLAMP_LIMIT)
 ALPHA = tl.constexpr(CLAMP_ALPHA)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 TWO_SQRT_2_PI = tl.constexpr(1.5957691216057308)
@@ -33,7 +32,12 @@ INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
 def constants(activation: str) -> dict[str, object]:
     """The compile-time arguments that choose an activation in a kernel."""
     act = get_activation(activation)
-    return {"FORM": FORMS[activation], "GATED": act.gated, "CLAMPED": act.clamped}
+    return {
+        "FORM": FORMS[activation.partition(":")[0]],
+        "GATED": act.gated,
+        "LIMIT": act.limit or 0.0,  # 0 for none
+        "SHIFTED": act.shifted,
+    }
 
 
 @triton.jit
@@ -73,21 +77,30 @@ def value_and_slope(x: tl.tensor, FORM: tl.constexpr) -> tuple[tl.tensor, tl.ten
 
 
 @triton.jit
-def clamp_pair(gate: tl.tensor, up: tl.tensor, CLAMPED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """gpt-oss's limits on a gate and its factor; both unchanged otherwise. Written so that NaN stays NaN."""
-    if CLAMPED:
+def clamp_pair(
+    gate: tl.tensor, up: tl.tensor, LIMIT: tl.constexpr, SHIFTED: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    """A gate and its factor as they meet: clamped where LIMIT is not 0. Written so that NaN stays NaN."""
+    if LIMIT > 0:
         gate = tl.where(gate > LIMIT, LIMIT, gate)
-        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+    if SHIFTED:
+        up = up + 1
     return gate, up
 
 
 @triton.jit
 def hidden_units(
-    gate: tl.tensor, up: tl.tensor, FORM: tl.constexpr, GATED: tl.constexpr, CLAMPED: tl.constexpr
+    gate: tl.tensor,
+    up: tl.tensor,
+    FORM: tl.constexpr,
+    GATED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ) -> tl.tensor:
     """Hidden units of pre-activations; `up` is ignored by plain activations."""
     if GATED:
-        gate, up = clamp_pair(gate, up, CLAMPED)
+        gate, up = clamp_pair(gate, up, LIMIT, SHIFTED)
         value, _ = value_and_slope(gate, FORM)
         hidden = value * up
     else:
@@ -102,15 +115,16 @@ def hidden_grads(
     grad: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Gradients of gate and up, given that of the hidden units; the second is meaningless for plain ones."""
     if GATED:
-        gate_c, up_c = clamp_pair(gate, up, CLAMPED)
+        gate_c, up_c = clamp_pair(gate, up, LIMIT, SHIFTED)
         value, slope = value_and_slope(gate_c, FORM)
         d_gate = grad * up_c * slope
         d_up = grad * value
-        if CLAMPED:
+        if LIMIT > 0:
             d_gate = tl.where(gate > LIMIT, 0.0, d_gate)
             d_up = tl.where((up > LIMIT) | (up < -LIMIT), 0.0, d_up)
     else:

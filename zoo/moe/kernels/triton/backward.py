@@ -37,7 +37,8 @@ def epilogue(
     F: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ) -> tl.tensor:
     """Store d_pre and weight * hidden of some columns n; give <dA', hidden> over them."""
     H = 2 * F if GATED else F
@@ -46,11 +47,11 @@ def epilogue(
     up = gate
     if GATED:
         up = tl.load(pre + row[:, None] * H + F + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    hidden = hidden_units(gate, up, FORM, GATED, CLAMPED)
+    hidden = hidden_units(gate, up, FORM, GATED, LIMIT, SHIFTED)
     if scaled is not None:
         store(scaled + row[:, None] * F + n[None, :], hidden * scale, inside)
     if d_pre is not None:
-        d_gate, d_up = hidden_grads(gate, up, acc * scale, FORM, GATED, CLAMPED)
+        d_gate, d_up = hidden_grads(gate, up, acc * scale, FORM, GATED, LIMIT, SHIFTED)
         store(d_pre + row[:, None] * H + n[None, :], d_gate, inside)
         if GATED:
             store(d_pre + row[:, None] * H + F + n[None, :], d_up, inside)
@@ -85,7 +86,8 @@ def d_hidden_kernel(
     stride_sk: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
     FORMAT: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ALONG_K: tl.constexpr,
@@ -140,7 +142,7 @@ def d_hidden_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for i in tl.static_range(4):
         n = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        total += epilogue(parts[i], pre, d_pre, scaled, scale, row, live, n, F, FORM, GATED, CLAMPED)
+        total += epilogue(parts[i], pre, d_pre, scaled, scale, row, live, n, F, FORM, GATED, LIMIT, SHIFTED)
     if partial is not None:
         store(partial + tile_n.to(tl.int64) * A + m, total, live)
 

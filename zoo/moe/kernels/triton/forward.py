@@ -32,7 +32,8 @@ def epilogue(
     F: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ) -> None:
     """Add the biases of some columns n, store pre-activations if kept, and hidden units."""
     H = 2 * F if GATED else F
@@ -45,7 +46,7 @@ def epilogue(
         store(pre + row[:, None] * H + n[None, :], gate, inside)
         if GATED:
             store(pre + row[:, None] * H + F + n[None, :], up, inside)
-    store(hidden + row[:, None] * F + n[None, :], hidden_units(gate, up, FORM, GATED, CLAMPED), inside)
+    store(hidden + row[:, None] * F + n[None, :], hidden_units(gate, up, FORM, GATED, LIMIT, SHIFTED), inside)
 
 
 @triton.jit
@@ -73,7 +74,8 @@ def up_kernel(
     stride_sk: tl.tensor,
     FORM: tl.constexpr,
     GATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SHIFTED: tl.constexpr,
     FORMAT: tl.constexpr,
     DESCRIBED: tl.constexpr,
     ALONG_K: tl.constexpr,
@@ -151,7 +153,7 @@ def up_kernel(
     row = m.to(tl.int64)
     for i in tl.static_range(4):
         n = tile_n * BLOCK_N + i * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)
-        epilogue(gates[i], ups[i], bias, pre, hidden, e, row, live, n, F, FORM, GATED, CLAMPED)
+        epilogue(gates[i], ups[i], bias, pre, hidden, e, row, live, n, F, FORM, GATED, LIMIT, SHIFTED)
 
 
 def up_projection(
