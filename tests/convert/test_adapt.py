@@ -373,3 +373,17 @@ def test_adamix_and_others_are_not_recorded_as_gates():
     made = zoo.adapt(language(), "AdaMix")
     assert any(isinstance(m, AdaMix) for m in made.modules())
     assert not any(isinstance(m, Recorded) for m in made.modules())
+
+
+def test_attention_whose_place_in_a_block_has_no_name_of_its_own_is_found():
+    """Nemotron-H: attention, state-space layers and experts are all called mixer."""
+    model = zoo.create_model("language/nemotron_h_tiny").eval()
+    adapted = zoo.adapt(model, "LoRAMoE")
+    found = {name.removesuffix(".lora") for name, m in adapted.named_modules() if type(m).__name__ == "LoRAExperts"}
+    assert found == {f"model.layers.2.mixer.{part}_proj" for part in "qkvo"}
+    tokens = torch.randint(0, 1024, (2, 9))
+    torch.testing.assert_close(adapted(tokens).logits, model(tokens).logits)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    adapted.train()(tokens, attention_mask=mask, labels=tokens).loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)

@@ -230,3 +230,21 @@ def test_an_optimizer_is_not_half_filled():
     with pytest.raises(ValueError, match=r"layers.0.mlp has GrownExperts, which upcycle does not make"):
         zoo.convert.upcycle_optimizer(old, dense, new, grown)
     assert not new.state
+
+
+def test_blocks_that_tell_token_ids_take_what_conversions_put_there():
+    """DeepSeek-V4, whose blocks hand input_ids to their MLPs, and whose first gates look tokens up."""
+    model = zoo.create_model("language/deepseek_v4_tiny", num_hidden_layers=2, vocab_size=64).eval()
+    tokens = torch.randint(0, 64, (2, 9))
+    logits = model(tokens).logits
+    dense = zoo.to_dense(model, shared=0)
+    for layer, before in zip(dense.model.layers, model.model.layers):
+        assert layer.mlp.activation == "swiglu:10.0"
+        assert layer.mlp.down_proj.weight.shape == before.mlp.experts.down_proj.shape[1:]
+    assert dense(tokens).logits.isfinite().all()
+    again = zoo.split(dense, num_experts=4, k=4)
+    torch.testing.assert_close(again(tokens).logits, dense(tokens).logits, rtol=1e-3, atol=1e-4)
+    for other in (zoo.offload(model, 4), zoo.adapt(model, "LoRA", targets=["down_proj"])):
+        torch.testing.assert_close(other(tokens).logits, logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"experts of a ScoredHashRouter cannot be dropped, its table \[64, 3\] mixes"):
+        zoo.prune(model, 8, by="counts", calibrate=lambda m: [m(tokens, labels=tokens).loss])

@@ -443,3 +443,34 @@ def test_networks_of_positions_inside_attention_are_no_mlps_of_blocks(name):
     assert sum(isinstance(module, MoE) for module in sparse.modules()) == 2
     with torch.no_grad():
         assert torch.allclose(sparse(x), model(x), rtol=1e-4, atol=1e-6)
+
+
+class ClampedMLP(torch.nn.Module):
+    """As DeepSeek-V4's: gate and up are clamped before they meet."""
+
+    def __init__(self, limit, told):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(6, 10), torch.nn.Linear(6, 10)
+        self.down_proj, self.act_fn, self.told = torch.nn.Linear(10, 6), torch.nn.functional.silu, limit
+        if told:
+            self.limit = limit
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=self.told), self.up_proj(x).clamp(-self.told, self.told)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+def test_the_clamps_of_an_mlp_are_those_of_its_experts():
+    model = torch.nn.Sequential(*[torch.nn.ModuleDict({"mlp": ClampedMLP(7.0, True)}) for _ in range(2)])
+    found = recognise("0.mlp", model[0]["mlp"])
+    found.check()
+    assert found.activation == "swiglu:7.0"
+    sparse = zoo.upcycle(model, layers="all", num_experts=4, router={"name": "TopKRouter", "normalize": True})
+    x = 50 * torch.randn(9, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse[0]["mlp"](x), model[0]["mlp"](x))
+
+
+def test_clamps_that_an_mlp_does_not_tell_are_found_out():
+    with pytest.raises(ValueError, match="computes something else than its layers gate_proj, up_proj, down_proj"):
+        recognise("mlp", ClampedMLP(7.0, False)).check()

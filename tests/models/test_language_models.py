@@ -32,6 +32,7 @@ PUBLISHED = {
     "glm_4.5_air": (106.9, 13.4),  # the same: 106B and 12B without embeddings
     "gpt_oss_20b": (20.9, 4.2),  # arXiv 2508.10925, table 1: 20.91B, and 3.61B without the embeddings' 0.58B
     "gpt_oss_120b": (116.8, 5.7),  # the same: 116.83B, and 5.13B without the embeddings' 0.58B
+    "phi_3.5_moe": (41.9, 6.6),  # arXiv 2404.14219: 42B and 6.6B
     "qwen3_next_80b_a3b": (79.7, 3.9),  # model card of Qwen/Qwen3-Next-80B-A3B-Instruct: 80B and 3B without embeddings
 }
 # Layers that a family needs to have one of every kind.
@@ -91,8 +92,10 @@ def test_fresh_weights_are_normal_with_the_familys_width(name):
 @pytest.mark.parametrize("name", TINY)
 def test_tiny_models_learn_and_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
-    number = LAYERS.get(MODELS[name.split("/")[1]][0], 2)
-    model = zoo.create_model(name, num_hidden_layers=number, vocab_size=64)
+    family = MODELS[name.split("/")[1]][0]
+    # Nemotron-H has a list of layers, not a number.
+    number = {} if family == "nemotron_h" else {"num_hidden_layers": LAYERS.get(family, 2)}
+    model = zoo.create_model(name, vocab_size=64, **number)
     tokens = batch(model, (4, 16))
     loss = model(tokens, labels=tokens).loss
     loss.backward()
@@ -131,7 +134,7 @@ def test_other_families_experts_start_as_wide_as_theirs(name):
                 assert abs(weight.std() - std) < 5 * std / weight.numel() ** 0.5
         twin = dense_twin(name, initializer_range=std)
         for mlp in (module for module in twin.modules() if isinstance(module, MLP)):
-            for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight):
+            for weight in (linear.weight for linear in mlp.children()):
                 assert abs(weight.std() - std) < 5 * std / weight.numel() ** 0.5
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..pretrained.context import KEY, MIXERS, _drop, _mask_is_idle, _put, _take
+from ..pretrained.context import ALONE, KEY, MIXERS, _drop, _mask_is_idle, _put, _take, hearer
 from ..pretrained.generating import take_context
 
 OF_SEQUENCES = ("intuition",)  # tables of sequences and numbers, which tokens are not
@@ -76,7 +76,7 @@ def _called_with_ids(model: nn.Module, name: str) -> Any:
 
 def _hands_on(owner: Any, entries: list[Any]) -> bool:
     """Whether keywords reach the attention of every block."""
-    if not hasattr(owner, "config") or not all(any(hasattr(e, name) for name in MIXERS) for e in entries):
+    if not hasattr(owner, "config") or not all(any(hasattr(e, name) for name in (*MIXERS, ALONE)) for e in entries):
         return False
     forwards = [inspect.signature(module.forward).parameters.values() for module in (owner, *entries)]
     return all(any(p.kind is p.VAR_KEYWORD for p in parameters) for parameters in forwards)
@@ -84,7 +84,7 @@ def _hands_on(owner: Any, entries: list[Any]) -> bool:
 
 def _listen(block: Any, adapters: Iterable[nn.Module]) -> None:
     """The attention of a block takes the context out for the block's adapters."""
-    attention = next(getattr(block, name) for name in MIXERS if hasattr(block, name))
+    attention = hearer(block)
     told: Any = _Told()
     attention._adapters_told = [*getattr(attention, "_adapters_told", ()), told]
     if len(attention._adapters_told) == 1:

@@ -91,9 +91,8 @@ def _merged(name: str, adapter: Any, context: dict[str, Any]) -> nn.Module:
 def _weights(name: str, router: Router, context: dict[str, Any]) -> Tensor:
     """The weights of experts [E] of a gate that does not look at tokens."""
     by_label = isinstance(router, (LabelRouter, TaskRouter, TaskMixtureRouter, MoCLERouter))
-    softmax = (
-        isinstance(router, (DenseRouter, MoLERouter, TopKRouter)) and getattr(router, "score", "softmax") != "sigmoid"
-    )
+    softmax = isinstance(router, (DenseRouter, MoLERouter, TopKRouter))
+    softmax = softmax and getattr(router, "score", "softmax") in ("softmax", "softmax_topk")
     if router.merges or not (by_label or (softmax and router.num_experts == 1)):
         raise ValueError(
             f"merge_adapters: the gate of {name}, a {type(router).__name__}, weighs {router.num_experts} experts by "

@@ -147,7 +147,8 @@ def _parts(model: nn.Module, name: str) -> tuple[str, ...]:
             part = MLP[layout.index(inside)]
             fused = layout[0] is None and part == "up" and _is_gated(owner, layout)
             return ("gate", "up") if fused else (part,)
-    if not any("att" in step.lower() for step in path):
+    kind = type(model.get_submodule(".".join(path))).__name__.lower()  # Nemotron-H calls all its parts alike
+    if not any("att" in step.lower() for step in (*path, kind)):
         return ()
     if leaf in FUSED:
         return FUSED[leaf]

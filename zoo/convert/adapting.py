@@ -24,7 +24,7 @@ from ..moe import (
     QuantisedExperts,
     ScaledLinear,
 )
-from ..pretrained.sparse_blocks import _in_pair
+from ..pretrained.sparse_blocks import in_pair, stand_alike
 from ..pretrained.stand_in import stand_in
 from . import adapter_prefix
 from .adapter_build import Place, before_tokens, beside_linears, beside_mlps
@@ -180,10 +180,10 @@ def _place(model: nn.Module, places: list[Place], how: dict[str, Any], share: bo
         owner, _, attribute = place.base.rpartition(".")
         setattr(place.adapter.get_submodule(owner), attribute, base)
         setattr(made.get_submodule(parent), leaf, place.adapter)
+        stand_alike(base, place.adapter)
         for key, hook in list(base._forward_hooks.items()):
-            if hook is _in_pair:  # what the block wants of what is in this place
+            if hook is in_pair:  # the block gets what the adapter makes of one result
                 del base._forward_hooks[key]
-                place.adapter.register_forward_hook(hook)
         inside = set(base.modules())
         for module in place.adapter.modules():
             if module not in inside:  # parts of the model may be in modes of their own

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..moe import Experts, MoE, ResidualExperts, Routing
 from ..moe.kernels import ACTIVATIONS, moe_mlp
 from ..moe.residual import CORE
-from ..pretrained.sparse_blocks import _in_pair
+from ..pretrained.sparse_blocks import in_pair
 
 # gate, up, down; without a gate the MLP is plain, or gate and up are one matrix where it has twice the rows.
 LAYOUTS: tuple[tuple[str | None, str, str], ...] = (
@@ -34,6 +34,8 @@ LAYOUTS: tuple[tuple[str | None, str, str], ...] = (
     (None, "wi", "wo"),  # T5
     (None, "intermediate.dense", "output.dense"),  # BERT, RoBERTa, transformers' ViT: inside the layer, in two modules
 )
+LIMITS = ("limit", "swiglu_limit")  # what gate and up are clamped at: DeepSeek-V4, GLM-5
+FAR = 30.0  # pre-activations that any clamp would show at
 ACTIVATION_NAMES = ("act", "act_fn", "activation_fn", "activation", "intermediate.intermediate_act_fn")
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
@@ -132,30 +134,33 @@ class DenseMLP:
             x = torch.randn(4, self.sizes[0], generator=generator).to(weight.dtype)
             routing = Routing(torch.arange(4), torch.tensor([0, 4], dtype=torch.int32), x.new_ones(4), 4)
         biases = one.get("b_in"), one.get("b_out")
-        found = moe_mlp(
-            x, one["w_in"], one["w_out"], routing, self.activation, "reference", b_in=biases[0], b_out=biases[1]
-        )
-        try:
-            expected = self(x)
-        except TypeError as wrong:  # MPT's MLP, say, adds the residual itself
-            raise ValueError(f"{self.name} takes more than tokens: {wrong}") from wrong
-        error = (found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
-        if found.shape != expected.shape or not error < TOLERANCE.get(weight.dtype, 0.1):
-            raise ValueError(
-                f"{self.name} ({type(self.module).__name__}) computes something else than its layers "
-                f"{', '.join(n for n in self.layout if n)} with {self.activation} (relative difference {error:.1e})"
+        units = (x @ one["w_in"][0].T).abs().max().clamp(min=1e-3)
+        for tokens in (x, x * (FAR / units)):
+            found = moe_mlp(
+                tokens,
+                one["w_in"],
+                one["w_out"],
+                routing,
+                self.activation,
+                "reference",
+                b_in=biases[0],
+                b_out=biases[1],
             )
+            try:
+                expected = self(tokens)
+            except TypeError as wrong:  # MPT's MLP, say, adds the residual itself
+                raise ValueError(f"{self.name} takes more than tokens: {wrong}") from wrong
+            error = (found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(weight.dtype).tiny)
+            if found.shape != expected.shape or not error < TOLERANCE.get(weight.dtype, 0.1):
+                raise ValueError(
+                    f"{self.name} ({type(self.module).__name__}) computes something else than its layers "
+                    f"{', '.join(n for n in self.layout if n)} with {self.activation} (relative difference {error:.1e})"
+                )
 
 
 def answers_in_pair(module: nn.Module) -> bool:
     """Whether the block around an MLP or a `MoE` wants (output, None) of it, as gpt-oss's does."""
-    return _in_pair in module._forward_hooks.values()
-
-
-def answer_as(module: nn.Module, new: nn.Module) -> None:
-    """Let what takes the place of an MLP or a `MoE` answer as that does."""
-    if answers_in_pair(module):
-        new.register_forward_hook(_in_pair)
+    return in_pair in module._forward_hooks.values()
 
 
 def expert_parameter(experts: Experts | ResidualExperts, name: str) -> nn.Parameter:
@@ -270,7 +275,8 @@ def _activation_name(name: str, module: nn.Module, gated: bool) -> str:
         values = function(x.clone())  # it may work in place
     for known in ACTIVATIONS.values():
         if known.gated == gated and known.plain and torch.allclose(known.point.f(x), values, rtol=0, atol=1e-6):
-            return known.name
+            limits = [limit for limit in (getattr(module, n, None) for n in LIMITS) if isinstance(limit, (int, float))]
+            return f"{known.name}:{float(limits[0])}" if gated and limits else known.name
     known_names = ", ".join(a.name for a in ACTIVATIONS.values() if a.gated == gated)
     label = getattr(function, "__name__", type(function).__name__)
     raise ValueError(

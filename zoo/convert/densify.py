@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..moe import MLP, Experts, IsolatedMoE, MoE, ShortcutMoE
 from ..pretrained.adopt import materialize
 from ..pretrained.placement import moe_layers
+from ..pretrained.sparse_blocks import stand_alike
 from .again import made_again_by
 from .arguments import Calibrate, whole
-from .dense_mlps import DenseMLP, activation_attribute, answer_as, is_mlp, part_of, put_part, recognise
+from .dense_mlps import DenseMLP, activation_attribute, is_mlp, part_of, put_part, recognise
 from .dense_relatives import mlp_at, partly_dense, plain_twin
 from .gathering import METHODS, concatenate, method_of, one, scaled, side_by_side, stack_of
 from .origin import made_by
@@ -263,7 +264,7 @@ def _replaced(model: nn.Module, makers: Mapping[str, Callable[[], dict[str, Tens
                 like = recognise(name, MLP(*sizes))
         _write(like, parts, moe.experts.down_proj.requires_grad)
         like.module.train(moe.training)
-        answer_as(moe, like.module)
+        stand_alike(moe, like.module)
         if like.inline:
             inline[like.name] = like
             memo[id(moe)] = nn.Identity()

@@ -15,9 +15,10 @@ from ..moe import Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExpe
 from ..moe.routers import EMoERouter, LLaMAMoERouter, MoEficationRouter, TopKRouter
 from ..pretrained.adopt import gate_arguments
 from ..pretrained.placement import moe_layers
+from ..pretrained.sparse_blocks import stand_alike
 from .again import made_again_by
 from .arguments import Calibrate, whole
-from .dense_mlps import DenseMLP, answer_as, blocks_with_mlps, expert_parameter, recognise
+from .dense_mlps import DenseMLP, blocks_with_mlps, expert_parameter, recognise
 from .origin import made_by
 from .split_groups import Cut, Method, any_groups, cut
 from .split_predictor import fit_predictor
@@ -275,5 +276,5 @@ def _moe(mlp: DenseMLP, router: Any, neurons: Tensor, shared: int, scale: float 
     if isinstance(router, EMoERouter):
         router.follow(experts)
     moe = MoE(router, experts).train(mlp.module.training)
-    answer_as(mlp.module, moe)
+    stand_alike(mlp.module, moe)
     return moe

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..pretrained.context import decoder_of
+from ..pretrained.sparse_blocks import stand_alike
 from .arguments import Calibrate, losses_of
-from .dense_mlps import answer_as, blocks_with_mlps
+from .dense_mlps import blocks_with_mlps
 from .dense_relatives import dense_layers, say_dense
 from .timm_layers import NOTES
 from .usage import evaluating
@@ -136,7 +137,7 @@ def _width(block: nn.Module) -> tuple[int, ...] | None:
 def drop_moe(model: nn.Module, name: str) -> None:
     """Leave out one `MoE`, in place."""
     dropped, moe = Dropped(), model.get_submodule(name)
-    answer_as(moe, dropped)
+    stand_alike(moe, dropped)
     if norm := norm_before(model, name):
         model.set_submodule(norm, nn.Identity().train(moe.training))
     model.set_submodule(name, dropped.train(moe.training))

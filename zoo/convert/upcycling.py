@@ -17,12 +17,12 @@ from ..moe import Experts, MoE, ResidualExperts, Router
 from ..pretrained.adopt import gate_arguments
 from ..pretrained.context import decoder_of, pass_context
 from ..pretrained.placement import moe_layers
+from ..pretrained.sparse_blocks import stand_alike
 from ..pretrained.stand_in import stand_in
 from .arguments import whole, whole_each
 from .dense_mlps import (
     DenseMLP,
     activation_attribute,
-    answer_as,
     blocks_with_mlps,
     expert_parameter,
     is_mlp,
@@ -238,7 +238,7 @@ def _moe(
             own.add_(torch.randn_like(own), alpha=noise * float(weights[part].float().std()))
     experts.requires_grad_(like.requires_grad)
     moe = MoE(router, experts).train(mlp.module.training)
-    answer_as(mlp.module, moe)
+    stand_alike(mlp.module, moe)
     return moe
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..moe import IsolatedMoE, MoE
-from ..moe.routers import MoEPlusPlusRouter, TopKRouter
+from ..moe.routers import MoEPlusPlusRouter, ScoredHashRouter, TopKRouter
 from ..moe.routers.moe_plus_plus import GatingResidual
 from .generating import KEY, take_context
 
 MIXERS = ("self_attn", "linear_attn", "mamba", "conv")  # what a decoder layer has before its MLP
+ALONE = "mixer"  # what it has where it is attention or an MLP (Nemotron-H)
 
 
 class _Link:
@@ -47,7 +48,7 @@ def pass_context(model: Any) -> None:
     base.register_forward_pre_hook(_put, with_kwargs=True)
     for layer in base.layers:
         moe: Any = moe_of(layer)
-        attention = next(getattr(layer, name) for name in MIXERS if hasattr(layer, name))
+        attention = hearer(layer)
         if moe is not None:
             # One plain object in both, so that deepcopy and pickle keep the pair together.
             link: Any = _Link()
@@ -56,6 +57,11 @@ def pass_context(model: Any) -> None:
             moe.register_forward_pre_hook(_use, with_kwargs=True)
         else:
             attention.register_forward_pre_hook(_drop, with_kwargs=True)
+
+
+def hearer(layer: Any) -> Any:
+    """The module of a decoder layer that is handed its unknown keywords: its attention, or itself where it is one."""
+    return layer if hasattr(layer, ALONE) else next(getattr(layer, name) for name in MIXERS if hasattr(layer, name))
 
 
 def decoder_of(model: Any) -> Any:
@@ -144,7 +150,7 @@ def _mask_is_idle(moe: MoE | IsolatedMoE) -> bool:
     if isinstance(moe, IsolatedMoE):
         return all(_mask_is_idle(part) for part in moe.parts)  # type: ignore[arg-type]
     # A gate with a forward pass of its own may look at other tokens than the one it routes.
-    by_itself = isinstance(moe.router, TopKRouter) and type(moe.router).forward is TopKRouter.forward
+    by_itself = type(moe.router).forward in (TopKRouter.forward, ScoredHashRouter.forward)
     dropless = by_itself and moe.router.capacity is None
     return dropless and not moe.training and not moe._recording
 
@@ -166,6 +172,8 @@ def _record_logits(moe: Any, x: Tensor, modality: Tensor | None) -> None:
     from transformers.utils.output_capturing import _active_collector
 
     parts = moe.parts if isinstance(moe, IsolatedMoE) else [moe]
+    if isinstance(parts[0].router, ScoredHashRouter):
+        return  # what a table chooses, no auxiliary loss can balance: transformers leaves it out
     found = _logits(parts[0].router, x)
     if modality is not None:
         for number, part in enumerate(parts[1:], 1):

@@ -139,15 +139,23 @@ CODED = {"codes": "weight", "scales": "weight_scale_inv"}  # what is what of qua
 RELATIVES = {"mistral": "mixtral", "llama": "mixtral", "qwen3": "qwen3_moe"}
 
 
-def check_router(name: str, router: Any, family: Family | SparseBlock, config: Any) -> None:
+def check_router(
+    name: str,
+    router: Any,
+    family: Family | SparseBlock,
+    config: Any,
+    gate: tuple[type[TopKRouter], dict[str, Any]] | None = None,
+) -> None:
     """Raise ValueError unless transformers, reading `config`, would route as `router` does.
 
-    Capacity, losses, noise and jitter have no place in a checkpoint: they belong to training, and are not compared.
+    gate: the class and arguments of the layer's, where the family has several. Capacity, losses, noise and jitter have
+    no place in a checkpoint: they belong to training, and are not compared.
     """
-    if not isinstance(router, TopKRouter):
+    kind, arguments = gate or (TopKRouter, family.router(config))
+    if not isinstance(router, kind):
         raise ValueError(f"{name}: {type(router).__name__} cannot be expressed in the {family.prefix} layout")
     with torch.device("meta"):
-        published = TopKRouter(router.dim, router.num_experts, **family.router(config))
+        published = kind(router.dim, router.num_experts, **arguments)
     if published.group_score == "top2_sum" and (per_group := router.num_experts // published.num_groups) < 2:
         raise ValueError(
             f"{name}: in the {family.prefix} layout transformers adds up the two best experts of each group, and here "

@@ -8,6 +8,7 @@ One row a language model (`sparse_rows`); everything else, vision towers and pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,18 +16,21 @@ from torch import Tensor, nn
 
 from ..moe import MLP, Experts, IsolatedMoE, MoE, Router
 from ..moe.grown import joined_state
-from ..moe.routers import TopKRouter
+from ..moe.routers import ScoredHashRouter
 from . import few_bits
 from .context import decoder_of, moe_of
 from .language import check_router
 from .sparse_rows import BLOCKS, SparseBlock
 
-PLACES = ("mlp", "feed_forward", "block_sparse_moe")
+TABLE = "tid2eid"  # DeepSeek-V4's name of the table that its hash layers look tokens up in
+PLACES = ("mlp", "feed_forward", "block_sparse_moe", "mixer")
 
 
 def row_of(model: Any) -> SparseBlock | None:
-    """The row of a transformers model's language model, None for one without."""
-    return BLOCKS.get(decoder_of(model).config.model_type)
+    """The row of a transformers model's language model, None for one without, or whose blocks are beyond it."""
+    config = decoder_of(model).config
+    row = BLOCKS.get(config.model_type)
+    return None if row is None or row.beyond(config) else row
 
 
 @torch.no_grad()
@@ -50,16 +54,22 @@ def adopt_blocks(
         return []
     config, found = decoder.config, []
     names = {module: name for name, module in model.named_modules()}
-    for layer in decoder.layers:
+    for number, layer in enumerate(decoder.layers):
         for place in PLACES:
             block = getattr(layer, place, None)
             if block is None or not (hasattr(block, "experts") or (row.parts and hasattr(block, row.parts[0]))):
                 continue
-            ours = _ours(block, row, config, make, router_args or {}, backend)
+            gate = make
+            if make is None:
+                kind, arguments = row.gate_of(config, number)
+                gate = partial(partial, kind, **{**arguments, **(router_args or {})})
+            ours = _ours(block, row, config, gate, backend)
             setattr(layer, place, _dense(ours, config) if dense else ours)
             layer.is_moe_layer = False  # Llama 4's layer expects two results where it is
             if row.pair:
-                getattr(layer, place).register_forward_hook(_in_pair)
+                getattr(layer, place).register_forward_hook(in_pair)
+            if row.ids:
+                getattr(layer, place).register_forward_pre_hook(without_ids, with_kwargs=True)
             found.append(f"{names[layer]}.{place}")
     return found
 
@@ -78,18 +88,30 @@ def _dense(moe: Any, config: Any) -> MLP:
     return mlp
 
 
-def _in_pair(moe: nn.Module, args: Any, output: Tensor) -> tuple[Tensor, None]:
+def in_pair(module: nn.Module, args: Any, output: Tensor) -> tuple[Tensor, None]:
+    """A hook for what stands where the block around it expects two results."""
     return output, None
 
 
-def _ours(
-    block: Any, row: SparseBlock, config: Any, make: Any, router_args: dict[str, Any], backend: str
-) -> MoE | IsolatedMoE:
+def without_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook for what stands where the block around it tells input_ids; gates hear of them from `pass_context`."""
+    return args, {name: value for name, value in kwargs.items() if name != "input_ids"}
+
+
+def stand_alike(module: nn.Module, new: nn.Module) -> None:
+    """Let what takes the place of an MLP or a `MoE` be called, and answer, as that."""
+    if in_pair in module._forward_hooks.values():
+        new.register_forward_hook(in_pair)
+    if without_ids in module._forward_pre_hooks.values():
+        new.register_forward_pre_hook(without_ids, with_kwargs=True)
+
+
+def _ours(block: Any, row: SparseBlock, config: Any, make: Any, backend: str) -> MoE | IsolatedMoE:
     shared = getattr(block, row.shared, None) if row.shared else None
     if row.parts:
-        parts = [_moe(getattr(block, part), row, config, make, router_args, backend) for part in row.parts]
+        parts = [_moe(getattr(block, part), row, config, make, backend) for part in row.parts]
         return IsolatedMoE(parts, shared).train(block.training)
-    return _moe(block, row, config, make, router_args, backend, shared).train(block.training)
+    return _moe(block, row, config, make, backend, shared).train(block.training)
 
 
 def _moe(
@@ -97,7 +119,6 @@ def _moe(
     row: SparseBlock,
     config: Any,
     make: Any,
-    router_args: dict[str, Any],
     backend: str,
     shared: nn.Module | None = None,
 ) -> MoE:
@@ -127,8 +148,7 @@ def _moe(
         weight = _to_ours(name, theirs.detach(), row)
         setattr(experts, name, theirs if weight is None else nn.Parameter(weight, theirs.requires_grad))
     with torch.device(gate.weight.device):
-        factory = make(dim, num_experts) if make else None
-        router = factory() if factory else TopKRouter(dim, num_experts, **{**row.router(config), **router_args})
+        router = make(dim, num_experts)()
     for parameter in router.parameters():
         parameter.data = parameter.data.to(gate.weight.dtype)
     _take_over(router, block, row)
@@ -165,6 +185,10 @@ def _take_over(router: Router, block: Any, row: SparseBlock) -> None:
     bias, target = _submodule_tensor(block, row.bias), getattr(router, "selection_bias", None)
     if bias is not None and target is not None and target.numel() == bias.numel():
         router.selection_bias = bias.detach().reshape(target.shape).to(target.dtype).clone()
+    table = getattr(gate, TABLE, None)
+    # A fresh model of transformers has zeros there: every token would meet one expert, several times.
+    if isinstance(router, ScoredHashRouter) and table is not None and (table.is_meta or bool(table.any())):
+        router.table = table.detach().clone()
 
 
 def _submodule_tensor(module: Any, path: str) -> Tensor | None:
@@ -202,6 +226,8 @@ def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[st
         return f"{inside}.{name}", _to_theirs(name.removeprefix("experts."), tensor, row)
     if name in ("router.weight", "router.bias"):
         return f"{inside}.{row.gate}.{name.removeprefix('router.')}", tensor
+    if name == "router.table":
+        return f"{inside}.{row.gate}.{TABLE}", tensor
     if name == "router.selection_bias":
         # ERNIE keeps a row for each group of experts, of which there is one.
         return f"{inside}.{row.bias}", tensor[None] if "moe_statics" in row.bias else tensor
@@ -217,7 +243,7 @@ def check_gates(model: Any) -> None:
     row, config = row_of(model), decoder_of(model).config
     if row is None:
         return
-    for layer in decoder_of(model).layers:
+    for number, layer in enumerate(decoder_of(model).layers):
         block = moe_of(layer)
         for moe in block.parts if isinstance(block, IsolatedMoE) else [block] if block is not None else []:
-            check_router("router", moe.router, row, config)
+            check_router("router", moe.router, row, config, row.gate_of(config, number))

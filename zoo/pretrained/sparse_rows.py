@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..moe.kernels.activations import CLAMP_ALPHA, CLAMP_LIMIT
+from ..moe.routers import TopKRouter
+from . import sparse_gates as gates
 from .language import TABLES, _deepseek_v2, _deepseek_v3, _mixtral, _softmax, activation_of
 
 
@@ -18,7 +19,9 @@ class SparseBlock:
     gate's weight, to the tensor that is added for the choice alone, and to the shared experts. Its experts are
     `transposed` where they are [E, D, 2F] and [E, F, D], `interleaved` where gates and ups take turns, and have
     `biases` or not. `parts` where it has blocks of its own for text and for what was seen; `weigh_input` as in
-    `Experts`; `pair` where it gives a second result, which nothing reads.
+    `Experts`; `pair` where it gives a second result, which nothing reads; `ids` where it is told input_ids. `special`
+    gives the class of a layer's gate and its arguments where that is no `TopKRouter` with those of `router`, else None.
+    `beyond` is true of the configurations whose blocks are none of ours: these models keep transformers' gates.
     """
 
     prefix: str
@@ -33,75 +36,14 @@ class SparseBlock:
     parts: tuple[str, ...] = ()
     weigh_input: bool = False
     pair: bool = False
+    ids: bool = False
     activation: Callable[[Any], str] = activation_of
+    special: Callable[[Any, int], tuple[type[TopKRouter], dict[str, Any]] | None] = lambda config, layer: None
+    beyond: Callable[[Any], bool] = lambda config: False
 
-
-def _normalized(config: Any) -> dict[str, Any]:
-    return {"k": config.num_experts_per_tok, "normalize": True, "normalize_eps": 0.0}
-
-
-def _after(config: Any) -> dict[str, Any]:
-    return {"k": config.num_experts_per_tok, "score": "softmax_topk"}
-
-
-def _aria(config: Any) -> dict[str, Any]:
-    return {"k": config.moe_topk, "score": "softmax_topk"}
-
-
-def _llama4(config: Any) -> dict[str, Any]:
-    return {"k": config.num_experts_per_tok, "score": "sigmoid"}
-
-
-def _ernie(config: Any) -> dict[str, Any]:
-    # The sum of the chosen is divided by, but at least moe_norm_min = 1e-12: the same where any is chosen in earnest.
-    return {"k": config.moe_k, "normalize": True, "normalize_eps": 1e-20, "selection_bias": True}
-
-
-def _gpt_oss(config: Any) -> dict[str, Any]:
-    return {**_after(config), "bias": True}
-
-
-def _gpt_oss_activation(config: Any) -> str:
-    if getattr(config, "swiglu_alpha", CLAMP_ALPHA) != CLAMP_ALPHA:
-        raise ValueError(
-            f"{config.model_type}: swiglu_alpha {config.swiglu_alpha}; the kernels have {CLAMP_ALPHA} alone"
-        )
-    limit = float(getattr(config, "swiglu_limit", CLAMP_LIMIT))
-    return "swiglu_clamped" if limit == CLAMP_LIMIT else f"swiglu_clamped:{limit}"
-
-
-def _minimax_m2(config: Any) -> dict[str, Any]:
-    return {**_normalized(config), "score": "sigmoid", "selection_bias": True}
-
-
-def _lfm2(config: Any) -> dict[str, Any]:
-    return {
-        "k": config.num_experts_per_tok,
-        "score": "sigmoid",
-        "normalize": config.norm_topk_prob,
-        "normalize_eps": 1e-6,
-        "scale": config.routed_scaling_factor,
-        "selection_bias": config.use_expert_bias,
-    }
-
-
-def _afmoe(config: Any) -> dict[str, Any]:
-    return {
-        "k": config.num_experts_per_tok,
-        "score": "sigmoid",
-        "normalize": True,
-        "normalize_eps": 1e-20,
-        "scale": config.route_scale,
-        "selection_bias": True,
-    }
-
-
-def _unnormalized(config: Any) -> dict[str, Any]:
-    return {"k": config.num_experts_per_tok}
-
-
-def _swiglu(config: Any) -> str:
-    return "swiglu"
+    def gate_of(self, config: Any, layer: int) -> tuple[type[TopKRouter], dict[str, Any]]:
+        """The class and the arguments, besides the sizes, of the gate of a decoder layer."""
+        return self.special(config, layer) or (TopKRouter, self.router(config))
 
 
 # By the model_type of the language model's configuration.
@@ -118,18 +60,41 @@ BLOCKS: dict[str, SparseBlock] = {
             "exaone_moe": "ExaoneMoe",
             "glm4v_moe_text": "Glm4vMoe",
             "kimi_linear": "KimiLinear",
+            "dots3_note_text": "Dots3Note",
+            "sarvam_mla": "DeepseekV3",
+            "sarvam_moe": "Glm4Moe",
         }.items()
     },
-    "mimo_v2_flash": SparseBlock("MiMoV2Flash", _deepseek_v3),
-    # softmax over all experts
-    "jamba": SparseBlock("Jamba", _unnormalized, gate="router"),
-    "minimax": SparseBlock("MiniMax", _mixtral),
-    "hunyuan_v1_moe": SparseBlock("HunYuanMoEV1", _normalized, gate="gate.wg", shared="shared_mlp"),
-    "qwen3_next": SparseBlock("Qwen3Next", _softmax, shared="shared_expert", shared_gate="shared_expert_gate"),
-    "qwen3_vl_moe_text": SparseBlock("Qwen3VLMoe", _normalized),
-    "qwen3_5_moe_text": SparseBlock(
-        "Qwen3_5Moe", _normalized, shared="shared_expert", shared_gate="shared_expert_gate"
+    **{
+        name: SparseBlock(prefix, _deepseek_v3, shared="shared_experts", activation=gates.limited)
+        for name, prefix in {"glm5_next_text": "Glm5NextText", "hy_v4": "HYV4", "hy_v4_vl_text": "HYV4VLText"}.items()
+    },
+    "axk2": SparseBlock("AXK2", gates.axk2, shared="shared_experts"),
+    **{
+        name: SparseBlock(prefix, _deepseek_v3)
+        for name, prefix in {"mimo_v2_flash": "MiMoV2Flash", "beam": "Beam"}.items()
+    },
+    "nemotron_h": SparseBlock(
+        "NemotronH",
+        _deepseek_v3,
+        shared="shared_experts",
+        activation=gates.relu2,
+        beyond=lambda config: config.moe_latent_size is not None,
     ),
+    # softmax over all experts
+    "jamba": SparseBlock("Jamba", gates.unnormalized, gate="router"),
+    "minimax": SparseBlock("MiniMax", _mixtral),
+    "hunyuan_v1_moe": SparseBlock("HunYuanMoEV1", gates.normalized, gate="gate.wg", shared="shared_mlp"),
+    "qwen3_next": SparseBlock("Qwen3Next", _softmax, shared="shared_expert", shared_gate="shared_expert_gate"),
+    "qwen3_vl_moe_text": SparseBlock("Qwen3VLMoe", gates.normalized),
+    **{
+        name: SparseBlock(prefix, gates.normalized, shared="shared_expert", shared_gate="shared_expert_gate")
+        for name, prefix in {"qwen3_5_moe_text": "Qwen3_5Moe", "qwen4_exp_text": "Qwen4Exp"}.items()
+    },
+    **{
+        name: SparseBlock(prefix, gates.mistral4, shared="shared_experts")
+        for name, prefix in {"mistral4": "Mistral4", "mistral_large4_text": "MistralLarge4Text"}.items()
+    },
     **{
         name: SparseBlock(prefix, _deepseek_v2, shared="shared_experts")
         for name, prefix in {
@@ -139,7 +104,7 @@ BLOCKS: dict[str, SparseBlock] = {
     },
     # softmax over the chosen
     **{
-        name: SparseBlock(prefix, _after, gate="router")
+        name: SparseBlock(prefix, gates.after, gate="router")
         for name, prefix in {
             "granitemoe": "GraniteMoe",
             "granitemoe_swa": "GraniteMoeSWA",
@@ -148,34 +113,58 @@ BLOCKS: dict[str, SparseBlock] = {
         }.items()
     },
     "aria_text": SparseBlock(
-        "Aria", _aria, gate="router", shared="shared_experts", transposed=True, activation=_swiglu
+        "Aria", gates.aria, gate="router", shared="shared_experts", transposed=True, activation=gates.swiglu
     ),
     "gpt_oss": SparseBlock(
         "GptOss",
-        _gpt_oss,
+        gates.gpt_oss,
         gate="router",
         transposed=True,
         interleaved=True,
         biases=True,
         pair=True,
-        activation=_gpt_oss_activation,
+        activation=gates.gpt_oss_activation,
     ),
     # softmax with a bias for the choice
     "ernie4_5_moe": SparseBlock(
-        "Ernie4_5_Moe", _ernie, bias="gate.moe_statics.e_score_correction_bias", shared="shared_experts"
+        "Ernie4_5_Moe", gates.ernie, bias="gate.moe_statics.e_score_correction_bias", shared="shared_experts"
     ),
     "ernie4_5_vl_moe_text": SparseBlock(
         "Ernie4_5_VLMoe",
-        _ernie,
+        gates.ernie,
         bias="gate.moe_statics.e_score_correction_bias",
         shared="shared_experts",
         parts=("text_moe", "vision_moe"),
     ),
     # sigmoid
-    "afmoe": SparseBlock("Afmoe", _afmoe, gate="router.gate", bias="expert_bias", shared="shared_experts"),
-    "lfm2_moe": SparseBlock("Lfm2Moe", _lfm2, bias="expert_bias", activation=_swiglu),
+    "afmoe": SparseBlock("Afmoe", gates.afmoe, gate="router.gate", bias="expert_bias", shared="shared_experts"),
+    "lfm2_moe": SparseBlock("Lfm2Moe", gates.lfm2, bias="expert_bias", activation=gates.swiglu),
     "llama4_text": SparseBlock(
-        "Llama4", _llama4, gate="router", shared="shared_expert", transposed=True, weigh_input=True
+        "Llama4", gates.llama4, gate="router", shared="shared_expert", transposed=True, weigh_input=True
     ),
-    "minimax_m2": SparseBlock("MiniMaxM2", _minimax_m2, bias="e_score_correction_bias"),
+    "minimax_m2": SparseBlock("MiniMaxM2", gates.minimax_m2, bias="e_score_correction_bias"),
+    "minimax_m3_vl_text": SparseBlock(
+        "MiniMaxM3VL", gates.minimax_m3, shared="shared_experts", activation=gates.gpt_oss_activation
+    ),
+    "hy_v3": SparseBlock("HYV3", gates.hunyuan_v3, bias="e_score_correction_bias", shared="shared_experts"),
+    "laguna": SparseBlock(
+        "Laguna", gates.laguna, shared="shared_experts", beyond=lambda config: config.moe_router_logit_softcapping > 0
+    ),
+    "flint": SparseBlock("Flint", gates.flint, shared="shared_expert"),
+    "cohere2_moe": SparseBlock(
+        "Cohere2Moe",
+        gates.cohere,
+        shared="shared_experts",
+        beyond=lambda config: config.num_shared_experts > 0 and config.shared_expert_combination_strategy != "sum",
+    ),
+    # scores that are none of these, or experts that are drawn or looked up
+    "deepseek_v4": SparseBlock(
+        "DeepseekV4",
+        gates.deepseek_v4,
+        shared="shared_experts",
+        activation=gates.limited,
+        ids=True,
+        special=gates.deepseek_v4_hash,
+    ),
+    "phimoe": SparseBlock("Phimoe", gates.unnormalized, gate="router", special=gates.phimoe),
 }

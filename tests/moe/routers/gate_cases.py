@@ -43,6 +43,7 @@ from zoo.moe.routers import (
     PrototypeRouter,
     RandomRouter,
     ReMoERouter,
+    ScoredHashRouter,
     SentenceRouter,
     SinkhornRouter,
     SiRARouter,
@@ -168,6 +169,11 @@ GATES: dict[str, Gate] = {
     "hash of the previous token": Gate(
         lambda d, e: HashRouter(d, e, table=range(8), feature="previous"),
         context=lambda x, cluster: {"token_ids": cluster},
+    ),
+    "hash, scored (DeepSeek-V4)": Gate(
+        lambda d, e: ScoredHashRouter(d, e, table=[[c, (c + 3) % 8] for c in range(8)]),
+        context=lambda x, cluster: {"token_ids": cluster},
+        active=2,
     ),
     "hash, several (MultiHash)": Gate(
         lambda d, e: HashRouter(d, e, table=[[c // 2 for c in range(8)], [4 + c % 4 for c in range(8)]], hashes=2),

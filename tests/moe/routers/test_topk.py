@@ -34,6 +34,7 @@ def chosen_by_loop(
         scores = {
             "softmax": [v / sum(exps) for v in exps],
             "sigmoid": [1 / (1 + math.exp(-v)) for v in row],
+            "sqrt_softplus": [math.sqrt(math.log1p(math.exp(v))) for v in row],
             "softmax_topk": row,
         }[score]
         choice = [s + (0.0 if bias is None else float(bias[e])) for e, s in enumerate(scores)]
@@ -64,7 +65,7 @@ def close(actual: Tensor, expected: Tensor, rtol: float = 1e-12) -> None:
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize(("tokens", "num_experts", "k"), [(37, 8, 2), (5, 6, 6), (1, 3, 1), (0, 4, 2)])
 def test_weights_match_a_loop(score: Any, normalize: bool, tokens: int, num_experts: int, k: int) -> None:
@@ -104,7 +105,7 @@ def test_selection_bias_moves_the_choice_and_not_the_weight() -> None:
     close(out[:, 3], logits.softmax(-1)[:, 3])
 
 
-@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"])
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_gradient_of_the_weights_is_that_of_finite_differences(score: Any, normalize: bool, renormalize: bool) -> None:
@@ -304,6 +305,17 @@ def test_scores_that_float16_cannot_tell_from_zero_give_no_weight() -> None:
     assert logits.grad.isfinite().all()
 
 
+def test_the_root_of_softplus_has_finite_gradients_where_it_is_zero_and_where_it_is_a_root() -> None:
+    logits = torch.tensor([[-1e4, -200.0, -80.0, 0.0, 30.0, 1e4]]).requires_grad_()
+    out = weights(TopKRouter(4, 6, 6, score="sqrt_softplus"), logits)
+    expected = [0.0, 0.0, math.exp(-40.0), math.sqrt(math.log(2)), math.sqrt(30.0), 100.0]
+    torch.testing.assert_close(out[0].tolist(), expected, rtol=1e-5, atol=0)
+    (slope,) = torch.autograd.grad(out.sum(), logits)
+    half = 0.5 / math.sqrt(math.log(2)) / 2
+    expected = [0.0, 0.0, math.exp(-40.0) / 2, half, 0.5 / math.sqrt(30.0), 0.5 / 100.0]
+    torch.testing.assert_close(slope[0].tolist(), expected, rtol=1e-5, atol=0)
+
+
 def test_the_selection_bias_stays_float32_in_a_bfloat16_model() -> None:
     router = TopKRouter(4, 4, selection_bias=True)
     router.selection_bias.fill_(1 + 1e-3)  # type: ignore[union-attr]
@@ -349,7 +361,7 @@ def test_built_on_the_meta_device_and_reset() -> None:
     ("options", "message"),
     [
         ({"k": 9}, "k must be between 1 and num_experts=8, got 9"),
-        ({"score": "relu"}, "score must be one of ('softmax', 'softmax_topk', 'sigmoid'), got 'relu'"),
+        ({"score": "relu"}, "score must be one of ('softmax', 'softmax_topk', 'sigmoid', 'sqrt_softplus'), got 'relu'"),
         ({"noise": "gumbel"}, "noise must be one of"),
         ({"num_groups": 3}, "8 experts do not split into num_groups=3"),
         ({"num_groups": 0}, "8 experts do not split into num_groups=0"),

@@ -32,6 +32,7 @@ from .product_key import ProductKeyRouter
 from .prototype import PrototypeRouter
 from .random_expert import RandomRouter
 from .remoe import ReMoERouter
+from .scored_hash import ScoredHashRouter
 from .sentence import SentenceRouter
 from .sinkhorn import SinkhornRouter
 from .sira import SiRARouter
@@ -86,6 +87,7 @@ __all__ = [
     "SMEARRouter",
     "SMoEDropoutRouter",
     "SMoPRouter",
+    "ScoredHashRouter",
     "SentenceRouter",
     "SiRARouter",
     "SinkhornRouter",

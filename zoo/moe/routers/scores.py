@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """sqrt(log(1 + e^z)), DeepSeek-V4's score of an expert; 0 with gradient 0 where e^z is lost."""
+    tiny = torch.finfo(logits.dtype).tiny
+    soft = F.softplus(logits)
+    return soft.clamp(min=tiny).sqrt() * (soft >= tiny)
+
+
+# Scores that an expert gets by itself, whatever the others'.
+OF_EACH: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
 def standardized(logits: Tensor, scale: float) -> Tensor:

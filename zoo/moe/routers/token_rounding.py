@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from .scores import shares
+from .scores import OF_EACH, shares
 from .topk import TopKRouter
 
 Rounding = Literal["nearest", "up", "down", "balanced"]
@@ -83,7 +83,7 @@ class TokenRoundingRouter(TopKRouter):
         """What an added token's result counts, [T, E]."""
         if self.score == "softmax_topk":
             return scores.softmax(-1)
-        if self.score == "sigmoid" and self.normalize:
+        if self.score in OF_EACH and self.normalize:
             return shares(scores, self.normalize_eps)
         return scores
 

@@ -18,7 +18,7 @@ from ..routing import Routing, count_experts
 from .base import Router, added, is_recomputation
 from .context import label_sources
 from .groups import GroupSize, check_groups, group_tokens
-from .scores import inside_best_groups, shares, standardized
+from .scores import OF_EACH, inside_best_groups, shares, standardized
 
 NOISE_FLOOR = 1e-2  # Shazeer 2017, tensor2tensor: the least width of learned noise
 
@@ -36,17 +36,18 @@ class TopKRouter(Router):
         Skywork-MoE   normalize_logits=1.0 (2406.06563, section 4.1: lambda (z - mean z) / std z); see `SkyworkRouter`
         DeepSeek-V2   num_groups, group_topk, group_score="max", scale
         DeepSeek-V3   score="sigmoid", normalize=True, selection_bias=True, group_score="top2_sum", scale=2.5
+        DeepSeek-V4   score="sqrt_softplus", normalize=True, selection_bias=True, scale=1.5; see `ScoredHashRouter`
         Megatron      group_score=k // group_topk; for k=1 it leaves sigmoid scores as they are: normalize=False
 
-    score: "softmax" over all experts, "softmax_topk" over the k chosen logits, or "sigmoid". normalize divides the
-    chosen weights by their sum plus normalize_eps, scale multiplies them. selection_bias adds a buffer [E] to the
-    scores for the choice alone; `zoo.moe.balance.update_biases` moves it by bias_update_rate. With num_groups > 1 a
-    token only chooses inside the group_topk groups of highest score: the maximum, the sum of the two best experts or of
-    that many best. Other groups' experts count as group_fill: -inf as in the authors' code; 0, as in transformers
-    before 5.23, lets a negative bias choose outside the groups. jitter multiplies the router's input by
-    U(1-jitter, 1+jitter), noise adds N(0, noise_std^2) ("fixed") or N(0, (softplus(x W_n^T) + 0.01)^2) ("learned") to
-    the logits; both, and the losses, only in training; with eval_losses those that need no noise are reported in
-    evaluation too, as V-MoE does.
+    score: "softmax" over all experts, "softmax_topk" over the k chosen logits, or of each expert by itself "sigmoid" or
+    "sqrt_softplus". normalize divides the chosen weights by their sum plus normalize_eps, scale multiplies them.
+    selection_bias adds a buffer [E] to the scores for the choice alone; `zoo.moe.balance.update_biases` moves it by
+    bias_update_rate. With num_groups > 1 a token only chooses inside the group_topk groups of highest score: the
+    maximum, the sum of the two best experts or of that many best. Other groups' experts count as group_fill: -inf as in
+    the authors' code; 0, as in transformers before 5.23, lets a negative bias choose outside the groups. jitter
+    multiplies the router's input by U(1-jitter, 1+jitter), noise adds N(0, noise_std^2) ("fixed") or
+    N(0, (softplus(x W_n^T) + 0.01)^2) ("learned") to the logits; both, and the losses, only in training; with
+    eval_losses those that need no noise are reported in evaluation too, as V-MoE does.
     capacity may be the factor alone. group_size is its scope: the whole batch, that many consecutive tokens, or
     "sequence", at most group_sequences consecutive sequences; the last group is filled up with tokens that ask for
     nothing. dtype is the arithmetic's, None for the input's; float64 stays.
@@ -62,7 +63,7 @@ class TopKRouter(Router):
         num_experts: int,
         k: int = 2,
         *,
-        score: Literal["softmax", "softmax_topk", "sigmoid"] = "softmax",
+        score: Literal["softmax", "softmax_topk", "sigmoid", "sqrt_softplus"] = "softmax",
         normalize: bool = False,
         normalize_eps: float = 1e-20,
         normalize_logits: float | None = None,
@@ -112,7 +113,7 @@ class TopKRouter(Router):
         """Raise ValueError on the first option that is unknown or does not fit."""
         gate = type(self).__name__
         known: tuple[tuple[str, object, tuple[object, ...]], ...] = (
-            ("score", self.score, ("softmax", "softmax_topk", "sigmoid")),
+            ("score", self.score, ("softmax", "softmax_topk", *OF_EACH)),
             ("noise", self.noise, (None, "fixed", "learned")),
         )
         for name, value, choices in known:
@@ -245,15 +246,15 @@ class TopKRouter(Router):
 
     def _probs(self, logits: Tensor) -> Tensor:
         """The scores as a distribution over experts, [T, E]."""
-        if self.score == "sigmoid":
-            return shares(logits.sigmoid(), self.normalize_eps)
+        if self.score in OF_EACH:
+            return shares(OF_EACH[self.score](logits), self.normalize_eps)
         return logits.softmax(-1)
 
     def _scores(self, logits: Tensor) -> Tensor:
         """What the combine weights are taken from, [T, E]."""
         if self.score == "softmax":
             return logits.softmax(-1)
-        return logits.sigmoid() if self.score == "sigmoid" else logits
+        return OF_EACH[self.score](logits) if self.score in OF_EACH else logits
 
     def _preference(self, logits: Tensor, mask: Tensor | None) -> Tensor | None:
         """What experts are chosen by, [T, E], where that is not the scores."""
@@ -280,11 +281,13 @@ class TopKRouter(Router):
                 choice = inside_best_groups(choice, *groups)
             expert = top_k(choice, self.k)[1]
             weight = scores.gather(-1, expert)
+        return expert, self._weights(weight)
+
+    def _weights(self, chosen: Tensor) -> Tensor:
+        """The combine weights [T, K] of chosen scores."""
         if self.score == "softmax_topk":
-            weight = weight.softmax(-1)
-        if self.normalize:
-            weight = shares(weight, self.normalize_eps)
-        return expert, weight
+            chosen = chosen.softmax(-1)
+        return shares(chosen, self.normalize_eps) if self.normalize else chosen
 
     def _count_load(self, asked: Tensor) -> None:
         """Remember how often each expert was asked for, for the loss-free bias; a recomputation does not count."""
@@ -303,7 +306,7 @@ class TopKRouter(Router):
             return keep
         if self.capacity.drop in ("priority", "priority_sum") and (self.normalize or self.score == "softmax_topk"):
             # Weights that sum to one a token do not tell tokens apart; the router's confidence does.
-            scores = self._scores(logits) if self.score == "sigmoid" else logits.softmax(-1)
+            scores = self._scores(logits) if self.score in OF_EACH else logits.softmax(-1)
             weight = scores.gather(-1, asked.clamp(max=self.num_experts - 1))
         return self.capacity.keep_in_groups(asked, weight, self.num_experts, places, size)
 
