@@ -18,6 +18,7 @@ from .moe import (
     DepthRouter,
     Experts,
     HyperExperts,
+    LatentExperts,
     MoA,
     MoH,
     NeuronExperts,
@@ -29,7 +30,8 @@ from .nearest import unknown
 from .pretrained.placement import moe_layers
 
 EXPERTS: dict[str, type[nn.Module]] = {
-    c.__name__: c for c in (Experts, HyperExperts, NeuronExperts, ResidualExperts, ZeroComputationExperts)
+    c.__name__: c
+    for c in (Experts, HyperExperts, LatentExperts, NeuronExperts, ResidualExperts, ZeroComputationExperts)
 }
 ATTENTION: dict[str, type[nn.Module]] = {c.__name__: c for c in (MoA, MoH, SwitchHead)}
 LAYERS = "layers"

@@ -32,6 +32,7 @@ PUBLISHED = {
     "glm_4.5_air": (106.9, 13.4),  # the same: 106B and 12B without embeddings
     "gpt_oss_20b": (20.9, 4.2),  # arXiv 2508.10925, table 1: 20.91B, and 3.61B without the embeddings' 0.58B
     "gpt_oss_120b": (116.8, 5.7),  # the same: 116.83B, and 5.13B without the embeddings' 0.58B
+    "nemotron_3_nano_30b_a3b": (31.6, 3.6),  # arXiv 2512.20848: 31.6B, and 3.6B with embeddings
     "phi_3.5_moe": (41.9, 6.6),  # arXiv 2404.14219: 42B and 6.6B
     "qwen3_next_80b_a3b": (79.7, 3.9),  # model card of Qwen/Qwen3-Next-80B-A3B-Instruct: 80B and 3B without embeddings
 }

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import zoo
 from zoo.models.language import MODELS, configuration
-from zoo.moe import IsolatedMoE, MoE
+from zoo.moe import IsolatedMoE, LatentExperts, MoE
 from zoo.pretrained import causal, image_text, sparse_blocks
 from zoo.pretrained.language import FAMILIES
 from zoo.pretrained.sparse_rows import BLOCKS
@@ -105,8 +105,26 @@ def test_language_models_inside_others_give_transformers_outputs_on_our_layers(f
     assert error(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_experts_of_latent_tokens_are_those_of_transformers(bias, tmp_path):
+    """Nemotron 3 Super: LatentMoE."""
+    torch.manual_seed(0)
+    sizes = {"moe_latent_size": 48, "mlp_bias": bias, "vocab_size": 64}
+    theirs = enlarge(causal.class_of("nemotron_h")._from_config(configuration("nemotron_h_tiny", **sizes)))
+    theirs.save_pretrained(tmp_path / "a")
+    ours, tokens = zoo.from_pretrained(tmp_path / "a"), torch.randint(0, 64, (2, 9))
+    experts = [module for module in ours.modules() if isinstance(module, LatentExperts)]
+    assert [module.latent_dim for module in experts] == [48, 48]
+    assert error(ours(tokens).logits, theirs(tokens).logits) < 1e-5
+    zoo.save_pretrained(ours, tmp_path / "b")
+    before, after = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    parts = zoo.from_pretrained(tmp_path / "a", offload=4)  # our own reader, tensor by tensor
+    assert error(parts(tokens).logits, theirs(tokens).logits) < 1e-5
+
+
 BEYOND = {
-    "nemotron_h": {"moe_latent_size": 16},
     "laguna": {"moe_router_logit_softcapping": 5.0},
     "cohere2_moe": {"num_shared_experts": 1},
 }

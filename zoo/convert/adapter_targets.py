@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..moe import LoRAExperts, MixLoRAExperts, MoE, ZeroComputationExperts
+from ..moe import LatentExperts, LoRAExperts, MixLoRAExperts, MoE, ZeroComputationExperts
 from ..moe.adapted import Columns, _Beside, features
 from ..moe.lora_of_experts import unfit
 from ..pretrained.context import MIXERS
@@ -132,8 +132,8 @@ def _stacks(model: nn.Module, within: str) -> Iterator[tuple[str, nn.Module, str
     for name, module in model.named_modules():
         inside = not within or f"{name}.".startswith(f"{within}.")
         if inside and isinstance(module, MoE) and not isinstance(module.experts, (LoRAExperts, MixLoRAExperts)):
-            zeros = isinstance(module.experts, ZeroComputationExperts)
-            path = "experts.mlp" if zeros else "experts"
+            around = isinstance(module.experts, (LatentExperts, ZeroComputationExperts))
+            path = "experts.mlp" if around else "experts"
             yield f"{name}.{path}".lstrip("."), module.get_submodule(path), block_of(model, name) or name
 
 

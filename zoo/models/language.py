@@ -41,7 +41,8 @@ def build(
     that gate, or to the family's own. What a gate goes by besides tokens, such as a task, the model is told as
     model(..., moe_context={"task": 1}). In the same form, each starting as its class says:
         experts    other experts than gated MLPs: {"name": "ZeroComputationExperts", "constant": 1}, "NeuronExperts",
-                   "ResidualExperts", {"name": "HyperExperts", "adapter_dim": 64}
+                   "ResidualExperts", {"name": "HyperExperts", "adapter_dim": 64},
+                   {"name": "LatentExperts", "latent_dim": 256}
         attention  heads as experts: {"name": "MoH", "num_shared_heads": 1, "k": 2}, "SwitchHead", "MoA" with its gate
                    {"name": "MoA", "num_experts": 8, "router": {"name": "TopKRouter", "k": 2}}; "layers" says where
         mixture_of_depths  {"capacity": 0.125, "sampling": "predictor", "layers": "every-2"}

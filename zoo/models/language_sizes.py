@@ -66,6 +66,10 @@ _GPT_OSS = {
     },
 }
 
+# Nemotron 3 Nano's layers, as its configuration writes them: state spaces, experts, attention.
+_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+_KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention"}
+
 # name: (family, configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral_tiny": ("mixtral", {**_TINY, "intermediate_size": 256, "num_local_experts": 8}),
@@ -231,6 +235,28 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phimoe_tiny": ("phimoe", {**_TINY, "intermediate_size": 128, "num_local_experts": 16}),
+    "nemotron_3_nano_30b_a3b": (
+        "nemotron_h",
+        {
+            "hidden_size": 2688,
+            "layers_block_type": [_KINDS[kind] for kind in _NANO],
+            "num_attention_heads": 32,
+            "num_key_value_heads": 2,
+            "head_dim": 128,
+            "intermediate_size": 1856,
+            "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 6,
+            "routed_scaling_factor": 2.5,
+            "mamba_num_heads": 64,
+            "mamba_head_dim": 64,
+            "ssm_state_size": 128,
+            "n_groups": 8,
+            "max_position_embeddings": 262144,
+            "vocab_size": 131072,
+        },
+    ),
     "phi_3.5_moe": ("phimoe", {"attention_bias": True, "lm_head_bias": True}),
     "mixtral_8x7b": ("mixtral", {"max_position_embeddings": 32768}),
     "mixtral_8x22b": (

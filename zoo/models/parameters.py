@@ -26,6 +26,7 @@ def count_parameters(model: nn.Module, learning: bool = False) -> tuple[int, int
         Experts,
         GrownExperts,
         IsolatedMoE,
+        LatentExperts,
         LoRAExperts,
         LoRAOfExperts,
         MixLoRAExperts,
@@ -42,7 +43,7 @@ def count_parameters(model: nn.Module, learning: bool = False) -> tuple[int, int
         total += sum(m.numbers for m in model.modules() if isinstance(m, elsewhere))
     active = float(total)
     counted: set[int] = set()
-    alike = (Experts, GrownExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, ResidualExperts)
+    alike = (Experts, GrownExperts, LatentExperts, LoRAExperts, LoRAOfExperts, MixLoRAExperts, ResidualExperts)
     for name, layer in model.named_modules():
         if isinstance(layer, IsolatedMoE):
             # What the other parts would have active: the experts that no token of theirs meets are out already.
@@ -66,12 +67,14 @@ def _numbers(module: nn.Module, learning: bool) -> int:
 
 def _stacked(layer: Recorded, counted: set[int], learning: bool) -> int:
     """How many parameters the experts of a layer have together, those of stacks that were counted left out."""
-    from ..moe import AdaptedLinear, HeadExperts, LoRAOfExperts, MoA, MoE, MoH, ScaledLinear
+    from ..moe import AdaptedLinear, HeadExperts, LatentExperts, LoRAOfExperts, MoA, MoE, MoH, ScaledLinear
 
     if isinstance(layer, AdaptedLinear):
         return _numbers(layer.lora, learning)
     if isinstance(layer, MoE):
         stacked, experts = 0, layer.experts
+        if isinstance(experts, LatentExperts):
+            experts = experts.mlp  # every token goes the way in and out
         for stack in [experts.base, experts.lora] if isinstance(experts, LoRAOfExperts) else [experts]:
             held = id(next(itertools.chain(stack.parameters(), stack.buffers()), stack))
             if held not in counted:

@@ -17,6 +17,7 @@ from .grown import GrownExperts
 from .hyper import HyperExperts, HyperNetwork
 from .isolated import IsolatedMoE
 from .kernels.portable import portable
+from .latent import LatentExperts
 from .layer import MoE, Step, record
 from .lora import LoRAExperts
 from .lora_of_experts import LoRAOfExperts
@@ -59,6 +60,7 @@ __all__ = [
     "HyperNetwork",
     "IsolatedMoE",
     "KeyValues",
+    "LatentExperts",
     "LoRAExperts",
     "LoRALinear",
     "LoRAOfExperts",

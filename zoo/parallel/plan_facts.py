@@ -82,7 +82,7 @@ class Facts:
         config = getattr(model, "config", None)
         self.heads = getattr(config, "num_attention_heads", 0) or 0
         self.kv_heads = getattr(config, "num_key_value_heads", None) or self.heads
-        self.width = next((e.dim for e in stacks.values()), 0) or getattr(config, "hidden_size", 0)
+        self.width = next((m.router.dim for m in layers.values()), 0) or getattr(config, "hidden_size", 0)
         head = max(getattr(config, "head_dim", None) or 0, self.width // self.heads if self.heads else 0)
         self.attention = self.heads * head
         self.vocabulary = getattr(config, "vocab_size", 0) or 0

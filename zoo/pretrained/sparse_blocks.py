@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..moe import MLP, Experts, IsolatedMoE, MoE, Router
+from ..moe import MLP, Experts, IsolatedMoE, LatentExperts, MoE, Router
 from ..moe.grown import joined_state
 from ..moe.routers import ScoredHashRouter
 from . import few_bits
@@ -23,6 +23,7 @@ from .language import check_router
 from .sparse_rows import BLOCKS, SparseBlock
 
 TABLE = "tid2eid"  # DeepSeek-V4's name of the table that its hash layers look tokens up in
+LATENT = ("experts.to_latent.", "experts.from_latent.")
 PLACES = ("mlp", "feed_forward", "block_sparse_moe", "mixer")
 
 
@@ -75,11 +76,18 @@ def adopt_blocks(
 
 
 def _dense(moe: Any, config: Any) -> MLP:
-    experts, shared = moe.experts, moe.shared
-    width = moe.router.k * experts.hidden_dim + (0 if shared is None else shared.down_proj.in_features)
+    experts, shared, width = moe.experts, moe.shared, moe.router.k
+    if isinstance(experts, LatentExperts):
+        # As many numbers in all: k experts of narrower tokens, and the way in and out.
+        parts = 3 if experts.mlp.gated else 2
+        width = round((width * experts.mlp.hidden_dim + 2 * experts.dim / parts) * experts.latent_dim / experts.dim)
+        experts = experts.mlp
+    else:
+        width *= experts.hidden_dim
+    width += 0 if shared is None else shared.down_proj.in_features
     weight = experts.down_proj
     with weight.device:
-        mlp = MLP(experts.dim, width, experts.activation, experts.b_in is not None).to(weight.dtype)
+        mlp = MLP(moe.router.dim, width, experts.activation, experts.b_in is not None).to(weight.dtype)
     for name, parameter in mlp.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()
@@ -147,12 +155,18 @@ def _moe(
         theirs = getattr(block.experts, name)
         weight = _to_ours(name, theirs.detach(), row)
         setattr(experts, name, theirs if weight is None else nn.Parameter(weight, theirs.requires_grad))
+    around: Any = experts
+    if row.latent and isinstance(getattr(block, row.latent[0]), nn.Linear):
+        into, out = (getattr(block, name) for name in row.latent)
+        with torch.device("meta"):
+            around = LatentExperts(num_experts, into.in_features, hidden, experts.activation, latent_dim=dim)
+        around.to_latent, around.mlp, around.from_latent = into, experts, out
     with torch.device(gate.weight.device):
-        router = make(dim, num_experts)()
+        router = make(around.dim, num_experts)()
     for parameter in router.parameters():
         parameter.data = parameter.data.to(gate.weight.dtype)
     _take_over(router, block, row)
-    moe = MoE(router, experts, shared=shared, shared_gate=row.shared_gate is not None)
+    moe = MoE(router, around, shared=shared, shared_gate=row.shared_gate is not None)
     if row.shared_gate and moe.shared_gate is not None:
         moe.shared_gate = getattr(block, row.shared_gate)
     return moe
@@ -219,6 +233,11 @@ def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[st
     if name.startswith("parts."):
         _, number, name = name.split(".", 2)
         inside = f"{block}.{row.parts[int(number)]}"
+    if row.latent and name.startswith(LATENT):
+        _, ours, name = name.split(".", 2)
+        return (f"{inside}.{row.latent[ours == 'from_latent']}.{name}", tensor)
+    if row.latent:
+        name = name.replace("experts.mlp.", "experts.")
     if name.startswith("experts.") and name.endswith(("_codes", "_scales")):
         name, tensor = few_bits.of_oss(name, tensor)
         return f"{inside}.{name}", tensor

@@ -19,7 +19,8 @@ class SparseBlock:
     gate's weight, to the tensor that is added for the choice alone, and to the shared experts. Its experts are
     `transposed` where they are [E, D, 2F] and [E, F, D], `interleaved` where gates and ups take turns, and have
     `biases` or not. `parts` where it has blocks of its own for text and for what was seen; `weigh_input` as in
-    `Experts`; `pair` where it gives a second result, which nothing reads; `ids` where it is told input_ids. `special`
+    `Experts`; `pair` where it gives a second result, which nothing reads; `ids` where it is told input_ids; `latent`
+    are the linear layers around its experts, where their tokens are narrower. `special`
     gives the class of a layer's gate and its arguments where that is no `TopKRouter` with those of `router`, else None.
     `beyond` is true of the configurations whose blocks are none of ours: these models keep transformers' gates.
     """
@@ -37,6 +38,7 @@ class SparseBlock:
     weigh_input: bool = False
     pair: bool = False
     ids: bool = False
+    latent: tuple[str, str] | None = None
     activation: Callable[[Any], str] = activation_of
     special: Callable[[Any, int], tuple[type[TopKRouter], dict[str, Any]] | None] = lambda config, layer: None
     beyond: Callable[[Any], bool] = lambda config: False
@@ -79,7 +81,7 @@ BLOCKS: dict[str, SparseBlock] = {
         _deepseek_v3,
         shared="shared_experts",
         activation=gates.relu2,
-        beyond=lambda config: config.moe_latent_size is not None,
+        latent=("fc1_latent_proj", "fc2_latent_proj"),
     ),
     # softmax over all experts
     "jamba": SparseBlock("Jamba", gates.unnormalized, gate="router"),
