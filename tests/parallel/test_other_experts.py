@@ -1,4 +1,4 @@
-"""Grown and residual experts over processes: what one process computes and learns."""
+"""Grown, residual and latent experts over processes: what one process computes and learns."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from zoo.parallel import Sizes
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 64, "initializer_range": 0.2}
 MESHES = {"replicate": Sizes(replicate=2), "shard": Sizes(shard=2), "expert": Sizes(expert=2)}
-NAMES = ("grown", "residual")
+NAMES = ("grown", "latent", "residual")
 
 
 def made(name: str) -> Any:
     torch.manual_seed(0)
-    experts = {"experts": "ResidualExperts"} if name == "residual" else {}
-    model = zoo.create_model("language/mixtral_tiny", **SIZES, **experts)
+    experts = {"residual": "ResidualExperts", "latent": {"name": "LatentExperts", "latent_dim": 12}}.get(name)
+    model = zoo.create_model("language/mixtral_tiny", **SIZES, experts=experts)
     if name == "grown":
         return zoo.grow(model, num_new=3, noise=0.5)
     with torch.no_grad():
