@@ -247,10 +247,13 @@ class RecommendationTask(Task):
         losses = self._over_processes(self.model.task_losses(outputs, batch), batch)
         loss = self.weighting(losses, self.model)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("loss", loss.detach(), prog_bar=True, logger=False)
-            self.log("train/loss", loss.detach())
+            # The mean over processes of losses that are scaled as above is that over all rows.
+            values = torch.stack([loss, *losses.values()]).detach()
+            shown: Any = self.trainer.strategy.reduce(values, reduce_op="mean")
+            self.log("loss", shown[0], prog_bar=True, logger=False)
+            self.log("train/loss", shown[0])
             # A loss of exactly 0 is that of a task without a label in the batch.
-            self.log_dict({f"train/loss/{name}": value.detach() for name, value in losses.items() if value != 0})
+            self.log_dict({f"train/loss/{name}": value for name, value in zip(losses, shown[1:]) if value != 0})
             if type(self.weighting) is not FixedWeighting:
                 self.log_dict({f"train/weight/{name}": value for name, value in self.weighting.factors().items()})
         return self.with_auxiliary(loss, step)
