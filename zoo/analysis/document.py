@@ -13,7 +13,7 @@ from ..moe import Decision, Routing
 from .agreement import routing_over_training
 from .conditional import Key, add_counts, asked_and_dropped, chance_std, decision_std, explained
 from .experts import expert_similarity, met_together, shared
-from .walk import decisions
+from .walk import decisions, is_soft
 
 COMPARED = 4  # batches on which earlier checkpoints are compared
 
@@ -74,7 +74,7 @@ class _Tally:
         """Add a decision on tokens with these keys."""
         add_counts(self.counts, decision, values, self.layer)
         self.places = self.places + asked_and_dropped(decision, sequence_length)
-        if isinstance(decision, Routing):
+        if isinstance(decision, Routing) and not is_soft(decision):
             self.together = self.together + met_together(decision)
 
     def figures(self, minimum: float) -> dict[str, Any]:
