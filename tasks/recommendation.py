@@ -280,7 +280,7 @@ class RecommendationTask(Task):
         """Keep what is predicted, and what the gates decide."""
         assert self._use is not None
         real = batch.row >= 0
-        with self._use.watch(real) as step:
+        with self._use.watch(real, self.model.inputs.domain(batch)) as step:
             outputs = self.model(batch)
         self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
         self._balance.update(step, real)
