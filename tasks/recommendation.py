@@ -26,7 +26,7 @@ from tasks import recommendation_tables
 from tasks.folders import check_writable
 from tasks.optim import Beside
 from tasks.recommendation_data import RecommendationData, of_checkpoint
-from tasks.recommendation_evaluation import TableMetrics, figure_names
+from tasks.recommendation_evaluation import TableMetrics, check_precision, figure_names
 from tasks.recommendation_gates import ExpertUse
 from tasks.recommendation_parts import Parts, fingerprint, input_files
 from tasks.training import Overrides, Task
@@ -137,6 +137,8 @@ class RecommendationTask(Task):
                     f"{type(trainer.strategy).__name__} lays out in parts; take another, or trainer.strategy ddp"
                 )
             recommendation_tables.check(self.hparams, data.schema, trainer)
+        if subcommand != "predict":
+            check_precision(data.schema, trainer)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
             if subcommand == "fit":  # raises ValueError where the rows do not fill a batch of one process

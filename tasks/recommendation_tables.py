@@ -30,8 +30,9 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
                 f"dim {width} of feature {f.name!r}: tables that learn in backward are a multiple of {WIDTH} wide; use "
                 f"one, {without}"
             )
-    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
-        raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
+    if trainer.precision in ("16-mixed", "16-true", "bf16-true", "64-true"):
+        other = "32-true" if trainer.precision == "64-true" else "bf16-mixed"
+        raise ValueError(f"precision {trainer.precision}: tables learn in float32; use {other}, {without}")
     if (batches := trainer.accumulate_grad_batches) > 1:
         raise ValueError(
             f"accumulate_grad_batches {batches}: tables learn in every backward, from each batch apart; use a larger "

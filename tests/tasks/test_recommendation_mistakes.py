@@ -79,6 +79,11 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
         (["--model.embedding_lrr", "1"], "did you mean model.embedding_lr"),
         (["--model.sharding=column_wise"], "rowwise_adagrad has one step size"),
         (["--trainer.precision=bf16-true"], "tables learn in float32; use bf16-mixed"),
+        (["--trainer.precision=64-true"], "tables learn in float32; use 32-true"),
+        (
+            ["--trainer.precision=bf16-true", "--model.embedding_optimizer=null"],
+            "precision bf16-true: it would round the labels of task 'seconds' too; use bf16-mixed",
+        ),
         (
             [
                 "--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}",
