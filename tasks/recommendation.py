@@ -284,7 +284,9 @@ class RecommendationTask(Task):
         real = batch.row >= 0
         with self._use.watch(real, self.model.inputs.domain(batch)) as step:
             outputs = self.model(batch)
-        self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
+        # In float32 probabilities above 1 - 2^-24 are 1: such rows would tie, and lose twice what they do.
+        wide = {name: out.double() for name, out in outputs.items()}
+        self._metrics.add(self.model.predictions(wide), batch.labels, batch.group, batch.weight, real)
         self._balance.update(step, real)
 
     test_step = validation_step
