@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.data.tables_schema import Categorical, Schema
@@ -40,6 +41,12 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
         )
     if settings["non_finite"] == "skip":
         raise ValueError(f"non_finite skip: tables have moved by the time a gradient is seen; use stop, {without}")
+    for callback in trainer.callbacks if trainer.world_size > 1 else ():
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} averages whole weights, and tables are split over processes: use one "
+                f"process, {without}"
+            )
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         name = type(trainer.strategy).__name__
         raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")

@@ -95,6 +95,10 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
             ["--model.weighting=gradnorm", "--model.network=recommendation/single_task", "--model.overrides=null"],
             "shares none",
         ),
+        (
+            ["--trainer.callbacks+=tasks.averaging.RunningAverage", "--trainer.devices=2", "--trainer.strategy=ddp"],
+            "RunningAverage averages whole weights, and tables are split over processes: use one process, or set",
+        ),
         (["--model.activation_checkpointing=true"], "keeps too little to gain from it"),
         (["--model.pretrained=somewhere"], "leave out overrides and router"),
         (["--data.source", "sinthetic", "--data.schema=null"], "did you mean synthetic"),
