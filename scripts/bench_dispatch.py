@@ -106,6 +106,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.experts % args.processes:
         parser.error(f"{args.processes} processes do not divide {args.experts} experts")
+    if args.k > args.experts:
+        parser.error(f"--k: expected at most --experts {args.experts}, got {args.k}")
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(worker, args=(args, folder), nprocs=args.processes, start_method="fork")
 

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 
 import zoo
+from tasks.cli import run_script
+from tasks.folders import check_writable
 from tasks.numbers import count
 from zoo.moe import OffloadedExperts
 
@@ -73,6 +75,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="the system forgets the files before every token")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json:
+        check_writable("--json", args.json.parent)
 
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as root:
@@ -124,6 +128,7 @@ def main() -> None:
             note = f", {read:.1f} experts read a token, {least / took:.2f} of the limit" if read else ""
             print(f"{name:26} {1 / took:7.2f} tokens/s, {whole / took:.3f} of in memory{note}")
         if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -139,4 +144,4 @@ def by_accelerate(folder: Path, root: Path, layers: int) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 import zoo
+from tasks.cli import run_script
+from tasks.folders import check_writable
 from zoo.bench.turns import Contestant, compare, machine, measure_steps
 from zoo.models import count_parameters
 from zoo.models.language import MODELS, configuration
@@ -45,7 +47,14 @@ def options() -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: expected at least 1")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.sequence < 2:
+        parser.error("--sequence: expected at least 2 tokens, of which the first foretells the second, got 1")
+    if args.json:
+        check_writable("--json", args.json.parent)
+    cuda = torch.cuda.is_available()
+    args.device = args.device or ("cuda" if cuda else "cpu")
+    if args.device.partition(":")[0] not in ("cpu", "cuda") or (args.device != "cpu" and not cuda):
+        parser.error(f"--device: expected cpu{' or cuda' if cuda else ', as there is no GPU'}, got {args.device}")
     return args
 
 
@@ -164,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

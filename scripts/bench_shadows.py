@@ -9,6 +9,7 @@ manner of FlexMoE). Means over steps, all processes together; nothing is sent or
 """
 
 import argparse
+import math
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
     parser.add_argument("--skew", type=float, default=1.2, help="exponent of Zipf's law, 1.2 by default")
     args = parser.parse_args()
+    if args.experts % args.processes:
+        parser.error(f"{args.processes} processes do not divide {args.experts} experts")
+    if args.k > args.experts:
+        parser.error(f"--k: expected at most --experts {args.experts}, got {args.k}")
+    if not math.isfinite(args.skew):
+        parser.error(f"--skew: expected a finite number, got {args.skew}")
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.randperm(args.experts, generator=generator)
     before, after = (trace(args, args.steps, generator, order) for _ in range(2))

@@ -15,6 +15,7 @@ import argparse
 import torch
 from torch import Tensor
 
+from tasks.cli import run_script
 from tasks.numbers import count
 from zoo.moe import Routing
 from zoo.moe.routers import TopKRouter
@@ -149,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

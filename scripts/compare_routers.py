@@ -340,8 +340,10 @@ def main() -> None:
     parser.add_argument("--routers", nargs="+", default=["*"], help="names or patterns of rows; default all")
     parser.add_argument("--text", default="stdlib", help="what the language model reads (see tasks.language)")
     args = parser.parse_args()
-    if not any(fnmatchcase(name, pattern) for name in ("dense twin", *GATES) for pattern in args.routers):
-        parser.error(f"no gate is called {' or '.join(args.routers)}; there are: dense twin, {', '.join(GATES)}")
+    known = ("dense twin", *GATES)
+    for pattern in args.routers:
+        if not any(fnmatchcase(name, pattern) for name in known):
+            parser.error(f"no gate is called {pattern}; there are: {', '.join(known)}")
     check_writable("--out", args.out)
     if (args.out / "routers.csv").exists():
         raise ValueError(f"--out: {args.out} has the results of an earlier comparison; name another folder")

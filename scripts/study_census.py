@@ -8,7 +8,8 @@ trained with `--seeds` other seeds. A run trains with Adam for at most `--epochs
 those of its best validation epoch. Models have about as many parameters as the shared bottom of 256 units.
 
 Leaves in OUT: runs.csv, every run; study.md, means and deviations beside the published ones, and what every model adds
-to a shared bottom and PLE to MMoE, run by run with the same seed. Runs that are done are not repeated.
+to a shared bottom and PLE to MMoE, run by run with the same seed. Runs that are done, with the same --epochs and
+--patience, are not repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+
+from tasks.cli import run_script
+from tasks.folders import check_writable
 
 GROUPS = {"income": "income", "education": "education"}  # group: its main task; the other is never_married
 AUXILIARY = "never_married"
@@ -58,8 +62,8 @@ PUBLISHED = {
         "mmoe": (0.8826, 0.9924),
     },
 }
-FIELDS = ("group", "model", "phase", "setting", "seed", "lr", "dropout", "decay", "epoch", "val", "main", "other")
-FIELDS += ("parameters", "zeros", "most_zeros", "seconds")
+FIELDS = ("group", "model", "phase", "setting", "seed", "epochs", "patience", "lr", "dropout", "decay", "epoch", "val")
+FIELDS += ("main", "other", "parameters", "zeros", "most_zeros", "seconds")
 
 
 def settings(count: int) -> list[dict[str, float]]:
@@ -109,7 +113,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                 found.add(model.predictions(model(batch)), batch.labels)
         return found.compute()
 
-    best: dict[str, Any] = {"val": 0.0}
+    best: dict[str, Any] = {"epoch": 0, "val": 0.0, "main": math.nan, "other": math.nan}  # of a run that diverged
     for epoch in range(1, job["epochs"] + 1):
         model.train()
         for indices in torch.randperm(len(train), generator=order).split(BATCH):
@@ -140,8 +144,11 @@ class Runs:
         self.file = file
         self.done: list[dict[str, str]] = []
         if file.exists():
-            with file.open(newline="") as rows:
-                self.done = list(csv.DictReader(rows))
+            with file.open(newline="") as lines:
+                rows = csv.DictReader(lines)
+                if tuple(rows.fieldnames or ()) != FIELDS:
+                    raise ValueError(f"--out: {file} has other columns than this study's; name another folder")
+                self.done = list(rows)
         else:
             file.write_text(",".join(FIELDS) + "\n")
 
@@ -156,9 +163,18 @@ class Runs:
             csv.DictWriter(out, FIELDS, extrasaction="ignore").writerow(row)
 
 
-def best_setting(runs: Runs, group: str, model: str) -> int:
-    """The setting whose run in tuning had the best validation AUC."""
-    return int(max(runs.of(group=group, model=model, phase="tuning"), key=lambda row: float(row["val"]))["setting"])
+def best_setting(runs: Runs, group: str, model: str, args: argparse.Namespace) -> int:
+    """The setting whose run in tuning had the best validation AUC, of those that were asked for."""
+    tried = runs.of(group=group, model=model, phase="tuning", epochs=args.epochs, patience=args.patience)
+    asked = [row for row in tried if int(row["setting"]) < args.tuning]
+    return int(max(asked, key=lambda row: float(row["val"]))["setting"])
+
+
+def chosen(runs: Runs, group: str, model: str, args: argparse.Namespace) -> list[dict[str, str]]:
+    """The runs of the best setting, with the seeds that were asked for."""
+    key = {"setting": best_setting(runs, group, model, args), "epochs": args.epochs, "patience": args.patience}
+    rows = runs.of(group=group, model=model, phase="seeds", **key)
+    return [row for row in rows if int(row["seed"]) <= args.seeds]
 
 
 def main() -> None:
@@ -176,10 +192,11 @@ def main() -> None:
     for name, least in (("tuning", 1), ("seeds", 2), ("epochs", 1), ("patience", 1), ("jobs", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name}: expected at least {least}, got {getattr(args, name)}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    runs, common = Runs(args.out / "runs.csv"), {"root": args.root, "epochs": args.epochs, "patience": args.patience}
+    check_writable("--out", args.out)
     for group in args.groups:
         data(group, args.root).check("fit")
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs, limits = Runs(args.out / "runs.csv"), {"epochs": args.epochs, "patience": args.patience}
     tried = settings(args.tuning)
     pairs = [(group, model) for group in args.groups for model in args.models]
     several = args.jobs > 1
@@ -188,16 +205,20 @@ def main() -> None:
             jobs = []
             for group, model in pairs:
                 for i in range(count):
-                    setting = i if phase == "tuning" else best_setting(runs, group, model)
+                    setting = i if phase == "tuning" else best_setting(runs, group, model, args)
                     seed = 0 if phase == "tuning" else i + 1
-                    key = {"group": group, "model": model, "phase": phase, "setting": setting, "seed": seed}
+                    key = {"group": group, "model": model, "phase": phase, "setting": setting, "seed": seed, **limits}
                     if not runs.of(**key):
-                        jobs.append(pool.submit(run, {**key, **common, **tried[setting]}))
-            for number, job in enumerate(as_completed(jobs), 1):
-                row = job.result()
-                runs.add(row)
-                where = f"{phase} {number}/{len(jobs)}: {row['group']}, {row['model']}, setting {row['setting']}"
-                print(f"{where}: {row['main']:.4f} {row['other']:.4f}, {row['seconds']} s", flush=True)
+                        jobs.append(pool.submit(run, {**key, "root": args.root, **tried[setting]}))
+            try:
+                for number, job in enumerate(as_completed(jobs), 1):
+                    row = job.result()
+                    runs.add(row)
+                    where = f"{phase} {number}/{len(jobs)}: {row['group']}, {row['model']}, setting {row['setting']}"
+                    print(f"{where}: {row['main']:.4f} {row['other']:.4f}, {row['seconds']} s", flush=True)
+            except BaseException:  # or what is left would be trained first, for nothing
+                pool.shutdown(cancel_futures=True)
+                raise
     text = report(runs, args.groups, args.models, args)
     (args.out / "study.md").write_text(text + "\n")
     print(f"\n{text}\n\nwritten to {args.out}")
@@ -212,7 +233,7 @@ def report(runs: Runs, groups: list[str], models: list[str], args: argparse.Name
         "the mean over all experts and that of the expert with the most."
     ]
     for group in groups:
-        found = {m: runs.of(group=group, model=m, phase="seeds", setting=best_setting(runs, group, m)) for m in models}
+        found = {m: chosen(runs, group, m, args) for m in models}
         header = [group, "parameters", f"AUC {GROUPS[group]}", "published", f"AUC {AUXILIARY}", "published", "best run"]
         header += ["against shared bottom", "zeros"]
         lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
@@ -244,4 +265,4 @@ def against(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from tasks.cli import run_script
+from tasks.folders import check_writable
+
 MODELS = {"shared_bottom": "Shared-Bottom", "omoe": "OMoE", "mmoe": "MMoE"}
 SIZES: dict[str, dict[str, Any]] = {
     "shared_bottom": {"bottom_dims": [113], "tower_dims": [8]},
@@ -174,7 +177,7 @@ def claims(finals: dict[float, Losses]) -> list[tuple[str, str, str]]:
     found = [
         (
             f"MMoE loses much less than the others from correlation {high:g} to {low:g} (at most half as much)",
-            _verdict([gaps["mmoe"] <= MUCH * gap for gap in others]),
+            _verdict([gap > 0 and gaps["mmoe"] <= MUCH * gap for gap in others]),
             f"increase of the mean loss: {shown}",
         )
     ]
@@ -303,14 +306,22 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(args, name)}")
     if len(set(args.correlations)) < 2:
         parser.error("--correlations: expected at least two to compare")
+    for correlation in args.correlations:
+        if not -1 <= correlation <= 1:
+            parser.error(f"--correlations: expected numbers from -1 to 1, got {correlation:g}")
+    check_writable("--out", args.out)
     args.out.mkdir(parents=True, exist_ok=True)
     asked = {name: getattr(args, name) for name in ("runs", "tuning_runs", "steps", "frequencies")}
     several = args.jobs > 1
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) if several else ThreadPoolExecutor(1) as pool:
         work = [pool.submit(at_correlation, c, asked, args.out) for c in sorted(set(args.correlations))]
-        outcomes = [json.loads(job.result().read_text()) for job in work]
+        try:
+            outcomes = [json.loads(job.result().read_text()) for job in work]
+        except BaseException:  # or what is left would be trained first
+            pool.shutdown(cancel_futures=True)
+            raise
     print(f"\n{write(args.out, outcomes)}\n\nwritten to {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,7 +26,7 @@ from tasks import recommendation_tables
 from tasks.folders import check_writable
 from tasks.optim import Beside
 from tasks.recommendation_data import RecommendationData, of_checkpoint
-from tasks.recommendation_evaluation import TableMetrics, figure_names
+from tasks.recommendation_evaluation import TableMetrics, check_precision, figure_names
 from tasks.recommendation_gates import ExpertUse
 from tasks.recommendation_parts import Parts, fingerprint, input_files
 from tasks.training import Overrides, Task
@@ -137,6 +137,8 @@ class RecommendationTask(Task):
                     f"{type(trainer.strategy).__name__} lays out in parts; take another, or trainer.strategy ddp"
                 )
             recommendation_tables.check(self.hparams, data.schema, trainer)
+        if subcommand != "predict":
+            check_precision(data.schema, trainer)
         if subcommand != "predict" and not data.download:
             data.encode_rows(subcommand, validate=trainer.limit_val_batches != 0)
             if subcommand == "fit":  # raises ValueError where the rows do not fill a batch of one process
@@ -247,10 +249,13 @@ class RecommendationTask(Task):
         losses = self._over_processes(self.model.task_losses(outputs, batch), batch)
         loss = self.weighting(losses, self.model)
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.log("loss", loss.detach(), prog_bar=True, logger=False)
-            self.log("train/loss", loss.detach())
+            # The mean over processes of losses that are scaled as above is that over all rows.
+            values = torch.stack([loss, *losses.values()]).detach()
+            shown: Any = self.trainer.strategy.reduce(values, reduce_op="mean")
+            self.log("loss", shown[0], prog_bar=True, logger=False)
+            self.log("train/loss", shown[0])
             # A loss of exactly 0 is that of a task without a label in the batch.
-            self.log_dict({f"train/loss/{name}": value.detach() for name, value in losses.items() if value != 0})
+            self.log_dict({f"train/loss/{name}": value for name, value in zip(losses, shown[1:]) if value != 0})
             if type(self.weighting) is not FixedWeighting:
                 self.log_dict({f"train/weight/{name}": value for name, value in self.weighting.factors().items()})
         return self.with_auxiliary(loss, step)
@@ -277,9 +282,11 @@ class RecommendationTask(Task):
         """Keep what is predicted, and what the gates decide."""
         assert self._use is not None
         real = batch.row >= 0
-        with self._use.watch(real) as step:
+        with self._use.watch(real, self.model.inputs.domain(batch)) as step:
             outputs = self.model(batch)
-        self._metrics.add(self.model.predictions(outputs), batch.labels, batch.group, batch.weight, real)
+        # In float32 probabilities above 1 - 2^-24 are 1: such rows would tie, and lose twice what they do.
+        wide = {name: out.double() for name, out in outputs.items()}
+        self._metrics.add(self.model.predictions(wide), batch.labels, batch.group, batch.weight, real)
         self._balance.update(step, real)
 
     test_step = validation_step

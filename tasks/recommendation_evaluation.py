@@ -13,7 +13,16 @@ from torch import Tensor
 
 from tasks import recommendation_metrics as metrics
 from tasks.recommendation_metrics import Array
-from zoo.data.tables_schema import Target, given_chain
+from zoo.data.tables_schema import Schema, Target, given_chain
+
+
+def check_precision(schema: Schema, trainer: Any) -> None:
+    """Raise ValueError where a trainer would round what rows are to be predicted, or how much they count."""
+    if trainer.precision in ("16-true", "bf16-true"):
+        what = [f"labels of task {task.name!r}" for task in schema.tasks if task.kind == "regression"]
+        what += ["sample weights"] if schema.weight else []
+        if what:
+            raise ValueError(f"precision {trainer.precision}: it would round the {what[0]} too; use bf16-mixed")
 
 
 class TableMetrics:

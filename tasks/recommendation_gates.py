@@ -17,28 +17,30 @@ from zoo.moe.zeros import ZeroActivations
 class ExpertUse:
     """Sums over the rows of an evaluation, of the weights in every task's gate and of zeros in what experts give.
 
-    A gate weighs the experts it chooses from: in PLE the task's own, then the shared ones. Models without gates have
-    zeros alone.
+    A gate weighs the experts it chooses from: in PLE the task's own, then the shared ones. Where domains have gates of
+    their own, as in M3oE, a row counts with its domain's. Models without gates have zeros alone.
     """
 
     def __init__(self, model: Any) -> None:
         names = {id(module): name for name, module in model.named_modules()}
         self._model, self._zeros = model, ZeroActivations(model.sharing)
-        self._gates = {task: names[id(gate)] for task, gate in model.task_gates().items()}
+        self._gates = {task: [names[id(gate)] for gate in gates] for task, gates in model.domain_gates().items()}
         self._sums: dict[str, Tensor] = {}
 
     @contextmanager
-    def watch(self, real: Tensor) -> Iterator[Step]:
-        """Add what the model does in the block for the rows [B] that are real; gives the recorded step."""
+    def watch(self, real: Tensor, domain: Tensor | None = None) -> Iterator[Step]:
+        """Add what the model does in the block for the rows [B] that are real, of `domain` [B]; gives the step."""
         with record(self._model) as step, self._zeros.watch(real):
             yield step
         routings = step.routings
         with torch.no_grad():
-            for task, name in self._gates.items():
-                for routing in routings[name]:
-                    assert isinstance(routing, Routing)
-                    sums = _weights(routing, real)
-                    self._sums[task] = self._sums[task] + sums if task in self._sums else sums
+            for task, names in self._gates.items():
+                for number, name in enumerate(names):
+                    rows = real if len(names) == 1 or domain is None else real & (domain == number)
+                    for routing in routings[name]:
+                        assert isinstance(routing, Routing)
+                        sums = _weights(routing, rows)
+                        self._sums[task] = self._sums[task] + sums if task in self._sums else sums
 
     def compute(self) -> dict[str, float]:
         """Mean weights by "gate/<task>/<expert>" and shares of zeros by "zeros/<experts>/<expert>".

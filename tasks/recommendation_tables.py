@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 
 from zoo.data.tables_schema import Categorical, Schema
@@ -30,8 +31,9 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
                 f"dim {width} of feature {f.name!r}: tables that learn in backward are a multiple of {WIDTH} wide; use "
                 f"one, {without}"
             )
-    if trainer.precision in ("16-mixed", "16-true", "bf16-true"):
-        raise ValueError(f"precision {trainer.precision}: tables learn in float32; use bf16-mixed, {without}")
+    if trainer.precision in ("16-mixed", "16-true", "bf16-true", "64-true"):
+        other = "32-true" if trainer.precision == "64-true" else "bf16-mixed"
+        raise ValueError(f"precision {trainer.precision}: tables learn in float32; use {other}, {without}")
     if (batches := trainer.accumulate_grad_batches) > 1:
         raise ValueError(
             f"accumulate_grad_batches {batches}: tables learn in every backward, from each batch apart; use a larger "
@@ -39,6 +41,12 @@ def check(settings: Mapping[str, Any], schema: Schema, trainer: Any) -> None:
         )
     if settings["non_finite"] == "skip":
         raise ValueError(f"non_finite skip: tables have moved by the time a gradient is seen; use stop, {without}")
+    for callback in trainer.callbacks if trainer.world_size > 1 else ():
+        if isinstance(callback, WeightAveraging):
+            raise ValueError(
+                f"{type(callback).__name__} averages whole weights, and tables are split over processes: use one "
+                f"process, {without}"
+            )
     if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
         name = type(trainer.strategy).__name__
         raise ValueError(f"strategy {name} does not know sharded tables: use trainer.strategy ddp, {without}")

@@ -32,7 +32,8 @@ def distillation_loss(
     if not 0 <= weight <= 1:
         raise ValueError(f"distillation_loss: weight must be between 0 and 1, got {weight}")
     soft = soft_loss(logits, teacher_logits, temperature)
-    flat = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), reduction="none", ignore_index=ignore_index)
+    rows = logits.float().reshape(-1, logits.shape[-1])
+    flat = F.cross_entropy(rows, labels.flatten(), reduction="none", ignore_index=ignore_index)
     real = labels != ignore_index
     loss = ((1 - weight) * flat.view_as(labels) + weight * soft).where(real, 0.0)
     return loss if reduction == "none" else loss.sum() / real.sum().clamp(min=1)

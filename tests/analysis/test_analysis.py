@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zoo import analysis
 from zoo.moe import Capacity, Experts, MoE, Routing
-from zoo.moe.routers import HashRouter, SMEARRouter, TopKRouter
+from zoo.moe.routers import DenseRouter, HashRouter, SMEARRouter, TopKRouter
 
 VOCAB, EXPERTS, DIM = 12, 4, 6
 
@@ -141,6 +141,31 @@ def test_a_soft_gates_weights_are_its_shares() -> None:
     key = torch.tensor([[0] * 5, [1] * 5])
     counts = analysis.expert_counts(moe, [x], {"row": lambda _: key}, run=moe)[""]["row"]
     torch.testing.assert_close(analysis.shares(counts).float(), moe.router(x).weight.detach())  # type: ignore[union-attr]
+
+
+def test_dense_gates_that_route_everywhere_are_told_apart_by_their_weights() -> None:
+    """MMoE's: one assignment each would say that all experts are used alike."""
+    torch.manual_seed(0)
+    moe = MoE(DenseRouter(DIM, EXPERTS), Experts(EXPERTS, DIM, 5))
+    x = torch.randn(2, 5, DIM)
+    mask = torch.rand(2, 5) < 0.7
+    mask[:, 0] = True
+    weights = (x.double() @ moe.router.weight.double().T).softmax(-1)  # type: ignore[union-attr, operator]
+    for real in (None, mask):
+        run = lambda batch, real=real: moe(batch, mask=real)  # noqa: E731
+        counted = torch.ones(2, 5, dtype=torch.bool) if real is None else real
+        expected = torch.stack([sum(w for w, kept in zip(weights[b], counted[b]) if kept) for b in range(2)])
+        counts = analysis.expert_counts(moe, [x, x], {"row": lambda _: torch.tensor([[0] * 5, [1] * 5])}, run)
+        torch.testing.assert_close(counts[""]["row"], 2 * expected, rtol=1e-5, atol=1e-7)
+        with pytest.raises(ValueError, match="Routing of layer '' sends every token to all experts"):
+            analysis.co_activation(moe, [x], run)
+        states = {"start": {name: -value for name, value in moe.state_dict().items()}, "end": moe.state_dict()}
+        assert analysis.routing_over_training(moe, states, [x], run) == {}
+        figures = analysis.analyse(moe, [x], {"row": lambda _: torch.zeros(2, 5).long()}, 5, run)["layers"][""]
+        assert "co_activation" not in figures
+    single = MoE(TopKRouter(DIM, 1, 1), Experts(1, DIM, 5))  # one expert has no choice to make, and counts tokens
+    assert analysis.expert_counts(single, [x], {"all": lambda _: torch.zeros(10).long()}, single)[""]["all"] == 10
+    assert analysis.co_activation(single, [x], single)[""].tolist() == [[1.0]]
 
 
 def test_dropped_share_by_position() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo import analysis
-from zoo.moe import Capacity, Experts, MoE
+from zoo.moe import PEER, Capacity, Experts, MoE
 from zoo.moe.routers import HashRouter, SoftRouter, TopKRouter
 
 VOCAB, EXPERTS, DIM, LENGTH = 8, 4, 6, 10
@@ -150,6 +150,17 @@ def test_the_last_checkpoint_is_not_the_one_before_it() -> None:
     states = {"other": other.state_dict(), "now": model.state_dict()}
     by_name = analysis.routing_over_training(model, states, batches(), model)
     assert by_name["hashed"] == {"other": 0.0, "now": 1.0}
+
+
+def test_of_very_many_experts_no_pairs_are_told() -> None:
+    """A square of PEER's million would fit nowhere."""
+    peer = PEER(DIM, 45**2, k=2, heads=2)
+    x = [torch.randn(2, LENGTH, DIM)]
+    [layer] = analysis.analyse(peer, x, {"row": lambda _: torch.arange(2)[:, None].expand(2, LENGTH)}, LENGTH, peer)[
+        "layers"
+    ].values()
+    assert layer["keys"]["row"]["values"] == 2
+    assert set(layer) == {"keys"}
 
 
 def test_a_model_without_experts_is_an_error() -> None:

@@ -113,6 +113,7 @@ def test_decoding_times_few_tokens_without_the_dense_limit(option, tokens, capsy
         (["--repeats", "0"], "expected at least 1"),
         (["--decode", "0"], "expected at least 1 token"),
         (["--device", "tpuu"], "error: --device tpuu: "),
+        (["--json", "nowhere/x.json"], "expected a file that can be written, in a folder that is there, got nowhere/x"),
     ],
 )
 def test_mistakes_are_named(arguments, message, capsys):

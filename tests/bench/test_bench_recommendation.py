@@ -81,3 +81,18 @@ def test_mistakes_in_sizes_are_named(name, capsys):
     with pytest.raises(SystemExit):
         recommendation.main([*TINY, f"--{name}", "0"])
     assert f"--{name} 0: expected at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--dim", "6"], "--dim 6: expected a multiple of 4"),
+        (["--widths", "8", "0"], "--widths 8 0: expected at least 1 each"),
+        (["--json", "."], "expected a file that can be written"),
+        (["--json", "nowhere/x.json"], "in a folder that is there, got nowhere/x.json"),
+    ],
+)
+def test_what_would_fail_later_is_said_before_any_work(option, message, capsys):
+    with pytest.raises(SystemExit):
+        recommendation.main([*TINY, *option])
+    assert message in capsys.readouterr().err

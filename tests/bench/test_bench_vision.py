@@ -40,7 +40,12 @@ def test_tables_and_file_hold_every_contestant(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [(["--batch", "0"], "at least 1"), (["--repeats", "0"], "at least 1"), (["--depth", "1"], "at least 2")],
+    [
+        (["--batch", "0"], "at least 1"),
+        (["--repeats", "0"], "at least 1"),
+        (["--depth", "1"], "at least 2"),
+        (["--json", "nowhere/x.json"], "in a folder that is there"),
+    ],
 )
 def test_mistakes_are_named(option, message, capsys):
     with pytest.raises(SystemExit):

@@ -6,6 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from sklearn.preprocessing import StandardScaler
 
@@ -80,6 +81,26 @@ def test_one_frame_has_the_same_ids_from_csv_and_from_parquet(tmp_path):
         np.testing.assert_array_equal(one.ids, other.ids)
         np.testing.assert_array_equal(one.jagged["b"].values, other.jagged["b"].values)
         assert (one.ids[:, [0, 2]] > 0).all()
+
+
+@pytest.mark.parametrize("frequency", ["D", "12h", "7min", "250ms"])
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_a_date_has_one_id_whatever_writes_it(frequency, unit, tmp_path):
+    """Pandas' CSV and Parquet of any unit, and Python's ISO format; a model must not take them for unseen."""
+    dates = pd.date_range("2024-02-28 00:00", periods=30, freq=frequency)
+    if unit == "s" and frequency == "250ms":
+        dates = dates.floor("s")
+    frame = pd.DataFrame({"day": dates})
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    pq.write_table(pa.table({"day": pa.array(dates.as_unit(unit))}), tmp_path / "a.parquet")
+    forms = [next(open_files(str(tmp_path / f"a.{kind}")).chunks(["day"])).columns for kind in ("csv", "parquet")]
+    forms.append({"day": [date.isoformat(" ") for date in dates.to_pydatetime()]})
+    for trained in forms:
+        for ids in ({}, {"ids": "hash", "num_embeddings": 10**6}):
+            preparation = Preparation.fit(schema(Categorical("day", **ids)), trained)
+            found = [preparation.encode(form, labels=False).ids[:, 0].tolist() for form in forms]
+            assert found[0] == found[1] == found[2]
+            assert len(set(found[0])) == dates.nunique()
 
 
 def test_a_vocabulary_that_was_saved_with_fractions_is_still_known():

@@ -72,3 +72,10 @@ def test_sizes_may_be_numpys():
         (Categorical("c", num_embeddings=np.int64(9)),), (Target("t", weight=np.float32(2)),), dim=np.int32(4)
     )
     assert (made["c"].num_embeddings, made.dim) == (9, 4)
+
+
+@pytest.mark.parametrize("given", ["user,item,click\n" * 10_000, {"features": "x" * 10_000, "tasks": {"a": {}}}])
+def test_another_file_taken_for_a_schema_is_not_recited(given):
+    with pytest.raises(ValueError, match="schema: expected") as told:
+        Schema.read(given)
+    assert len(str(told.value)) < 200

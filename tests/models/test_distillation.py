@@ -38,6 +38,12 @@ def test_by_default_it_is_switchs_mixture_of_a_quarter():
     torch.testing.assert_close(distillation_loss(logits, teacher, labels), expected)
 
 
+def test_one_place_without_a_batch_is_a_batch_of_one():
+    logits, teacher, label = torch.randn(4), torch.randn(4), torch.tensor(2)
+    expected = -0.75 * logits.log_softmax(0)[2] - 0.25 * (teacher.softmax(0) * logits.log_softmax(0)).sum()
+    torch.testing.assert_close(distillation_loss(logits, teacher, label), expected)
+
+
 def test_nothing_to_learn_from_is_zero_and_bfloat16_is_computed_wider():
     logits = torch.randn(2, 3, requires_grad=True)
     loss = distillation_loss(logits, torch.randn(2, 3), torch.full((2,), -100))

@@ -271,6 +271,7 @@ def test_m3oe_fuses_shared_domain_and_task_experts(tasks, domains):
     check(sharing(x, domain), expected, [x, *sharing.parameters()])
     assert sharing(x[:0], domain[:0]).shape == (tasks, 0, 4)
     assert sharing.task_gates() == [sharing.gates[k * domains] for k in range(tasks)]
+    assert sharing.domain_gates() == [[sharing.gates[k * domains + d] for d in range(domains)] for k in range(tasks)]
     assert sharing.last_experts() is sharing.experts
     if domains == 1:
         assert torch.equal(sharing(x), sharing(x, domain))

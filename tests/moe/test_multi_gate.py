@@ -119,6 +119,22 @@ def test_sparse_gates_compute_what_they_ask_for_once(tokens: int, experts: int, 
         assert named[name][~idle].flatten(1).any(1).all()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_learns_from_every_token_whatever_sparse_gates_ask_for(training: bool) -> None:
+    moe = layer([TopKRouter(5, 16, 1)], 5, 16, (6,), norm="batch").train(training)
+    stack: Any = moe.experts
+    batch = stack.norms[0].batch
+    x = torch.randn(11, 5, dtype=DOUBLE)
+    weights = the_largest(softmax(moe, 0, x), 1)
+    z = torch.einsum("td,ehd->teh", x, stack.weights[0]) + stack.biases[0]
+    mean, var = (z.mean(0), z.var(0, correction=0)) if training else (z[0] * 0, z[0] * 0 + 1)
+    z = (z - mean) / (var + 1e-5).sqrt()
+    check(moe(x)[0], (weights[:, :, None] * z / (1 + (-z).exp())).sum(1))
+    share = 0.1 if training else 0.0
+    check(batch.running_mean, share * mean.flatten())
+    check(batch.running_var, 1 - share + share * var.flatten() * 11 / 10)
+
+
 def settled(router: Router) -> Router:
     """A selector of every DSelect-k gate on one expert, so that most tokens meet few."""
     router.z_weight.data.mul_(200)  # type: ignore[union-attr,operator]

@@ -96,6 +96,15 @@ def test_of_a_deep_model_layers_are_picked_from_the_first_to_the_last():
     assert "Shown are" not in build_analysis(deep(8, 4))
 
 
+@pytest.mark.parametrize("experts", [8, 300])
+def test_squares_of_more_experts_than_a_page_can_hold_are_left_out(experts):
+    square = [[0.5] * experts] * experts
+    found = {"keys": KEYS, "similarity": square, "co_activation": square}
+    html = build_analysis({"layers": {"a": found}})
+    assert ("How experts relate" in html) == (experts == 8)
+    assert len(html) < 1_000_000
+
+
 def test_the_demos_report_shows_it_after_the_experts(run_folder):
     from zoo.report import build
 

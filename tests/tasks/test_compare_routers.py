@@ -64,6 +64,6 @@ def test_seeds_are_averaged_and_their_spread_is_shown(text: Path, tmp_path: Path
 def test_an_unknown_gate_is_named_and_nothing_is_written(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        run(monkeypatch, "--routers", "Swich")
+        run(monkeypatch, "--routers", "Switch", "Swich")  # one that is known does not hide one that is not
     assert "no gate is called Swich; there are: dense twin, Shazeer" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

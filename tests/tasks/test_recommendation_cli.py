@@ -259,6 +259,8 @@ def test_two_processes_train_and_predict_as_one_does(trained, tmp_path):
     figures, others = logged(tmp_path, 0), logged(tmp_path, 1)
     for name in ("val/auc/buy", "val/rmse/seconds", "val/gate/stars/1", "val/zeros/moe.experts/2"):
         assert others[name] == pytest.approx(figures[name], rel=1e-3)
+    for name in ("train/loss", *(f"train/loss/{task}" for task in SCHEMA["tasks"])):
+        assert others[name] == pytest.approx(figures[name], rel=1e-3), name
 
     exported = zoo.from_pretrained(tmp_path / "model").state_dict()
     assert {f"model.{name}" for name in exported} == {name for name in other if name.startswith("model.")}

@@ -1,6 +1,7 @@
 """Figures of recommendation models against scikit-learn and counting by brute force, also over processes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 import torch.multiprocessing as mp
 from sklearn import metrics as sklearn
 
+import zoo
 from tasks import recommendation_metrics as ours
+from tasks.recommendation import RecommendationTask
 from tasks.recommendation_evaluation import TableMetrics
+from zoo.data.tables_batch import random_batch
 from zoo.data.tables_schema import Target
 
 
@@ -267,3 +271,20 @@ def test_three_processes_with_uneven_shares_give_the_figures_of_one(tmp_path):
     first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
     assert all(other == first for other in others)
     assert first == pytest.approx(part(0, 1), rel=1e-12)
+
+
+def test_rows_that_a_model_is_very_sure_of_are_told_apart():
+    """In float32 the probabilities of logits above 17 are all 1, wrong ones among them."""
+    schema = {"features": {"x": {"kind": "dense"}}, "tasks": {"a": {}}}
+    model = zoo.create_model("recommendation/single_task", schema=schema)
+    logits, labels = [30.0, 21.0, 18.0, -3.0, -40.0], [1.0, 0.0, 0.0, 1.0, 0.0]
+    batch = replace(random_batch(model.schema, 5), labels=torch.tensor(labels)[:, None])
+    model.forward = lambda batch: {"a": torch.tensor(logits)}
+    task = RecommendationTask(model)
+    task.on_validation_epoch_start()
+    task.validation_step(batch, 0)
+    figures = task._metrics.compute()
+    pairs = [(a, b) for a, y in zip(logits, labels) for b, z in zip(logits, labels) if y > z]
+    assert figures["auc/a"] == pytest.approx(sum(a > b for a, b in pairs) / len(pairs))
+    losses = [math.log1p(math.exp(-z if y else z)) for z, y in zip(logits, labels)]
+    assert figures["logloss/a"] == pytest.approx(sum(losses) / 5, rel=1e-6)

@@ -79,6 +79,11 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
         (["--model.embedding_lrr", "1"], "did you mean model.embedding_lr"),
         (["--model.sharding=column_wise"], "rowwise_adagrad has one step size"),
         (["--trainer.precision=bf16-true"], "tables learn in float32; use bf16-mixed"),
+        (["--trainer.precision=64-true"], "tables learn in float32; use 32-true"),
+        (
+            ["--trainer.precision=bf16-true", "--model.embedding_optimizer=null"],
+            "precision bf16-true: it would round the labels of task 'seconds' too; use bf16-mixed",
+        ),
         (
             [
                 "--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}",
@@ -89,6 +94,10 @@ SEPARATE = ["--model.network=recommendation/single_task", "--model.overrides=nul
         (
             ["--model.weighting=gradnorm", "--model.network=recommendation/single_task", "--model.overrides=null"],
             "shares none",
+        ),
+        (
+            ["--trainer.callbacks+=tasks.averaging.RunningAverage", "--trainer.devices=2", "--trainer.strategy=ddp"],
+            "RunningAverage averages whole weights, and tables are split over processes: use one process, or set",
         ),
         (["--model.activation_checkpointing=true"], "keeps too little to gain from it"),
         (["--model.pretrained=somewhere"], "leave out overrides and router"),

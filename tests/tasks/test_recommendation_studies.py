@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import random
+import runpy
 import sys
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def test_claims_are_judged_by_the_losses():
     verdicts = [verdict for _, verdict, _ in study.claims(other)]
     assert verdicts == ["not reproduced"] * 4
     assert study.paired([3.0, 5.0], [1.0, 1.0]) == (3.0, 1.0)
+    # Where the others lose nothing, MMoE cannot lose less.
+    gain = {c: losses(shared_bottom=1 + c, omoe=1 + c, mmoe=1 + 3 * c) for c in (0.5, 1.0)}
+    assert study.claims(gain)[0][1] == "not reproduced"
 
 
 def test_the_synthetic_study_leaves_its_files_and_goes_on(run, tmp_path, capsys):
@@ -137,6 +141,45 @@ def test_the_census_study_compares_models_and_goes_on(run, tmp_path):
     assert second[: len(first)] == first  # what was done is not done again
     assert len(second) == 3 * (2 + 2)
     assert "PLE against MMoE: " in (out / "study.md").read_text()
+
+    # What the page says of settings, seeds and epochs is so of the runs in its table.
+    fewer = [*small, "--tuning", 1, "--models", "shared_bottom", "mmoe"]
+    run("study_census", *fewer, "--seeds", 3)
+    run("study_census", *fewer, "--epochs", 1)
+    with (out / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    mine = [row for row in rows if row["epochs"] == "1"]
+    assert len(mine) == 2 * (1 + 2)
+    assert {row["setting"] for row in mine} == {"0"}
+    text = (out / "study.md").read_text()
+    assert text.startswith("1 settings tried a model, then 2 paired seeds; at most 1 epochs.")
+    for model in ("shared_bottom", "mmoe"):
+        reached = [float(row["main"]) for row in mine if row["model"] == model and row["phase"] == "seeds"]
+        assert f"| {model} | " in text
+        assert f"{sum(reached) / 2:.4f} (" in text
+
+
+def test_mistakes_of_the_studies_are_one_line_before_any_work(tmp_path, capsys, monkeypatch):
+    """What is wrong is told at once, and nothing is left behind."""
+    (tmp_path / "file").touch()
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "runs.csv").write_text("group,model\n")
+    people(tmp_path)
+    out = ["--out", tmp_path / "out"]
+    for name, args, told in (
+        ("study_census", ["--root", tmp_path / "nowhere", *out], "there is no census-income.data"),
+        ("study_census", ["--root", tmp_path, "--out", tmp_path / "file"], "is a file"),
+        ("study_census", ["--root", tmp_path, "--out", tmp_path / "old"], "has other columns than this study's"),
+        ("study_synthetic", ["--out", tmp_path / "file", "--steps", 1], "is a file"),
+        ("study_synthetic", ["--correlations", 0.5, 2, *out], "expected numbers from -1 to 1, got 2"),
+        ("study_synthetic", ["--correlations", "nan", 0.5, *out], "expected numbers from -1 to 1, got nan"),
+    ):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+        assert stopped.value.code == 2
+        assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def re_rows(text):

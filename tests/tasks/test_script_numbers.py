@@ -65,3 +65,25 @@ def test_no_capacity_is_drawn_that_is_not_above_zero(monkeypatch, capsys):
 def test_a_stream_of_batches_without_rows_is_refused(size):
     with pytest.raises(ValueError, match=f"batch_size must be at least 1, got {size}"):
         Stream(None, None, size)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "told"),
+    [
+        ("bench_dispatch", ["--experts", "4", "--k", "5"], "--k: expected at most --experts 4, got 5"),
+        ("bench_topology", ["--experts", "8", "--k", "9"], "k must be between 1 and num_experts=8, got 9"),
+        ("bench_shadows", ["--processes", "3", "--experts", "4"], "3 processes do not divide 4 experts"),
+        ("bench_shadows", ["--experts", "8", "--k", "9"], "--k: expected at most --experts 8, got 9"),
+        ("bench_shadows", ["--skew", "nan"], "--skew: expected a finite number, got nan"),
+        ("bench_offload", ["--json", f"{__file__}/out.json"], "is a file"),
+        ("bench_olmoe", ["--json", f"{__file__}/out.json"], "is a file"),
+        ("bench_olmoe", ["--sequence", "1"], "--sequence: expected at least 2 tokens"),
+        ("bench_olmoe", ["--device", "nope"], "--device: expected cpu"),
+    ],
+)
+def test_measurements_refuse_what_cannot_be_in_one_line(name, args, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, *args])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    assert told in capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Decision, Routing
-from .walk import decisions
+from .walk import decisions, is_soft
 
 
 def overlap(first: Decision, second: Decision) -> float:
@@ -77,7 +77,7 @@ def routing_over_training(
             for checkpoint, found in seen.items()
         }
         for layer, calls in last.items()
-        if calls
+        if not all(is_soft(call) for found in seen.values() for call in found[layer])
     }
 
 

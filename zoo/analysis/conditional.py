@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Decision, Routing, telemetry
-from .walk import decisions
+from .walk import decisions, is_soft
 
 Key = Callable[[Any], Tensor]
 
@@ -26,7 +26,8 @@ def expert_counts(
     """How often tokens of each key met each expert: {layer: {key: [V, E] float64}}.
 
     keys[name](batch) gives every token's value, any shape with one whole number a token, negative to leave it out; V is
-    one more than the largest seen. Kept assignments count one each; where a gate is soft, its combine weights do.
+    one more than the largest seen. Kept assignments count one each; where a gate sends every token to all experts, the
+    combine weights do.
     Raises ValueError when a key does not give one value a token.
     """
     tables: dict[str, dict[str, Tensor]] = {}
@@ -124,7 +125,7 @@ def asked_and_dropped(decision: Decision, sequence_length: int) -> Tensor:
 
 def _assignments(decision: Decision) -> tuple[Tensor, Tensor, Tensor]:
     """Token, expert and amount of every assignment, [A] each."""
-    if isinstance(decision, Routing):
+    if isinstance(decision, Routing) and not is_soft(decision):
         token, expert = decision.token_index.cpu(), decision.expert_index.cpu()
         return token, expert, torch.ones(token.numel(), dtype=torch.float64)
     dense = decision.dense().double().cpu()

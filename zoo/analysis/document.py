@@ -13,9 +13,10 @@ from ..moe import Decision, Routing
 from .agreement import routing_over_training
 from .conditional import Key, add_counts, asked_and_dropped, chance_std, decision_std, explained
 from .experts import expert_similarity, met_together, shared
-from .walk import decisions
+from .walk import decisions, is_soft
 
 COMPARED = 4  # batches on which earlier checkpoints are compared
+SQUARE = 1024  # experts of which every pair is told; PEER has a million
 
 
 def analyse(
@@ -32,7 +33,8 @@ def analyse(
     {"layers": {layer: figures}}: `keys` {name: {"explained", "std", "chance", "values"}}, how far a token's key decides
     its experts (see `explained`, `decision_std` and `chance_std`, their means over the keys with `minimum`
     assignments); `drops` [S], the dropped share at each position, where something was; `co_activation` [E, E] of gates
-    that choose, where a token meets several; `similarity` [E, E] of experts with stacked weights. With the state
+    that choose, where a token meets several; `similarity` [E, E] of experts with stacked weights; of more than 1024
+    experts neither. With the state
     dicts of earlier checkpoints, in the order of training, "agreement" {layer: [[number, overlap], ...]} as of
     `routing_over_training`, on the first batches; the last is the model itself. The batches are gone over once, and
     may be a stream. Raises ValueError for a model without MoE layers, and what the functions named raise.
@@ -74,7 +76,7 @@ class _Tally:
         """Add a decision on tokens with these keys."""
         add_counts(self.counts, decision, values, self.layer)
         self.places = self.places + asked_and_dropped(decision, sequence_length)
-        if isinstance(decision, Routing):
+        if isinstance(decision, Routing) and decision.num_experts <= SQUARE and not is_soft(decision):
             self.together = self.together + met_together(decision)
 
     def figures(self, minimum: float) -> dict[str, Any]:
@@ -105,7 +107,9 @@ def _renumbered(values: Tensor, known: dict[int, int]) -> Tensor:
 def _similarity(layer: nn.Module) -> dict[str, Any]:
     """Cosines of a layer's experts; nothing where their weights are not stacked."""
     try:
-        return {"similarity": _rounded(expert_similarity(layer.experts))}  # type: ignore[arg-type]
+        experts: Any = layer.experts
+        few = all(len(parameter) <= SQUARE for parameter in experts.parameters() if parameter.dim())
+        return {"similarity": _rounded(expert_similarity(experts))} if few else {}
     except (AttributeError, ValueError):
         return {}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import Routing
-from .walk import decisions
+from .walk import decisions, is_soft
 
 PART = 1 << 18  # columns of an expert's weights that are multiplied at once
 
@@ -49,7 +49,7 @@ def co_activation(
     for _, layers in decisions(model, batches, run):
         for layer, calls in layers.items():
             for decision in calls:
-                if not isinstance(decision, Routing):
+                if not isinstance(decision, Routing) or is_soft(decision):
                     raise ValueError(
                         f"co_activation: {type(decision).__name__} of layer {layer!r} sends every token to all experts"
                     )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..moe import Decision, record
+from ..moe import Decision, Routing, record
 
 
 def decisions(
@@ -28,3 +28,15 @@ def decisions(
             for module, mode in training.items():
                 module.training = mode
         yield batch, step.routings
+
+
+def is_soft(decision: Decision) -> bool:
+    """Whether every token goes to all of several experts, so that weights alone tell them apart.
+
+    So do blends and slots, and the dense gates of MMoE, which are a `Routing`. A token that goes nowhere, as padding
+    does, does not count.
+    """
+    if not isinstance(decision, Routing):
+        return True
+    met = decision.token_index.bincount(minlength=1)
+    return decision.num_experts > 1 and bool(met.any()) and bool((met[met > 0] == decision.num_experts).all())

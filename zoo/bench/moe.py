@@ -11,11 +11,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..nearest import unknown
-from .turns import add_phases, compare, device_of, machine, measure_phases, show, totals
+from .turns import add_phases, compare, device_of, file_to_write, machine, measure_phases, show, totals
 
 if TYPE_CHECKING:
     from .contestants import Shape
@@ -48,7 +47,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--decode", type=int, nargs="?", const=1, metavar="T", help="forward only, of T tokens instead (default 1)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
     check_shapes(parser, args.shape)
     if args.decode is not None and args.decode < 1:

@@ -19,10 +19,9 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from .turns import Contestant, compare, device_of, machine, measure_steps, show
+from .turns import Contestant, compare, device_of, file_to_write, machine, measure_steps, show
 
 FIELDS, NUMBERS, TASKS = 26, 13, 2
 STEPS = 10  # a turn
@@ -288,14 +287,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="zoo bench recommendation", description=__doc__.split("\n\n")[0])
     parser.add_argument("--batch", type=int, default=1024, help="rows (default 1024)")
     parser.add_argument("--rows", type=int, default=1000, help="rows of each embedding table (default 1000)")
-    parser.add_argument("--dim", type=int, default=8, help="width of embeddings (default 8)")
+    parser.add_argument("--dim", type=int, default=8, help="width of embeddings, a multiple of 4 (default 8)")
     parser.add_argument("--experts", type=int, default=8, help="experts (default 8)")
     parser.add_argument("--widths", type=int, nargs=2, default=[128, 64], help="of an expert's layers (default 128 64)")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=9, help=f"turns of {STEPS} steps each (default 9)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
     for name in ("batch", "rows", "dim", "experts", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)}: expected at least 1")
+    if min(args.widths) < 1:
+        parser.error(f"--widths {args.widths[0]} {args.widths[1]}: expected at least 1 each")
+    if args.dim % 4:
+        parser.error(f"--dim {args.dim}: expected a multiple of 4, as tables that learn in backward are")
     return args

@@ -6,6 +6,8 @@ the caches what the one before left there. A figure is the median of its turns.
 
 from __future__ import annotations
 
+import argparse
+import os
 import platform
 import random
 import statistics
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 WARM_UP = 2
+
+
+def file_to_write(text: str) -> Path:
+    """A file's path, as an option of a benchmark; raises ArgumentTypeError before any time is spent on measuring."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"expected a file that can be written, in a folder that is there, got {text}")
+    return path
 
 
 def device_of(given: str | None) -> str:

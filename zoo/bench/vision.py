@@ -11,10 +11,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from .turns import Contestant, compare, device_of, machine, measure, show
+from .turns import Contestant, compare, device_of, file_to_write, machine, measure, show
 
 MODEL = "vmoe_base_patch16_224"
 
@@ -27,7 +26,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default=None, help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant (default 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    parser.add_argument("--json", type=file_to_write, metavar="FILE", help="also write the figures to FILE")
     args = parser.parse_args(argv)
     for name, least in (("batch", 1), ("repeats", 1), ("depth", 2)):  # every second block has experts
         if (value := getattr(args, name)) is not None and value < least:

@@ -18,7 +18,7 @@ from .tables_columns import Feature, encoded_group, encoded_label, encoded_weigh
 from .tables_files import Chunk
 from .tables_rows import Jagged, Rows
 from .tables_schema import Bag, Categorical, Dense, Schema
-from .tables_values import fnv1a, text
+from .tables_values import distinct, fnv1a
 
 FILE = "preparation.json"
 
@@ -71,7 +71,7 @@ class Preparation:
         """By table, the row of each value of its vocabulary."""
         # Written as columns are now: one that was saved earlier may say 3.0. The more frequent of two goes last.
         return {
-            name: {text(value): i for i, value in reversed([*enumerate(words, 1)])}
+            name: dict(zip(reversed(distinct(list(words))[0]), range(len(words), 0, -1)))
             for name, words in self.vocabularies.items()
         }
 

@@ -160,12 +160,12 @@ class Schema:
         if isinstance(given, Schema):
             return given
         if not isinstance(given, Mapping):
-            raise ValueError(f"schema: expected keys features and tasks, got {given!r}")
+            raise ValueError(f"schema: expected keys features and tasks, got {_short(given)}")
         rest = dict(given)
         tables = {name: rest.pop(name, None) for name in ("features", "tasks")}
         for name, table in tables.items():
             if not isinstance(table, Mapping):
-                raise ValueError(f"schema: expected {name}: a table of names, got {table!r}")
+                raise ValueError(f"schema: expected {name}: a table of names, got {_short(table)}")
         features = [_feature(name, spec) for name, spec in (tables["features"] or {}).items()]
         tasks = [_made(Target, "task", name, spec) for name, spec in (tables["tasks"] or {}).items()]
         known = {f.name for f in fields(cls) if f.init}
@@ -192,6 +192,12 @@ class Schema:
         features = {f.name: {"kind": kinds[type(f)], **_given(f)} for f in self.features}
         rest = {"dim": self.dim, "group": self.group, "domain": self.domain, "weight": self.weight}
         return {"features": features, "tasks": {t.name: _given(t) for t in self.tasks}, **rest}
+
+
+def _short(value: Any) -> str:
+    """A value for a message; of another file that was taken for a schema its beginning."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _alike(one: Any, other: Any) -> bool:

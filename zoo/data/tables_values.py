@@ -16,6 +16,8 @@ import numpy as np
 NO_NUMBER = ("", "nan", "na", "n/a", "null", "none")
 # One DataFrame writes 3 with gaps as 3.0 to CSV and as a float to Parquet, and true as True and as a boolean.
 _WHOLE, _TRUTH = r"^(-?[0-9]+)\.0+$", {"True": "true", "TRUE": "true", "False": "false", "FALSE": "false"}
+# Of a date it writes the time to CSV where any has one, and to Parquet always, with as many digits as the unit has.
+_TIME = r"^([0-9]{4}-[0-9]{2}-[0-9]{2})(?:[ T]00:00:00|([ T][0-9]{2}:[0-9]{2}:[0-9]{2}(?:\.[0-9]*[1-9])?))(?:\.?0+)?$"
 _FNV_BASIS, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
@@ -46,8 +48,8 @@ def distinct(column: Any) -> tuple[list[str], np.ndarray]:
     """Distinct values of a column [B] as texts, and which of them each row has [B].
 
     Texts have no space around them. A number that is whole is written as one, so that 3 is the same value in a column
-    of integers, of floats and of texts, which may say 3.0, and a truth value is true or false. No value is the empty
-    text. Raises ValueError for a column of lists.
+    of integers, of floats and of texts, which may say 3.0, a truth value is true or false, and a time of day is left
+    out where it is midnight. No value is the empty text. Raises ValueError for a column of lists.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -74,7 +76,7 @@ def text(value: Any) -> str:
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     word = str(value).strip()
-    return _TRUTH.get(word) or re.sub(_WHOLE, r"\1", word)
+    return _TRUTH.get(word) or re.sub(_TIME, r"\1\2", re.sub(_WHOLE, r"\1", word))
 
 
 def _texts(values: Any) -> list[str]:
@@ -85,8 +87,11 @@ def _texts(values: Any) -> list[str]:
         return [text(int(v)) if v == int(v) else f"{v.normalize():f}" for v in values.to_pylist()]
     if pa.types.is_floating(values.type):
         return ["" if v != v else text(v) for v in values.to_pylist()]
+    if pa.types.is_timestamp(values.type):
+        values = values.cast(pa.string())
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
-        words = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), _WHOLE, r"\1").to_pylist()
+        words = pc.replace_substring_regex(pc.utf8_trim_whitespace(values), _WHOLE, r"\1")
+        words = pc.replace_substring_regex(words, _TIME, r"\1\2").to_pylist()
         return [_TRUTH.get(word, word) for word in words]
     return values.cast(pa.string()).to_pylist()
 

@@ -85,8 +85,12 @@ class M3oE(nn.Module):
 
     def task_gates(self) -> list[Recorded]:
         """The gate of each task in the first domain."""
+        return [gates[0] for gates in self.domain_gates()]
+
+    def domain_gates(self) -> list[list[Recorded]]:
+        """The gates of each task, one a domain."""
         own: list[Any] = list(self.gates)
-        return own[:: self.num_domains]
+        return [own[i : i + self.num_domains] for i in range(0, len(own), self.num_domains)]
 
 
 def _of(choices: Tensor, which: Tensor) -> Tensor:

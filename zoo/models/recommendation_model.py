@@ -57,6 +57,12 @@ class RecommendationModel(nn.Module):
         own: list[Recorded] = self.sharing.task_gates()  # type: ignore[operator]
         return dict(zip((task.name for task in self.schema.tasks), own))
 
+    def domain_gates(self) -> dict[str, list[Recorded]]:
+        """The gates of each task that has any, by domain; a single one where all domains have the same."""
+        own = getattr(self.sharing, "domain_gates", None)
+        gates: list[list[Recorded]] = own() if own else [[gate] for gate in self.task_gates().values()]
+        return dict(zip((task.name for task in self.schema.tasks), gates))
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """The last layer of what tasks share: of the experts, or of a shared bottom; empty where nothing is shared."""
         experts: ExpertStack | None = self.sharing.last_experts()  # type: ignore[operator]

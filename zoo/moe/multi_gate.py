@@ -43,7 +43,7 @@ class MultiGateMoE(nn.Module):
     """y_g = sum_e gate_g(x)_e f_e(x) for every gate g (Ma et al., KDD 2018, eq. 6), with each f_e(x) computed once.
 
     One gate gives OMoE, one a task MMoE. The gates are any routers that send tokens to experts; where together they
-    ask for few of the experts, only what they ask for is computed.
+    ask for few of the experts, only what they ask for is computed, unless batch norms learn.
 
     Raises ValueError when a gate and the experts disagree on their number, or there is no gate.
     """
@@ -65,8 +65,10 @@ class MultiGateMoE(nn.Module):
         seen = [x] * len(self.gates) if gate_inputs is None else gate_inputs
         routings = [gate(tokens, **context) for gate, tokens in zip(self.gates, seen, strict=True)]
         asked, pairs = sum(routing.token_index.shape[0] for routing in routings), x.shape[0] * self.experts.num_experts
-        # A graph for serving computes all: how many tokens an expert gets is not known to one.
-        if not torch.compiler.is_exporting() and asked < SPARSE * pairs:
+        # A graph for serving computes all: how many tokens an expert gets is not known to one. So do batch norms, which
+        # learn from every token.
+        whole = torch.compiler.is_exporting() or (self.training and self.experts.norm == "batch")
+        if not whole and asked < SPARSE * pairs:
             return self._sparse(x, routings)
         return mix(torch.stack([combine_matrix(routing) for routing in routings]), self.experts(x))
 

@@ -14,7 +14,8 @@ from .page import columns, figure, page, section, table
 
 FILE = "analysis.json"
 CURVES = 8  # of one chart: the page has as many colours
-CELLS = 40_000  # of all heat maps together: a browser must still open the page
+CELLS = 40_000  # of all heat maps together, where there are several layers to choose from
+MOST_CELLS = 150_000  # of one layer's: a browser must still open the page
 PAIRS = {  # of a square of experts: its caption, and what a value is a share of
     "co_activation": ("share of the row's tokens that meet the other expert too", "tokens of the row's expert"),
     "similarity": ("cosine of two experts' weights", "cosine of equal weights"),
@@ -115,6 +116,8 @@ def _relations(layers: Mapping[str, Any]) -> str:
     if not squares:
         return ""
     cells = max(sum(len(square) ** 2 for square in found.values()) for found in squares.values())
+    if cells > MOST_CELLS:
+        return ""
     shown = min(CURVES, max(1, CELLS // cells))
     cards = []
     for layer in _spread(list(squares), shown):
