@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from tasks.generation import prompt_ids
 from tasks.training import share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, open_corpus, open_tokenizer, tokenize
 from zoo.data.corpus import joined
+from zoo.data.mixing import Mixture
 from zoo.data.packing import Sources
 from zoo.nearest import unknown
 
@@ -34,6 +36,9 @@ class LanguageData(LightningDataModule):
         seed: of the order in which sequences come; with the epoch it is all the order depends on.
         text_column: where a `.jsonl` file or a hub data set keeps the text.
         prompts: what `predict` continues; where sources have names, lists by these names.
+        weights: by the names of sources, how much of the training text is of each, in any unit; by default as much as
+            there is of it. An epoch has as many sequences as all sources together: of a source with more than its
+            share epochs take what earlier ones did not, one with less is repeated. 0 leaves a source to evaluation.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class LanguageData(LightningDataModule):
         seed: int = 0,
         text_column: str = "text",
         prompts: dict[str, list[str]] | list[str] | None = None,
+        weights: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("sequence_length", sequence_length), ("batch_size", batch_size)):
@@ -63,6 +69,7 @@ class LanguageData(LightningDataModule):
         self.source, self.tokenizer_name, self.text_column = source, tokenizer, text_column
         self.sequence_length, self.batch_size, self.num_workers = sequence_length, batch_size, num_workers
         self.seed, self.prompts = seed, prompts or []
+        self.weights = None if weights is None else _checked(weights, self.names)
 
     @cached_property
     def corpora(self) -> list[Corpus]:
@@ -102,10 +109,12 @@ class LanguageData(LightningDataModule):
         if stage == TrainerFn.FITTING:
             self.packed("train")  # raises what only training would find out after the sanity check
 
-    def packed(self, split: str) -> Packed | Sources:
+    def packed(self, split: str) -> Packed | Sources | Mixture:
         """The sequences of a split, of one source each: for training what fills whole ones, else everything."""
         tokens = [tokenize(corpus, split, self.tokenizer) for corpus in self.corpora]
         parts = [Packed(t, self.sequence_length, self.tokenizer.pad, tail=split != "train") for t in tokens]
+        if self.weights is not None and split == "train":
+            return Mixture(parts, self.weights, self.seed)
         return Sources(parts) if self.names else parts[0]
 
     def train_dataloader(self) -> Loader:
@@ -155,3 +164,20 @@ class LanguageData(LightningDataModule):
                 f"the checkpoint was trained with another tokenizer than {self.tokenizer_name!r} "
                 f"of {self.corpus.description}"
             )
+
+
+def _checked(weights: Mapping[str, float], names: list[str]) -> list[float]:
+    """The weights in the order of the sources; raises ValueError for one that is missing, surplus or no weight."""
+    if not names:
+        raise ValueError("weights: expected sources with names, such as {law: my/law, code: stdlib}")
+    for name in weights:
+        if name not in names:
+            raise unknown("source of weights", name, names)
+    if missing := [name for name in names if name not in weights]:
+        raise ValueError(f"weights: none for {', '.join(missing)}; expected one of each source, 0 for none of its text")
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weights: expected numbers from 0, got {weight} for {name}")
+    if not any(weights.values()):
+        raise ValueError("weights: expected one above 0, all are 0")
+    return [weights[name] for name in names]

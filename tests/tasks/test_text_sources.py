@@ -209,3 +209,40 @@ def test_the_script_that_continues_prompts_tells_adapters_the_task(two, make, tm
     with pytest.raises(SystemExit):
         lines("2")
     assert "TaskMixtureRouter: task must lie in 0..1, got 2..2" in capsys.readouterr().err
+
+
+def test_weights_say_how_much_of_the_training_text_is_of_each_source(two, make):
+    data, task = make.data(source=two, weights={"high": 3, "low": 1}), task_of(make)
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.extend(zip(batch["source"].tolist(), batch["input_ids"].tolist()))
+
+    make.trainer(max_epochs=1, max_steps=-1, limit_val_batches=1, callbacks=[Watch()]).fit(task, data)
+    whole = len(data.packed("train"))
+    assert whole == len(make.data(source=two).packed("train"))
+    assert whole - data.batch_size < len(seen) <= whole
+    share = sum(source for source, _ in seen) / len(seen)
+    assert abs(share - 0.75) <= data.batch_size / len(seen)
+    for source, ids in seen:
+        assert set(bytes(i for i in ids if i < 256).decode()) <= set(("abcdef ", "uvwxyz\n")[source])
+    # Evaluation is of all there is.
+    assert len(data.packed("val")) == len(make.data(source=two).packed("val"))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"low": 1}, "weights: none for high; expected one of each source"),
+        ({"low": 1, "hihg": 1}, "unknown source of weights 'hihg'; did you mean high"),
+        ({"low": -1, "high": 1}, "weights: expected numbers from 0, got -1 for low"),
+        ({"low": math.nan, "high": 1}, "weights: expected numbers from 0, got nan for low"),
+        ({"low": 0, "high": 0}, "weights: expected one above 0, all are 0"),
+    ],
+)
+def test_weights_are_checked(weights, message, two, make):
+    with pytest.raises(ValueError, match=message):
+        make.data(source=two, weights=weights)
+    with pytest.raises(ValueError, match="weights: expected sources with names"):
+        make.data(source=two["low"], weights=weights)
