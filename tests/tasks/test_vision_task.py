@@ -193,6 +193,33 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
         assert figures[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+def test_images_that_fill_up_a_batch_compete_with_none_in_an_evaluation():
+    torch.manual_seed(0)
+    router = {"name": "TopKRouter", "group_size": None}
+    capacity = {"factor": 1.0, "eval_factor": 0.25, "drop": "priority"}
+    task, data = make_task(router=router, capacity=capacity), make_data()
+    task._adopt_sizes(data)
+    task.model = task.build().eval()
+    torch.nn.init.normal_(task.model.head.weight)
+    rows = data.rows("val", model=task.model)
+    chosen = [rows[i] for i in (4, -1, 9, 30, -1, -1)]
+    batch = torch.utils.data.default_collate(chosen)
+    batch["skipped"][1] = 1
+    with torch.no_grad():
+        task.on_validation_epoch_start()
+        task.validation_step(batch, 0)
+        scores = task.model(torch.stack([rows[i]["image"] for i in (4, 9, 30)])).double()
+    labels = torch.tensor([rows[i]["label"] for i in (4, 9, 30)])
+    loss, images, first, _, skipped = task._sums.tolist()
+    assert loss == pytest.approx(F.cross_entropy(scores, labels, reduction="sum").item(), rel=1e-6)
+    assert (images, first, skipped) == (3, int((scores.argmax(1) == labels).sum()), 1)
+    # A process that has nothing else goes through the model with it, for the others' sake.
+    nothing = torch.utils.data.default_collate([rows[-1], rows[-1]])
+    task.on_validation_epoch_start()
+    task.validation_step(nothing, 0)
+    assert task._sums.tolist() == [0, 0, 0, 0, 0]
+
+
 def test_layer_decay_slows_down_blocks_the_further_they_are_from_the_head(tmp_path):
     task = make_task(lr=0.1, layer_decay=0.5, weight_decay=0.3)
     make_trainer(tmp_path, max_steps=0).fit(task, make_data())
