@@ -243,6 +243,19 @@ def test_initial_weights_are_those_of_the_original() -> None:
     assert other.abs().max() <= (6 / (32 + 96)) ** 0.5
 
 
+@pytest.mark.parametrize("mode", ["", "jax"])
+def test_a_start_that_shrinks_with_depth_shrinks_experts_too(mode: str) -> None:
+    plain, shrunk = (
+        (torch.manual_seed(3), timm.create_model("vmoe_tiny_test", weight_init=mode, fix_init=fix).state_dict())[1]
+        for fix in (False, True)
+    )
+    for name, value in plain.items():
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        shrinks = name.endswith(("attn.proj.weight", "mlp.fc2.weight", "experts.down_proj"))
+        scale = (2 * (block + 1)) ** 0.5 if shrinks else 1.0
+        torch.testing.assert_close(shrunk[name], value / scale, msg=name)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -257,6 +270,8 @@ def test_initial_weights_are_those_of_the_original() -> None:
         (lambda: make(router={"name": "TopKRouter", "kk": 1}), "unknown argument of TopKRouter 'kk'"),
         (lambda: make(scale_mlp_norm=True), "blocks.3.mlp has a LayerNorm"),
         (lambda: make(act_layer="hard_swish"), "Hardswish, which the experts do not have"),
+        (lambda: make(num_experts=[4]), "num_experts: expected one number"),
+        (lambda: make(pos_embed="sincos"), "unknown pos_embed 'sincos'; did you mean sincos2d"),
         (lambda: make(k=5), "k must be between 1 and num_experts=4"),
         (lambda: make(embed_dim=34, num_heads=2, pos_embed="sincos2d"), "multiple of 4"),
         (lambda: zoo.create_model("vision/vmoe_small_patch32_24"), "did you mean vision/vmoe_small_patch32_224"),
