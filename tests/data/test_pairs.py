@@ -127,6 +127,11 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
         ("a.csv", "path,caption\n", "lists no image"),
         ("a.json", "{", "not valid JSON"),
         ("a.json", '{"a": 1}', "expected a list of objects"),
+        (
+            "a.json",
+            '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 7, "caption": "text"}]}',
+            r"a\.json: expected COCO's images .* there is no 7",
+        ),
     ],
 )
 def test_a_wrong_table_is_named(file: str, text: str, told: str, tmp_path: Path) -> None:

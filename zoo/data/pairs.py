@@ -168,8 +168,14 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        content = [{"path": names[a["image_id"]], "caption": a["caption"]} for a in content["annotations"]]
+        try:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            content = [{"path": names[a["image_id"]], "caption": a["caption"]} for a in content["annotations"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected COCO's images with id and file_name, and annotations with a caption and the "
+                f"image_id of one of them; there is no {error}"
+            ) from None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"{path}: expected a list of objects, or COCO's images and annotations")
     yield from enumerate(content, 1)
