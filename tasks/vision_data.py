@@ -22,7 +22,9 @@ NO_AUGMENTATION = Augment()
 
 
 def channels_of(model: Any) -> int:
-    """Of images that a model takes: its first convolution's; three where it has none."""
+    """Of images that a model takes: as timm notes it, else its first convolution's; three where it has none."""
+    if isinstance(said := getattr(model, "in_chans", None), int):
+        return said
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 

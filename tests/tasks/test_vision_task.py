@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import zoo
 from tasks.vision import VisionData, VisionTask
+from tasks.vision_data import channels_of
 from zoo.data.images_rows import IGNORE
 from zoo.pretrained.vmoe import Checkpoint
 
@@ -218,6 +219,19 @@ def test_images_that_fill_up_a_batch_compete_with_none_in_an_evaluation():
     task.on_validation_epoch_start()
     task.validation_step(nothing, 0)
     assert task._sums.tolist() == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "channels"),
+    [
+        ("vit_tiny_patch16_224", {"in_chans": 4, "depth": 1}, 4),
+        ("naflexvit_base_patch16_gap", {"in_chans": 1, "depth": 1}, 1),  # no convolution
+        ("tresnet_m", {}, 3),  # its first convolution has those of 16 pixels
+    ],
+)
+def test_a_models_channels_are_those_of_its_images(name, options, channels):
+    with torch.device("meta"):
+        assert channels_of(zoo.create_model(f"vision/{name}", **options)) == channels
 
 
 def test_layer_decay_slows_down_blocks_the_further_they_are_from_the_head(tmp_path):
