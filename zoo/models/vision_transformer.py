@@ -28,16 +28,18 @@ POSITIONS = ("learn", "sincos2d", "none", "")
 class CheckedPatchEmbed(PatchEmbed):
     """timm's PatchEmbed, which says what it expected of images that do not fit."""
 
+    hint = (
+        "another size needs set_input_size, img_size= or dynamic_img_size=True when the model is made, other channels "
+        "in_chans="
+    )
+
     def forward(self, x: Tensor) -> Tensor:
         """Patches of images [B, C, H, W]; raises ValueError for other channels or another size than it is set to."""
         channels = self.proj.in_channels
         fixed = self.strict_img_size and self.img_size is not None
         if x.dim() != 4 or x.shape[1] != channels or (fixed and tuple(x.shape[2:]) != tuple(self.img_size)):
             size = "x".join(map(str, self.img_size)) if fixed else "any size"
-            raise ValueError(
-                f"expected images [B, {channels}, H, W] of {size}, got {list(x.shape)}; another size needs "
-                "set_input_size, img_size= or dynamic_img_size=True when the model is made, other channels in_chans="
-            )
+            raise ValueError(f"expected images [B, {channels}, H, W] of {size}, got {list(x.shape)}; {self.hint}")
         return super().forward(x)
 
 
