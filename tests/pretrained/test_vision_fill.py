@@ -30,6 +30,8 @@ SWIN = {"img_size": 64, "depths": (1, 1), "num_heads": (2, 2), "embed_dim": 16, 
         ("swin_tiny_patch4_window7_224", SWIN, {"patch_size": 2}),
         ("swin_tiny_patch4_window7_224", SWIN, {"window_size": 8}),
         ("swinv2_tiny_window8_256", SWIN, {"window_size": 8, "in_chans": 1}),
+        ("tnt_s_patch16_224", TINY, {"img_size": 64}),
+        ("mvitv2_tiny", {"img_size": 64}, {"img_size": 96}),
         ("convnext_atto", {}, {"in_chans": 5}),
         ("tresnet_m", {}, {}),  # a layer before the first convolution folds 16 pixels into channels
         ("tresnet_m", {}, {"in_chans": 1}),
@@ -83,3 +85,6 @@ def test_what_cannot_be_adapted_is_named(tmp_path):
     zoo.save_pretrained(timm.create_model("convnext_atto", num_classes=5), tmp_path / "saved")
     with pytest.raises(ValueError, match=r"stem\.0\.weight has shape \[40, 3, 4, 4\], .* \[40, 3, 8, 8\]"):
         zoo.from_pretrained(tmp_path / "saved", patch_size=8)
+    zoo.save_pretrained(timm.create_model("samvit_base_patch16", num_classes=5, **TINY), tmp_path / "sam")
+    with pytest.raises(ValueError, match=r"pos_embed has shape \[1, 2, 2, 768\], which does not fit"):
+        zoo.from_pretrained(tmp_path / "sam", img_size=64)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 RANDOM = {torch.Tensor.uniform_, torch.Tensor.normal_, nn.init.trunc_normal_, torch.Tensor.erfinv_}
 POSITIONS = "pos_embed"
 # What has another shape for images, patches or windows of another size.
-SIZED = (POSITIONS, "relative_position_bias_table")
+SIZED = (POSITIONS, "relative_position_bias_table", "patch_pos", "rel_pos_h", "rel_pos_w")
 PRE_LOGITS = ("pre_logits.fc.weight", "pre_logits.fc.bias")
 
 
@@ -112,7 +112,7 @@ def _adapted(
     if not other:
         return other
     found = dict(other)
-    if POSITIONS in other and (own := _own_grid(model)):
+    if POSITIONS in other and other[POSITIONS].dim() == 3 and (own := _own_grid(model)):
         prefix = _prefix(model, own)
         old = None if grid is None else list(grid)
         found[POSITIONS] = resample_abs_pos_embed(other[POSITIONS], list(own), old, num_prefix_tokens=prefix)
