@@ -74,6 +74,11 @@ def test_patches_that_go_through_a_matrix_are_adapted(tmp_path):
     x = torch.randn(2, 1, 32, 48)
     with torch.no_grad():
         torch.testing.assert_close(grey(x), saved(x.expand(-1, 3, -1, -1)))
+    oblong = timm.create_model("naflexvit_base_patch16_gap", patch_size=(8, 16), **small).eval()
+    zoo.save_pretrained(oblong, tmp_path / "oblong")
+    with torch.no_grad():
+        found = zoo.from_pretrained(tmp_path / "oblong", in_chans=1)(x)
+        torch.testing.assert_close(found, oblong(x.expand(-1, 3, -1, -1)))
     # A row of the matrix is a patch's height, width and colours, the last fastest.
     finer = zoo.from_pretrained(tmp_path / "saved", patch_size=8, in_chans=6)
     kernel = saved.embeds.proj.weight.view(48, 16, 16, 3).permute(0, 3, 1, 2)

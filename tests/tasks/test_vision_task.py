@@ -393,6 +393,31 @@ def test_normalisation_is_the_models_own_unless_given():
     assert np.isclose(VisionData(channels=1).preparation(model).statistics(ours.mean)[0], np.mean(theirs["mean"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("convnext_base.clip_laiona_augreg_ft_in1k_384", {}),  # squashes
+        ("test_vit", {"crop_mode": "border", "crop_pct": 0.8}),
+        ("test_vit", {"crop_mode": "center", "crop_pct": 0.8}),
+    ],
+)
+def test_images_are_made_square_as_the_model_was_evaluated(name, changed):
+    import timm
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained_cfg_overlay=changed)
+    config = resolve_model_data_config(model)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8))
+    ours = VisionData().preparation(model)
+    torch.testing.assert_close(ours.evaluation()(picture), create_transform(**config)(picture))
+    assert {name: ours.config()[name] for name in config} == config
+    assert VisionData(crop_mode="squash").preparation(model).crop_mode == "squash"
+    with pytest.raises(ValueError, match="unknown crop_mode 'squish'; did you mean squash"):
+        VisionData(crop_mode="squish")
+
+
 @pytest.mark.parametrize("network", ["vmoe_tiny_test", "convnext_moe_tiny_test"])
 def test_what_is_exported_says_how_images_are_prepared(network, tmp_path):
     """An image goes the same way into the exported model, by ours and by timm's reading, as it went in training."""
@@ -401,7 +426,7 @@ def test_what_is_exported_says_how_images_are_prepared(network, tmp_path):
 
     sizes = SIZES if network.startswith("vmoe") else {}
     task = VisionTask(f"vision/{network}", overrides=sizes, warmup_steps=2, export=str(tmp_path / "out"))
-    asked = {"mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear"}
+    asked = {"mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear", "crop_mode": "squash"}
     data = make_data(image_size=48, batch_size=8, **asked)
     make_trainer(tmp_path, max_steps=1).fit(task, data)
     read = zoo.from_pretrained(tmp_path / "out")

@@ -134,10 +134,14 @@ def _first_layer(model: Any, name: str, weight: Tensor, channels: int) -> Tensor
         # A layer before it may fold several pixels into channels.
         return adapt_input_conv(max(1, own.shape[1] * channels // weight.shape[1]), weight, channels)
     parent = model.get_submodule(name.rsplit(".", 2)[0])
-    side = math.isqrt(weight.shape[1] // channels)
-    if weight.shape[1] != side * side * channels or not hasattr(parent, "patch_size"):
+    if not hasattr(parent, "patch_size"):
         return weight
-    weight = resample_patch_embed(weight.view(-1, side, side, channels).permute(0, 3, 1, 2), parent.patch_size)
+    height, width = parent.patch_size
+    if weight.shape[1] != height * width * channels:
+        height = width = math.isqrt(weight.shape[1] // channels)
+    if weight.shape[1] != height * width * channels:
+        return weight
+    weight = resample_patch_embed(weight.view(-1, height, width, channels).permute(0, 3, 1, 2), parent.patch_size)
     return adapt_input_conv(parent.in_chans, weight, channels).permute(0, 2, 3, 1).flatten(1)
 
 
