@@ -72,6 +72,17 @@ def test_timm_and_zoo_list_the_same_models() -> None:
     assert timm.is_model("vmoe_base_patch16_224")
 
 
+def test_names_may_have_the_tags_of_timm() -> None:
+    sizes = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = zoo.create_model("vision/vit_tiny_patch16_224.augreg_in21k", moe_layers=[1], num_experts=2, **sizes)
+    assert model.pretrained_cfg["tag"] == "augreg_in21k"
+    assert model.blocks[1].mlp.experts.num_experts == 2
+    ours = zoo.create_model("vision/vmoe_tiny_test.untrained", moe_layers=[0], num_experts=3)
+    assert ours.blocks[0].mlp.experts.num_experts == 3
+    with pytest.raises(RuntimeError, match="nobodys"):
+        zoo.create_model("vision/vit_tiny_patch16_224.nobodys")
+
+
 def test_zoo_may_be_imported_first_and_listing_imports_neither_torch_nor_timm() -> None:
     """In this file timm came first."""
     program = (
