@@ -152,7 +152,7 @@ def split_folders(path: Path) -> dict[str, Path]:
 
 def table(path: Path, held_out: float = 0.1) -> Images:
     """A CSV file with columns path and label, and maybe split."""
-    reader = csv.DictReader(io.StringIO(table_text(path), newline=""))
+    reader = csv.DictReader(io.StringIO(text_of(path), newline=""))
     columns = reader.fieldnames or []
     for column in ("path", "label"):
         if column not in columns:
@@ -173,8 +173,8 @@ def table(path: Path, held_out: float = 0.1) -> Images:
     return divided(str(path), classes, Files(names), names, labels, held_out, splits, [row["path"] for row in rows])
 
 
-def table_text(path: Path) -> str:
-    """What a table says; raises ValueError where it is not UTF-8."""
+def text_of(path: Path) -> str:
+    """What a file of text says; raises ValueError where it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

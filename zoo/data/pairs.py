@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .corpus import SPLITS, json_lines
-from .images import ALIASES, Files, divided, is_image, split_folders, table_text
+from .images import ALIASES, Files, divided, is_image, split_folders, text_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,7 +145,7 @@ def _folder(home: Path) -> Iterable[tuple[str, str, str | None]]:
             beside = image.with_suffix(".txt")
             if not beside.is_file():
                 raise FileNotFoundError(f"{image}: there is no {beside.name} beside it with its text")
-            yield str(image), beside.read_text(encoding="utf-8").strip(), None
+            yield str(image), text_of(beside).strip(), None
 
 
 def _table(path: Path) -> Iterable[tuple[str, str, str | None]]:
@@ -159,7 +159,7 @@ def _table(path: Path) -> Iterable[tuple[str, str, str | None]]:
 
 
 def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    text = table_text(path)
+    text = text_of(path)
     if path.suffix == ".csv":
         yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
         return
