@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.data.images_rows import IGNORE
+from zoo.data.images_rows import IGNORE, real_rows
 
 SHOTS = (1, 5, 10, 25)
 STRENGTHS = tuple(2.0**i for i in range(-10, 20))  # of regularisation
@@ -85,7 +85,7 @@ def features(model: Any, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, 
     model.eval()
     found, labels = [], []
     try:
-        for batch in batches:
+        for batch in map(real_rows, batches):
             real = batch["label"] != IGNORE
             out = model.forward_head(model.forward_features(batch["image"].to(device)), pre_logits=True)
             found.append(out.float().cpu()[real])

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 
 import zoo
@@ -169,6 +170,10 @@ class Task(LightningModule):
             raise ValueError(
                 f"predict: {processes} processes with a model in parts cannot generate texts of unequal length; use "
                 "one, with trainer.devices 1"
+            )
+        if subcommand == "predict" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise ValueError(
+                "predict: processes that trainer.strategy forks or spawns keep their predictions to themselves; use ddp"
             )
         data.check(subcommand)
         self.check(data)

@@ -24,7 +24,7 @@ from tasks.teacher import Teacher
 from tasks.training import Overrides, Task
 from tasks.vision_data import VisionData, channels_of
 from tasks.vision_models import check_alike, check_fits, check_timm, takes_any_size
-from zoo.data.images_rows import IGNORE
+from zoo.data.images_rows import IGNORE, real_rows
 from zoo.distillation import soft_loss
 
 __all__ = ["VisionData", "VisionTask"]
@@ -271,13 +271,15 @@ class VisionTask(Task):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Add to the sums of an evaluation."""
+        skipped = batch["skipped"].sum()
+        batch = real_rows(batch)
         with zoo.moe.record(self.model) as step:
             logits = self.model(batch["image"]).double()
         labels, real = batch["label"], batch["label"] != IGNORE
         targets = F.one_hot(labels.clamp(min=0), logits.shape[1]).to(logits.dtype)
         loss = (self._cross_entropy(logits, targets) * real).sum()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums = [loss, real.sum(), best[:, 0].sum(), best.sum(), batch["skipped"].sum()]
+        sums = [loss, real.sum(), best[:, 0].sum(), best.sum(), skipped]
         self.add_to_evaluation(step, torch.stack([value.double() for value in sums]), real)
 
     test_step = validation_step
@@ -292,6 +294,7 @@ class VisionTask(Task):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Path, class and probability of each image."""
         rows: Any = self.trainer.predict_dataloaders
+        batch = real_rows(batch)
         classes = self._classes or self.trainer.datamodule.classes  # type: ignore[attr-defined]
         logits = self.model(batch["image"]).float()
         sigmoid = self.hparams["objective"] == "sigmoid"

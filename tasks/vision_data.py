@@ -22,7 +22,9 @@ NO_AUGMENTATION = Augment()
 
 
 def channels_of(model: Any) -> int:
-    """Of images that a model takes: its first convolution's; three where it has none."""
+    """Of images that a model takes: as timm notes it, else its first convolution's; three where it has none."""
+    if isinstance(said := getattr(model, "in_chans", None), int):
+        return said
     return next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
 
 
@@ -47,6 +49,7 @@ class VisionData(LightningDataModule):
         std: of each channel, for normalisation; the model's own by default.
         interpolation: in resizing; the model's own by default.
         crop_pct: share of the resized image that evaluation cuts out; the model's own by default.
+        crop_mode: how evaluation makes images square, "center", "squash" or "border"; the model's own by default.
         images: files and folders that `predict` classifies.
     """
 
@@ -67,6 +70,7 @@ class VisionData(LightningDataModule):
         std: list[float] | None = None,
         interpolation: str | None = None,
         crop_pct: float | None = None,
+        crop_mode: str | None = None,
         images: list[str] | None = None,
     ) -> None:
         super().__init__()
@@ -77,7 +81,8 @@ class VisionData(LightningDataModule):
         self.image_size, self.channels, self.batch_size = image_size, channels, batch_size
         self.num_workers, self.seed, self.on_corrupt = num_workers, seed, on_corrupt
         self.augment, self.to_predict = augment, images or []
-        self.given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct}
+        self.given: dict[str, Any] = {"mean": mean, "std": std, "interpolation": interpolation}
+        self.given |= {"crop_pct": crop_pct, "crop_mode": crop_mode}
         said = {name: value for name, value in self.given.items() if value is not None}
         Preparation(image_size or 1, channels, **said)  # raises for what does not fit
 
@@ -117,6 +122,7 @@ class VisionData(LightningDataModule):
         from timm.data import resolve_model_data_config
 
         own: dict[str, Any] = {"mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "crop_pct": 1.0}
+        own["crop_mode"] = "center"
         size = self.image_size
         if model is not None:
             theirs = resolve_model_data_config(model)

@@ -26,7 +26,7 @@ from tasks.predictions import check_predictions, write_predictions
 from tasks.training import Overrides, Task, data_group
 from tasks.vision_language_data import VisionLanguageData
 from tasks.zero_shot import class_embeddings, retrieval
-from zoo.data.images_rows import IGNORE
+from zoo.data.images_rows import IGNORE, real_rows
 from zoo.data.pairs_rows import check_text_length
 from zoo.models.contrastive import contrastive_loss
 
@@ -178,6 +178,7 @@ class ContrastiveTask(Task):
             self._shares.update(step, self._labels(batch))
             self._balance.update(step)
             return
+        batch = real_rows(batch)
         real = batch["label"] != IGNORE
         best = self._chances(batch["image"]).topk(min(5, len(self._names())), dim=1).indices == batch["label"][:, None]
         sums = torch.stack([best[:, 0].sum(), best.sum(), real.sum()]).double()
@@ -224,6 +225,7 @@ class ContrastiveTask(Task):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[dict[str, Any]]:
         """Path, likeliest class and its probability of each image."""
         rows: Any = self.trainer.predict_dataloaders
+        batch = real_rows(batch)
         names = self._names()
         chances, best = self._chances(batch["image"]).max(-1)
         return [

@@ -291,3 +291,14 @@ def test_copies_in_pieces_grow_by_whole_copies_or_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="has other tensors"):
         zoo.save_pretrained(zoo.grow(model, num_new=1), tmp_path / "odd")
     assert not (tmp_path / "odd").exists()
+
+
+@pytest.mark.parametrize(
+    "how", [lambda model: zoo.prune(model, experts=[[0, 4]]), zoo.to_dense], ids=["prune", "dense"]
+)
+def test_what_needs_one_stack_says_how_to_get_one_and_then_works(how, tmp_path):
+    grown = zoo.grow(zoo.create_model("vision/vmoe_tiny_test"), num_new=1)
+    with pytest.raises(ValueError, match=r"blocks\.3\.mlp has GrownExperts; .* zoo\.from_pretrained reads it as one"):
+        how(grown)
+    zoo.save_pretrained(grown, tmp_path / "grown")
+    assert not any(isinstance(m, GrownExperts) for m in how(zoo.from_pretrained(tmp_path / "grown")).modules())

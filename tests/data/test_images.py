@@ -191,3 +191,39 @@ def test_images_to_classify_are_found_in_order_below_folders(tmp_path):
         image_files([str(tmp_path / "none")])
     with pytest.raises(FileNotFoundError, match=r"no image or folder 'gone\.png'"):
         image_files(["gone.png"])
+
+
+def test_folders_of_splits_need_no_training_one_and_no_lower_case(tmp_path):
+    class_folders(tmp_path / "held" / "val", {"cat": 2, "dog": 1})
+    class_folders(tmp_path / "held" / "test", {"cow": 1})
+    held = open_images(str(tmp_path / "held"))
+    assert held.classes == ("cat", "cow", "dog")
+    assert {name: list(split.labels) for name, split in held.splits.items()} == {"val": [0, 0, 2], "test": [1]}
+    class_folders(tmp_path / "named" / "Train", {"cat": 2, "dog": 2})
+    class_folders(tmp_path / "named" / "Validation", {"cat": 1, "dog": 1})
+    named = open_images(str(tmp_path / "named"), held_out=0)
+    assert {name: list(split.labels) for name, split in named.splits.items()} == {"train": [0, 0, 1, 1], "val": [0, 1]}
+    # A class may be called as a split is, beside others.
+    class_folders(tmp_path / "exams", {"test": 1, "homework": 1})
+    assert open_images(str(tmp_path / "exams")).classes == ("homework", "test")
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    class_folders(tmp_path, {"cat": 2})
+    (tmp_path / "cat" / "._0.png").write_bytes(b"of macOS")
+    assert sorted(open_images(str(tmp_path), held_out=0).split("train").names) == image_files([str(tmp_path)])
+    assert len(image_files([str(tmp_path)])) == 2
+
+
+def test_numbers_that_are_written_in_two_ways_are_two_classes_in_one_order(tmp_path):
+    table = tmp_path / "table.csv"
+    labels = ["10", "1", "01", "001", "2"]
+    names = [picture(tmp_path / f"{label}.png", 0).name for label in labels]
+    table.write_text("path,label\n" + "".join(f"{name},{label}\n" for name, label in zip(names, labels)))
+    assert open_images(str(table)).classes == ("001", "01", "1", "2", "10")
+
+
+def test_a_table_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "table.csv").write_text("path,label\na.png,café\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"table\.csv: not UTF-8 text"):
+        open_images(str(tmp_path / "table.csv"))

@@ -67,6 +67,16 @@ def test_a_folder_with_texts_beside_images(tmp_path: Path) -> None:
         open_pairs(str(tmp_path))
 
 
+def test_texts_may_begin_with_a_mark_and_those_in_another_code_are_named(tmp_path: Path) -> None:
+    beside(tmp_path, 3)
+    (tmp_path / "1.txt").write_text("Übung", encoding="utf-8-sig")
+    [train] = open_pairs(str(tmp_path), held_out=0).splits.values()
+    assert (1, ["Übung"]) in content(train)
+    (tmp_path / "1.txt").write_text("Übung", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"1\.txt: not UTF-8 text"):
+        open_pairs(str(tmp_path))
+
+
 def test_a_folder_of_splits(tmp_path: Path) -> None:
     beside(tmp_path / "train", 5)
     beside(tmp_path / "validation", 3)
@@ -127,6 +137,11 @@ def test_tables_of_every_kind_say_the_same(tmp_path: Path) -> None:
         ("a.csv", "path,caption\n", "lists no image"),
         ("a.json", "{", "not valid JSON"),
         ("a.json", '{"a": 1}', "expected a list of objects"),
+        (
+            "a.json",
+            '{"images": [{"id": 1, "file_name": "0.png"}], "annotations": [{"image_id": 7, "caption": "text"}]}',
+            r"a\.json: expected COCO's images .* there is no 7",
+        ),
     ],
 )
 def test_a_wrong_table_is_named(file: str, text: str, told: str, tmp_path: Path) -> None:

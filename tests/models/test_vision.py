@@ -72,6 +72,17 @@ def test_timm_and_zoo_list_the_same_models() -> None:
     assert timm.is_model("vmoe_base_patch16_224")
 
 
+def test_names_may_have_the_tags_of_timm() -> None:
+    sizes = {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 3}
+    model = zoo.create_model("vision/vit_tiny_patch16_224.augreg_in21k", moe_layers=[1], num_experts=2, **sizes)
+    assert model.pretrained_cfg["tag"] == "augreg_in21k"
+    assert model.blocks[1].mlp.experts.num_experts == 2
+    ours = zoo.create_model("vision/vmoe_tiny_test.untrained", moe_layers=[0], num_experts=3)
+    assert ours.blocks[0].mlp.experts.num_experts == 3
+    with pytest.raises(RuntimeError, match="nobodys"):
+        zoo.create_model("vision/vit_tiny_patch16_224.nobodys")
+
+
 def test_zoo_may_be_imported_first_and_listing_imports_neither_torch_nor_timm() -> None:
     """In this file timm came first."""
     program = (
@@ -243,6 +254,19 @@ def test_initial_weights_are_those_of_the_original() -> None:
     assert other.abs().max() <= (6 / (32 + 96)) ** 0.5
 
 
+@pytest.mark.parametrize("mode", ["", "jax"])
+def test_a_start_that_shrinks_with_depth_shrinks_experts_too(mode: str) -> None:
+    plain, shrunk = (
+        (torch.manual_seed(3), timm.create_model("vmoe_tiny_test", weight_init=mode, fix_init=fix).state_dict())[1]
+        for fix in (False, True)
+    )
+    for name, value in plain.items():
+        block = int(name.split(".")[1]) if name.startswith("blocks.") else 0
+        shrinks = name.endswith(("attn.proj.weight", "mlp.fc2.weight", "experts.down_proj"))
+        scale = (2 * (block + 1)) ** 0.5 if shrinks else 1.0
+        torch.testing.assert_close(shrunk[name], value / scale, msg=name)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -257,6 +281,8 @@ def test_initial_weights_are_those_of_the_original() -> None:
         (lambda: make(router={"name": "TopKRouter", "kk": 1}), "unknown argument of TopKRouter 'kk'"),
         (lambda: make(scale_mlp_norm=True), "blocks.3.mlp has a LayerNorm"),
         (lambda: make(act_layer="hard_swish"), "Hardswish, which the experts do not have"),
+        (lambda: make(num_experts=[4]), "num_experts: expected one number"),
+        (lambda: make(pos_embed="sincos"), "unknown pos_embed 'sincos'; did you mean sincos2d"),
         (lambda: make(k=5), "k must be between 1 and num_experts=4"),
         (lambda: make(embed_dim=34, num_heads=2, pos_embed="sincos2d"), "multiple of 4"),
         (lambda: zoo.create_model("vision/vmoe_small_patch32_24"), "did you mean vision/vmoe_small_patch32_224"),

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -143,13 +144,36 @@ def test_a_deep_moe_is_still_the_classifier_that_timm_knows() -> None:
     model.set_grad_checkpointing(False)
     model.reset_classifier(3)
     assert model(images()).shape == (2, 3)
-    labels = torch.tensor([1, 4])
+    labels = torch.tensor([1, 2])
+    assert model.classifier.out_features == 3
     x = images()
     model(x)
     expected = F.cross_entropy(model.classifier(model.embedding(x)), labels)
     torch.testing.assert_close(model.embedding_loss(labels), expected)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = model.nothing
+
+
+def test_features_of_a_deep_moe_are_gated_by_the_images_they_are_of() -> None:
+    model = make("resnet10t", num_classes=5, convolutions="DeepMoE").eval()
+    before, x = images(), images()
+    with torch.no_grad():
+        expected = model(x)
+        model(before)
+        torch.testing.assert_close(model.forward_head(model.forward_features(x)), expected)
+        model(before)
+        last, _ = model.forward_intermediates(x)
+        torch.testing.assert_close(model.forward_head(last), expected)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("resnet10t", "layer*.conv1"), ("convnext_atto", "stages.*.conv_dw")])
+def test_a_deep_moe_has_the_blocks_of_its_backbone(name: str, layers: str) -> None:
+    model = make(name, convolutions={"name": "DeepMoE", "layers": [layers]})
+    found = group_parameters(model, model.group_matcher(), reverse=True)
+    expected = group_parameters(model.backbone, model.backbone.group_matcher(), reverse=True)
+    assert len(set(expected.values())) > 3
+    assert {name: found[f"backbone.{name}"] for name in expected} == expected
+    assert found["embedding.0.weight"] == max(found.values())
 
 
 @pytest.mark.parametrize(

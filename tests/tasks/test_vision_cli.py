@@ -314,6 +314,14 @@ def test_prediction_without_images_is_a_mistake(capsys):
     assert "give data.images" in capsys.readouterr().err
 
 
+def test_prediction_in_forked_processes_is_a_mistake_before_any_work(tmp_path, capsys):
+    Image.new("RGB", (9, 9)).save(tmp_path / "one.png")
+    options = ["--data.images", f"[{tmp_path / 'one.png'}]", "--model.predictions", tmp_path / "found.csv"]
+    forked = ["--trainer.accelerator=cpu", "--trainer.devices=2", "--trainer.strategy=ddp_fork"]
+    assert cli("predict", CONFIGS / "vmoe_digits.yaml", *options, *forked) == 2
+    assert "keep their predictions to themselves; use ddp" in capsys.readouterr().err
+
+
 def test_fit_help_shows_options_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as done:
         main(["vision", "fit", "--help"])

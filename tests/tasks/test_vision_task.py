@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import zoo
 from tasks.vision import VisionData, VisionTask
+from tasks.vision_data import channels_of
 from zoo.data.images_rows import IGNORE
 from zoo.pretrained.vmoe import Checkpoint
 
@@ -193,6 +194,46 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path):
         assert figures[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
+def test_images_that_fill_up_a_batch_compete_with_none_in_an_evaluation():
+    torch.manual_seed(0)
+    router = {"name": "TopKRouter", "group_size": None}
+    capacity = {"factor": 1.0, "eval_factor": 0.25, "drop": "priority"}
+    task, data = make_task(router=router, capacity=capacity), make_data()
+    task._adopt_sizes(data)
+    task.model = task.build().eval()
+    torch.nn.init.normal_(task.model.head.weight)
+    rows = data.rows("val", model=task.model)
+    chosen = [rows[i] for i in (4, -1, 9, 30, -1, -1)]
+    batch = torch.utils.data.default_collate(chosen)
+    batch["skipped"][1] = 1
+    with torch.no_grad():
+        task.on_validation_epoch_start()
+        task.validation_step(batch, 0)
+        scores = task.model(torch.stack([rows[i]["image"] for i in (4, 9, 30)])).double()
+    labels = torch.tensor([rows[i]["label"] for i in (4, 9, 30)])
+    loss, images, first, _, skipped = task._sums.tolist()
+    assert loss == pytest.approx(F.cross_entropy(scores, labels, reduction="sum").item(), rel=1e-6)
+    assert (images, first, skipped) == (3, int((scores.argmax(1) == labels).sum()), 1)
+    # A process that has nothing else goes through the model with it, for the others' sake.
+    nothing = torch.utils.data.default_collate([rows[-1], rows[-1]])
+    task.on_validation_epoch_start()
+    task.validation_step(nothing, 0)
+    assert task._sums.tolist() == [0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "channels"),
+    [
+        ("vit_tiny_patch16_224", {"in_chans": 4, "depth": 1}, 4),
+        ("naflexvit_base_patch16_gap", {"in_chans": 1, "depth": 1}, 1),  # no convolution
+        ("tresnet_m", {}, 3),  # its first convolution has those of 16 pixels
+    ],
+)
+def test_a_models_channels_are_those_of_its_images(name, options, channels):
+    with torch.device("meta"):
+        assert channels_of(zoo.create_model(f"vision/{name}", **options)) == channels
+
+
 def test_layer_decay_slows_down_blocks_the_further_they_are_from_the_head(tmp_path):
     task = make_task(lr=0.1, layer_decay=0.5, weight_decay=0.3)
     make_trainer(tmp_path, max_steps=0).fit(task, make_data())
@@ -352,6 +393,31 @@ def test_normalisation_is_the_models_own_unless_given():
     assert np.isclose(VisionData(channels=1).preparation(model).statistics(ours.mean)[0], np.mean(theirs["mean"]))
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("convnext_base.clip_laiona_augreg_ft_in1k_384", {}),  # squashes
+        ("test_vit", {"crop_mode": "border", "crop_pct": 0.8}),
+        ("test_vit", {"crop_mode": "center", "crop_pct": 0.8}),
+    ],
+)
+def test_images_are_made_square_as_the_model_was_evaluated(name, changed):
+    import timm
+    from PIL import Image
+    from timm.data import create_transform, resolve_model_data_config
+
+    with torch.device("meta"):
+        model = timm.create_model(name, pretrained_cfg_overlay=changed)
+    config = resolve_model_data_config(model)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8))
+    ours = VisionData().preparation(model)
+    torch.testing.assert_close(ours.evaluation()(picture), create_transform(**config)(picture))
+    assert {name: ours.config()[name] for name in config} == config
+    assert VisionData(crop_mode="squash").preparation(model).crop_mode == "squash"
+    with pytest.raises(ValueError, match="unknown crop_mode 'squish'; did you mean squash"):
+        VisionData(crop_mode="squish")
+
+
 @pytest.mark.parametrize("network", ["vmoe_tiny_test", "convnext_moe_tiny_test"])
 def test_what_is_exported_says_how_images_are_prepared(network, tmp_path):
     """An image goes the same way into the exported model, by ours and by timm's reading, as it went in training."""
@@ -360,7 +426,7 @@ def test_what_is_exported_says_how_images_are_prepared(network, tmp_path):
 
     sizes = SIZES if network.startswith("vmoe") else {}
     task = VisionTask(f"vision/{network}", overrides=sizes, warmup_steps=2, export=str(tmp_path / "out"))
-    asked = {"mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear"}
+    asked = {"mean": [0.3], "std": [0.2], "crop_pct": 0.9, "interpolation": "bilinear", "crop_mode": "squash"}
     data = make_data(image_size=48, batch_size=8, **asked)
     make_trainer(tmp_path, max_steps=1).fit(task, data)
     read = zoo.from_pretrained(tmp_path / "out")

@@ -89,3 +89,31 @@ def test_a_class_is_the_mean_of_its_prompts() -> None:
         torch.testing.assert_close(row, mean / mean.norm())
     with pytest.raises(ValueError, match=r"'a photo' has no \{\}"):
         class_embeddings(model, ByteTokenizer(), classes, ["a photo"])
+
+
+def test_images_that_fill_up_a_batch_compete_with_none_in_zero_shot_classification(monkeypatch):
+    from tasks.vision_language import ContrastiveTask
+
+    torch.manual_seed(0)
+    capacity = {"factor": 1.0, "eval_factor": 0.25, "drop": "priority"}
+    model = zoo.create_model("vision_language/limoe_tiny", capacity=capacity).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.dim() else None
+    task = ContrastiveTask(model)
+    monkeypatch.setattr(task, "_names", lambda: tuple("abcdefgh"))
+    task.model = model
+    images = torch.randn(6, model.channels, model.image_size, model.image_size)
+    index = torch.tensor([3, -1, 5, 8, -1, -1])
+    real = index >= 0
+    with torch.no_grad():
+        alone, crowded = model(images[real]).image, model(images).image[real]
+        moved = ((alone - crowded).abs().amax(1) > 1e-3)[:, None]
+        assert moved.any()  # capacity is short
+        # Each image's embedding among the others, where that is another, and then each by itself.
+        classes = torch.cat([crowded.where(moved, -alone), alone, -alone[:2]])
+        task.on_validation_epoch_start()
+        task._classes = classes
+        labels = torch.full((6,), -100)
+        labels[real] = torch.tensor([3, 4, 5])  # those that the images alone have
+        task.validation_step({"image": images, "label": labels, "index": index, "skipped": torch.zeros(6)}, 0)
+    assert task._sums.tolist()[0] == task._sums.tolist()[2] == 3

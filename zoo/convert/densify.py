@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..moe import MLP, Experts, IsolatedMoE, MoE, ShortcutMoE
+from ..moe.grown import no_stack
 from ..pretrained.adopt import materialize
 from ..pretrained.placement import moe_layers
 from ..pretrained.sparse_blocks import stand_alike
@@ -142,7 +143,7 @@ def _check(model: nn.Module, name: str, moe: MoE, shared: float | None, weighed:
         kind = type(moe).__name__ if isinstance(moe, ShortcutMoE) else "IsolatedMoE"
         raise ValueError(f"to_dense: {name} is a {kind}; expected a MoE that stands alone")
     if type(moe.experts) is not Experts:
-        raise ValueError(f"to_dense: {name} has {type(moe.experts).__name__}; expected Experts, stacked MLPs")
+        raise ValueError(f"to_dense: {no_stack(name, moe.experts)}")
     if moe.experts.weigh_input and weighed:
         raise ValueError(f"to_dense: {name} weighs what its experts read: no weights or scale of what they give")
     if moe.mix_gate is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -125,35 +126,38 @@ def digits(held_out: float = 0.1) -> Images:
 
 
 def folder(path: Path, held_out: float = 0.1) -> Images:
-    """A folder with a folder a class, or with such folders for each split."""
-    homes = {s: next((path / a for a in ALIASES[s] if (path / a).is_dir()), None) for s in SPLITS}
-    home = homes["train"]
-    classes = _class_folders(home or path)
-    found = {"train": _files_of(home or path, classes)}
-    if home is not None:
-        for split in ("val", "test"):
-            given = homes[split]
-            if given is not None:
-                strange = [c for c in _class_folders(given) if c not in classes]
-                if strange:
-                    raise ValueError(f"{given / strange[0]}: there is no class {strange[0]!r} in {home}")
-                found[split] = _files_of(given, classes)
-    names = [name for files, _ in found.values() for name in files]
+    """A folder with a folder a class, or with such folders for each split; these may go without one to train on."""
+    homes = split_folders(path)
+    if "train" not in homes and len(homes) < len(_class_folders(path)):
+        homes = {"train": path}  # there are other folders too: all are classes, whatever they are called
+    inside = {split: _class_folders(home) for split, home in homes.items()}
+    classes = inside.get("train") or tuple(sorted({name for names in inside.values() for name in names}))
+    for split, names in inside.items():
+        if strange := [name for name in names if name not in classes]:
+            raise ValueError(f"{homes[split] / strange[0]}: there is no class {strange[0]!r} in {homes['train']}")
+    found = {split: _files_of(home, classes) for split, home in homes.items()}
+    paths = [name for files, _ in found.values() for name in files]
     labels = [label for _, numbers in found.values() for label in numbers]
     given_splits = [split for split, (files, _) in found.items() for _ in files]
-    keys = [Path(name).relative_to(path).as_posix() for name in names]
-    return divided(str(path), classes, Files(names), names, labels, held_out, given_splits, keys)
+    keys = [Path(name).relative_to(path).as_posix() for name in paths]
+    return divided(str(path), classes, Files(paths), paths, labels, held_out, given_splits, keys)
+
+
+def split_folders(path: Path) -> dict[str, Path]:
+    """Folders of splits in a folder, by split; upper and lower case are the same."""
+    there = {p.name.lower(): p for p in sorted(path.iterdir(), reverse=True) if p.is_dir()}
+    homes = {split: next((there[a] for a in ALIASES[split] if a in there), None) for split in SPLITS}
+    return {split: home for split, home in homes.items() if home is not None}
 
 
 def table(path: Path, held_out: float = 0.1) -> Images:
     """A CSV file with columns path and label, and maybe split."""
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        columns = reader.fieldnames or []
-        for column in ("path", "label"):
-            if column not in columns:
-                raise ValueError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'none'}")
-        rows = list(reader)
+    reader = csv.DictReader(io.StringIO(text_of(path), newline=""))
+    columns = reader.fieldnames or []
+    for column in ("path", "label"):
+        if column not in columns:
+            raise ValueError(f"{path}: no column {column!r}; it has {', '.join(columns) or 'none'}")
+    rows = list(reader)
     if not rows:
         raise ValueError(f"{path} lists no image")
     names, splits = [str(path.parent / row["path"]) for row in rows], [_split_name(path, row) for row in rows]
@@ -163,10 +167,18 @@ def table(path: Path, held_out: float = 0.1) -> Images:
         if not Path(name).is_file():
             raise FileNotFoundError(f"{path}, line {number}: there is no image {name}")
     found = {row["label"] for row in rows}
-    classes = tuple(sorted(found, key=int) if all(c.isdecimal() for c in found) else sorted(found))
+    classes = tuple(sorted(found, key=lambda c: (int(c), c)) if all(c.isdecimal() for c in found) else sorted(found))
     numbers = {name: i for i, name in enumerate(classes)}
     labels = [numbers[row["label"]] for row in rows]
     return divided(str(path), classes, Files(names), names, labels, held_out, splits, [row["path"] for row in rows])
+
+
+def text_of(path: Path) -> str:
+    """What a file of text says; raises ValueError where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def image_files(paths: Sequence[str]) -> list[str]:
@@ -184,8 +196,8 @@ def image_files(paths: Sequence[str]) -> list[str]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file's name is that of an image."""
-    return path.suffix.lower() in EXTENSIONS and path.is_file()
+    """Whether a file's name is that of an image; hidden ones, such as macOS leaves beside images, are none."""
+    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
 @dataclass(frozen=True)

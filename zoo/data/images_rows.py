@@ -70,6 +70,15 @@ class ImageRows:
         return {"image": image, "label": IGNORE, "index": -1, "skipped": skipped}
 
 
+def real_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a batch that count: others would compete for experts' places. All, where a process has no real one.
+
+    What each process computes has to be some batch, since its part of the weights may be elsewhere.
+    """
+    real = batch["index"] >= 0
+    return {name: rows[real] for name, rows in batch.items()} if bool(real.any()) else batch
+
+
 def unlabelled(paths: Sequence[str]) -> Split:
     """Files without labels as a split."""
     return Split(Files(paths), paths, [0] * len(paths), range(len(paths)))

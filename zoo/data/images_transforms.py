@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Transform = Callable[["Image"], "Tensor"]
 MODES = {1: "L", 3: "RGB"}
+CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
@@ -50,7 +51,11 @@ class Augment:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a model takes: images [channels, size, size], normalised by mean and std; crop_pct as in timm."""
+    """What a model takes: images [channels, size, size], normalised by mean and std; crop_pct and crop_mode as in timm.
+
+    crop_mode says how evaluation makes an image square: "center" cuts out the middle, "squash" takes all of it out of
+    proportion, "border" adds what is missing.
+    """
 
     size: int
     channels: int = 3
@@ -58,6 +63,7 @@ class Preparation:
     std: tuple[float, ...] = (0.5,)
     interpolation: str = "bicubic"
     crop_pct: float = 1.0
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         if self.channels not in MODES:
@@ -71,6 +77,8 @@ class Preparation:
             raise ValueError(f"std must be above 0, got {list(self.std)}")
         if self.interpolation not in INTERPOLATIONS:
             raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
+        if self.crop_mode not in CROP_MODES:
+            raise unknown("crop_mode", self.crop_mode, CROP_MODES)
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct must be above 0 and at most 1, got {self.crop_pct}")
 
@@ -81,7 +89,7 @@ class Preparation:
     def config(self) -> dict[str, Any]:
         """The same as timm notes it of a model, in `pretrained_cfg`."""
         size = (self.channels, self.size, self.size)
-        return {**self._shared(), "input_size": size, "crop_pct": self.crop_pct}
+        return {**self._shared(), "input_size": size, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
 
     def renormalised(self, images: Tensor, theirs: Preparation) -> Tensor:
         """Images [B, C, H, W] prepared like this, with the mean and deviation of `theirs` in place of these."""
@@ -100,10 +108,10 @@ class Preparation:
         }
 
     def evaluation(self) -> Transform:
-        """Resize the shorter side, cut out the middle, and normalise."""
+        """Resize, make square by crop_mode, and normalise; the middle is of an image with its shorter side resized."""
         from timm.data import create_transform
 
-        transform = create_transform(**self._shared(), crop_pct=self.crop_pct)
+        transform = create_transform(**self._shared(), crop_pct=self.crop_pct, crop_mode=self.crop_mode)
         return lambda image: transform(in_mode(image, MODES[self.channels]))
 
     def training(self, augment: Augment) -> Transform:

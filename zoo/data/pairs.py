@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .corpus import SPLITS, json_lines
-from .images import ALIASES, Files, divided, is_image
+from .images import ALIASES, Files, divided, is_image, split_folders, text_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -117,16 +117,15 @@ def open_pairs(source: str, held_out: float = 0.1, **scenes: Any) -> Pairs:
             raise unknown("source of pictures with texts", source, ["digits", "a folder", "a .csv, .json or .tar file"])
         kind = "is neither a folder nor a .csv, .json, .jsonl or .tar file" if path.exists() else "does not exist"
         raise FileNotFoundError(f"{source} {kind} (from {Path.cwd()})")
-    homes = {s: next((path / a for a in ALIASES[s] if (path / a).is_dir()), None) for s in SPLITS}
-    if homes["train"] is None:
+    homes = split_folders(path)
+    if "train" not in homes:
         homes = {"train": path}
-    shards = {split: sorted(home.glob("*.tar")) for split, home in homes.items() if home is not None}
+    shards = {split: sorted(home.glob("*.tar")) for split, home in homes.items()}
     if any(shards.values()):
         return _from_shards(source, {split: files for split, files in shards.items() if files})
     rows = [
         (name, text, None if len(homes) == 1 else split)
         for split, home in homes.items()
-        if home is not None
         for name, text, given in _folder(home)
         for split in [given or split]
     ]
@@ -146,7 +145,7 @@ def _folder(home: Path) -> Iterable[tuple[str, str, str | None]]:
             beside = image.with_suffix(".txt")
             if not beside.is_file():
                 raise FileNotFoundError(f"{image}: there is no {beside.name} beside it with its text")
-            yield str(image), beside.read_text(encoding="utf-8").strip(), None
+            yield str(image), text_of(beside).strip(), None
 
 
 def _table(path: Path) -> Iterable[tuple[str, str, str | None]]:
@@ -160,7 +159,7 @@ def _table(path: Path) -> Iterable[tuple[str, str, str | None]]:
 
 
 def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
-    text = path.read_text(encoding="utf-8-sig")
+    text = text_of(path)
     if path.suffix == ".csv":
         yield from enumerate(csv.DictReader(io.StringIO(text, newline="")), 2)
         return
@@ -169,8 +168,14 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, Any]]]:
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if isinstance(content, dict) and {"images", "annotations"} <= content.keys():
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        content = [{"path": names[a["image_id"]], "caption": a["caption"]} for a in content["annotations"]]
+        try:
+            names = {image["id"]: image["file_name"] for image in content["images"]}
+            content = [{"path": names[a["image_id"]], "caption": a["caption"]} for a in content["annotations"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}: expected COCO's images with id and file_name, and annotations with a caption and the "
+                f"image_id of one of them; there is no {error}"
+            ) from None
     if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
         raise ValueError(f"{path}: expected a list of objects, or COCO's images and annotations")
     yield from enumerate(content, 1)

@@ -51,6 +51,10 @@ class _Part(NamedTuple):
     mask: Tensor | None
 
 
+class _Patches(CheckedPatchEmbed):
+    hint = "another size or other channels need image_size= or channels= when the model is made or read"
+
+
 class _Block(Block):
     """One pre-norm block: attention inside each modality, then an MLP or experts for the tokens of both."""
 
@@ -132,7 +136,7 @@ class LIMoE(nn.Module):
         self.image_size, self.channels, self.shared_init = image_size, channels, shared_init
         self.vocab_size, self.text_length, self.temperature = vocab_size, text_length, temperature
         self.grad_checkpointing = False
-        self.patch_embed = CheckedPatchEmbed(image_size, patch_size, channels, embed_dim)
+        self.patch_embed = _Patches(image_size, patch_size, channels, embed_dim)
         self.token_embed = nn.Embedding(vocab_size, embed_dim)
         self.image_positions = nn.Parameter(torch.empty(1, patches, embed_dim))
         self.text_positions = nn.Parameter(torch.empty(1, text_length, embed_dim))

@@ -43,7 +43,7 @@ def create_model(name: str, **overrides: Any) -> nn.Module:
     if model not in module.MODELS:
         # Names that a domain builds without listing them here: those of the library under it.
         others = module.other_models() if hasattr(module, "other_models") else []
-        if model not in others:
+        if model.partition(".")[0] not in others:  # timm's names may end in a tag, which says whose weights
             raise unknown("model", name, [*list_models(), *(f"{domain}/{other}" for other in others)])
     return module.build(model, **overrides)
 

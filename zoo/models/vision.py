@@ -119,6 +119,8 @@ def build(
 ) -> nn.Module:
     """The model called `name`, ours or any of timm's; overrides are timm's arguments, and `VisionTransformerMoE`'s.
 
+    Names may have a tag as timm's, "vit_small_patch16_224.augreg_in21k": it says whose weights pretrained=True fetches.
+
     For timm's own models moe_layers puts experts in place of the MLPs of these blocks, copies of them (`zoo.upcycle`):
     with pretrained=True of the trained ones. Without moe_layers the model is timm's own, the dense twin.
 
@@ -132,7 +134,7 @@ def build(
     from . import vision_timm
 
     vision_timm.register()
-    make = timm.create_model if name in MODELS else vision_timm.build_from_timm
+    make = timm.create_model if name.partition(".")[0] in MODELS else vision_timm.build_from_timm
     layers = {"attention": attention, "mixture_of_depths": mixture_of_depths, "convolutions": convolutions}
     return put_layers(make(name, **overrides), **layers, share_depth=share_depth)
 

@@ -42,6 +42,8 @@ def vision_spec(
     says, `given` after it and only to gates that have such arguments; k is for gates that have one.
     Raises ValueError for no expert, and as `parse_gate`.
     """
+    if not isinstance(num_experts, int):
+        raise ValueError(f"num_experts: expected one number, got {num_experts!r}")
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     make, chosen = parse_gate(spec)

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from .vision import MODELS
 
@@ -67,14 +67,13 @@ def _architecture(kind: str, options: dict[str, Any]) -> dict[str, Any]:
     # These import timm, which imports this module.
     from timm.models import convnext, swin_transformer_v2
 
-    from ..pretrained.vision_fill import resample_positions
     from . import vision_stages, vision_transformer
 
     if kind == "vit":
         return {
             "model_cls": vision_transformer.VisionTransformerMoE,
             "feature_cfg": {"out_indices": 3, "feature_cls": "getter"},
-            "pretrained_filter_fn": resample_positions,
+            "pretrained_filter_fn": _fitted,
         }
     stages = {"out_indices": tuple(range(len(options["depths"]))), "flatten_sequential": True}
     model, source = {
@@ -82,6 +81,13 @@ def _architecture(kind: str, options: dict[str, Any]) -> dict[str, Any]:
         "convnext": (vision_stages.ConvNeXtMoE, convnext),
     }[kind]
     return {"model_cls": model, "feature_cfg": stages, "pretrained_filter_fn": source.checkpoint_filter_fn}
+
+
+def _fitted(state: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """A state dict whose positions and patches fit the model's, as timm's own, which leaves out the layer kept here."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    return {**checkpoint_filter_fn(state, model), **{name: v for name, v in state.items() if "pre_logits" in name}}
 
 
 def build_from_timm(

@@ -18,12 +18,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe import MoE
-from .vision_experts import put_experts, undecayed
+from ..nearest import unknown
+from .vision_experts import put_experts, stacked_mlps, undecayed
 from .vision_init import init_module
+
+POSITIONS = ("learn", "sincos2d", "none", "")
 
 
 class CheckedPatchEmbed(PatchEmbed):
     """timm's PatchEmbed, which says what it expected of images that do not fit."""
+
+    hint = (
+        "another size needs set_input_size, img_size= or dynamic_img_size=True when the model is made, other channels "
+        "in_chans="
+    )
 
     def forward(self, x: Tensor) -> Tensor:
         """Patches of images [B, C, H, W]; raises ValueError for other channels or another size than it is set to."""
@@ -31,10 +39,7 @@ class CheckedPatchEmbed(PatchEmbed):
         fixed = self.strict_img_size and self.img_size is not None
         if x.dim() != 4 or x.shape[1] != channels or (fixed and tuple(x.shape[2:]) != tuple(self.img_size)):
             size = "x".join(map(str, self.img_size)) if fixed else "any size"
-            raise ValueError(
-                f"expected images [B, {channels}, H, W] of {size}, got {list(x.shape)}; another size needs "
-                "set_input_size, img_size= or dynamic_img_size=True when the model is made, other channels in_chans="
-            )
+            raise ValueError(f"expected images [B, {channels}, H, W] of {size}, got {list(x.shape)}; {self.hint}")
         return super().forward(x)
 
 
@@ -77,6 +82,8 @@ class VisionTransformerMoE(VisionTransformer):
         **timm: Any,
     ) -> None:
         defaults = {"fc_norm": False, "act_layer": "gelu_tanh", "embed_layer": CheckedPatchEmbed}
+        if pos_embed not in POSITIONS:
+            raise unknown("pos_embed", pos_embed, POSITIONS)
         self.sincos = pos_embed == "sincos2d"
         if self.sincos:
             pos_embed = "none"
@@ -149,6 +156,18 @@ class VisionTransformerMoE(VisionTransformer):
         return table.to(self.patch_embed.proj.weight.dtype)
 
     @torch.no_grad()
+    def fix_init_weight(self) -> None:
+        """Divide what attention and MLPs, or experts, of block i give by sqrt(2 (i + 1)), as BEiT starts; timm's."""
+        blocks: Any = self.blocks
+        for i, block in enumerate(blocks):
+            scale = math.sqrt(2 * (i + 1))
+            block.attn.proj.weight.div_(scale)
+            if not isinstance(block.mlp, MoE):
+                block.mlp.fc2.weight.div_(scale)
+            elif (mlps := stacked_mlps(block.mlp.experts)) is not None:
+                mlps.down_proj.div_(scale)
+
+    @torch.no_grad()
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Draw all weights anew: as google-research/vmoe does, or as timm's `mode` says, experts always as V-MoE's."""
         mode = mode or self.weight_init_mode
@@ -157,13 +176,16 @@ class VisionTransformerMoE(VisionTransformer):
             self.pos_embed = self._positions(self.patch_embed.grid_size, like.device)
         if mode:
             positions, self.pos_embed = self.pos_embed, None if self.sincos else self.pos_embed
+            fix, self.fix_init = self.fix_init, False
             super().init_weights(mode, needs_reset)
-            self.pos_embed = positions
+            self.pos_embed, self.fix_init = positions, fix
         elif not self.sincos and self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         for name, module in self.named_modules():
             if not mode or isinstance(module, MoE):
                 init_module(module, name, self.shared_init)
+        if self.fix_init:
+            self.fix_init_weight()
         if mode:
             return
         for token in (self.cls_token, self.reg_token):

@@ -77,6 +77,14 @@ class GrownExperts(nn.Module):
         return f"{self.num_experts}, of which {self.new.num_experts} are new"
 
 
+def no_stack(name: str, experts: nn.Module) -> str:
+    """What to say of a layer whose experts are no stack of MLPs."""
+    told = f"{name} has {type(experts).__name__}; expected Experts, stacked MLPs"
+    if isinstance(experts, GrownExperts):
+        told += "; zoo.save_pretrained writes a grown model whole, and zoo.from_pretrained reads it as one stack"
+    return told
+
+
 def freeze_rows(router: nn.Module, name: str, is_new: Sequence[bool]) -> None:
     """Train only those rows of a gate's parameter [E, ...] that are new; the others are a parameter without gradients.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts
+from .grown import no_stack
 from .layer import MoE
 from .routers import GShardRouter, PrototypeRouter, Router
 
@@ -22,7 +23,7 @@ def rows_of(name: str, moe: MoE) -> dict[str, Tensor]:
     Raises ValueError naming the layer for experts or a gate that one cannot take rows of: a hash table, a network.
     """
     if type(moe.experts) is not Experts:
-        raise ValueError(f"{name} has {type(moe.experts).__name__}; expected Experts, stacked MLPs")
+        raise ValueError(no_stack(name, moe.experts))
     router: nn.Module = moe.router
     found: dict[str, Tensor] = {f"experts.{n}": parameter for n, parameter in moe.experts.named_parameters()}
     tensors = [*router.named_parameters(), *router.named_buffers()]

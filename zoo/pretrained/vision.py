@@ -54,10 +54,10 @@ def from_vmoe(
     where positions are learnt. What arrays do not tell (k, capacity, groups, noise, losses, image size) comes from
     `config`, the original model's arguments as a mapping or a JSON file {"model": ..., "image_size": ...}, by default
     PREFIX.json where that exists; else from the published defaults. Arguments of `VisionTransformerMoE` go before all:
-    another img_size resamples learnt positions, other in_chans adapt the patches. new_head=True starts a new head of
-    num_classes, num_classes=0 leaves the head out. dtype "auto" keeps the checkpoint's. The model is in eval mode; its
-    `provenance` says which arguments came from where. Peak memory is the model's plus one stored slice, 256 MB at most
-    in published files.
+    another img_size resamples learnt positions, another patch_size or other in_chans the patches. new_head=True starts
+    a new head of num_classes, num_classes=0 leaves the head out. dtype "auto" keeps the checkpoint's. The model is in
+    eval mode; its `provenance` says which arguments came from where. Peak memory is the model's plus one stored slice,
+    256 MB at most in published files.
 
     Raises FileNotFoundError and ValueError as `Checkpoint`, and ValueError naming file and key for missing and surplus
     arrays, wrong shapes, and a num_classes that is not the checkpoint's.
@@ -81,6 +81,7 @@ def from_vmoe(
             our_name,
             as_theirs,
             channels=found["in_chans"],
+            kernel=(found["embed_dim"], found["in_chans"], *found["patch_size"]),
             head=not (new_head or num_classes == 0),
         )
     if new_head:
@@ -134,7 +135,10 @@ def from_timm(
         model = split_again(model, **how)
     model = put_layers(model, **config.get(CHANGED, {}))
     if not next(model.parameters()).is_meta:
+        first = entries.get("patch_embed.proj.weight")
         patch = to_2tuple(getattr(getattr(model, "patch_embed", None), "patch_size", None))
+        if first is not None and len(first.shape) == 4:
+            patch = first.shape[2:]
         grid = (size[1] // patch[0], size[2] // patch[1]) if patch[0] else None
         channels = int(stored.get("in_chans", size[0]))
         fill(model, entries, path / WEIGHTS, channels=channels, grid=grid, head=not (new_head or num_classes == 0))

@@ -80,9 +80,9 @@ def load(
 ) -> Any:
     """The model of a folder that `save` wrote, in eval mode; arguments of the model go before those stored.
 
-    Another image_size resamples the positions of patches, other channels adapt the patches, as timm does. dtype "auto"
-    keeps the checkpoint's. Raises ValueError naming file and tensor for missing and surplus tensors, wrong
-    shapes and a damaged file, and FileNotFoundError for a file that is not there.
+    Another image_size resamples the positions of patches, another patch_size or other channels the patches, as timm
+    does. dtype "auto" keeps the checkpoint's. Raises ValueError naming file and tensor for missing and surplus tensors,
+    wrong shapes and a damaged file, and FileNotFoundError for a file that is not there.
     """
     path = Path(folder).expanduser()
     config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -105,18 +105,20 @@ def load(
 @torch.no_grad()
 def _fill(model: Any, entries: Mapping[str, Entry], where: Path) -> None:
     """Read all tensors, positions of patches and the patches' weights as they are stored, and adapt these two."""
-    from timm.layers import resample_abs_pos_embed
+    from timm.layers import resample_abs_pos_embed, resample_patch_embed
     from timm.models import adapt_input_conv
 
     state = dict(model.state_dict())
     old = {}
     for name in (POSITIONS, PATCHES):
         stored, ours = (list(t[name].shape) if name in t else [] for t in (entries, state))
-        # Places [1, N, D] and channels [D, C, P, P]: the second dimension may differ, and no other.
-        if stored[1:2] != ours[1:2] and [*stored[:1], *stored[2:]] == [*ours[:1], *ours[2:]]:
+        # Of positions [1, N, D] N may differ, of patches [D, C, P, P] all but D.
+        kept = slice(0, None, 2) if name == POSITIONS else slice(0, 1)
+        if stored != ours and len(stored) == len(ours) and stored[kept] == ours[kept]:
             old[name] = state[name].new_empty(stored)
     read_all({**state, **old}, entries, where)
     if POSITIONS in old:
         state[POSITIONS].copy_(resample_abs_pos_embed(old[POSITIONS], list(model.patch_embed.grid_size), None, 0))
     if PATCHES in old:
-        state[PATCHES].copy_(adapt_input_conv(model.channels, old[PATCHES], old[PATCHES].shape[1]))
+        patches = resample_patch_embed(old[PATCHES], list(model.patch_embed.patch_size))
+        state[PATCHES].copy_(adapt_input_conv(model.channels, patches, patches.shape[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -48,6 +49,31 @@ class BlockDepth(nn.Module):
 class ClassifierDeepMoE(DeepMoE):
     """A `DeepMoE` whose backbone is a timm classifier: what timm asks of a model, the backbone answers."""
 
+    backbone: Any
+
+    def forward_features(self, x: Tensor, **options: Any) -> Tensor:
+        """What the backbone hands to its head, of images x [B, C, H, W]."""
+        self._passing.value = self.embedding(x)
+        return self.backbone.forward_features(x, **options)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """What the backbone's stages make of images x [B, C, H, W], as timm gives it."""
+        self._passing.value = self.embedding(x)
+        return self.backbone.forward_intermediates(x, *args, **options)
+
+    def reset_classifier(self, num_classes: int, *args: Any, **options: Any) -> None:
+        """Give the backbone another head, and the embedding a classifier of as many classes."""
+        self.backbone.reset_classifier(num_classes, *args, **options)
+        if num_classes > 0:
+            old = self.classifier
+            place: Any = {"device": old.weight.device, "dtype": old.weight.dtype}
+            self.classifier = nn.Linear(old.in_features, num_classes, **place)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters belong to which block, of the backbone's; embedding and gates' classifier to the last."""
+        found = self.backbone.group_matcher(coarse=coarse)
+        return {name: _below_backbone(patterns) for name, patterns in found.items()}
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -55,6 +81,14 @@ class ClassifierDeepMoE(DeepMoE):
             if name == "backbone" or name.startswith("__"):
                 raise
             return getattr(super().__getattr__("backbone"), name)
+
+
+def _below_backbone(patterns: Any) -> Any:
+    """timm's patterns of names, for names that begin with "backbone."."""
+    if isinstance(patterns, str):
+        anchored = re.sub(r"(?<!\[)\^", "", patterns)  # timm matches from the beginning in any case
+        return rf"^backbone\.(?:{anchored})"
+    return [(_below_backbone(pattern), end) for pattern, end in patterns]
 
 
 def put_layers(
