@@ -64,10 +64,10 @@ class ExactResume(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let the loader go on where it was, and Lightning count as many of its batches as are behind it."""
-        fit = trainer.fit_loop
-        loader: Any = trainer.train_dataloader
+        fit: Any = trainer.fit_loop
+        loader = trainer.train_dataloader
         if places := fit._combined_loader_states_to_load:
-            loader.load_state_dict(places[0])
+            fit._combined_loader._load_state_dicts(places)
             fit._combined_loader_states_to_load = []
         resumed, self._resumed = self._resumed, False
         if not (resumed and isinstance(loader, Loader)):

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import get_loader
 from jsonargparse._typehints import ActionTypeHint
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -162,6 +163,14 @@ class Table(ActionTypeHint):
         return super().__call__(parser, config, value, option)
 
 
+class Network(ActionTypeHint):
+    """An option that is a name or a module: help does not list the hundreds of kinds of modules that there are."""
+
+    def extra_help(self) -> str:
+        """Nothing."""
+        return ""
+
+
 class SaveConfig(SaveConfigCallback):
     """Keep a training run's configuration beside its logs, and nothing of other runs."""
 
@@ -203,6 +212,8 @@ class TaskCLI(LightningCLI):
         for action in parser._actions:
             if isinstance(action, ActionTypeHint) and action.dest in TABLES:
                 action.__class__ = Table
+            elif action.dest == "model.network":
+                action.__class__ = Network
         if tasks := TASKS.get(self.domain):
             own = next((name for name, row in tasks.items() if row[0] == self._task.__name__), None)
             parser.add_argument("--task", default=own, help=f"one of {', '.join(tasks)}")
@@ -272,10 +283,8 @@ class TaskCLI(LightningCLI):
             if self._only == "fit" and (root := config["trainer"]["default_root_dir"]):
                 check_writable("trainer.default_root_dir", root)
             super().instantiate_classes()
-            if checkpoint == "auto":
-                root = self.trainer.default_root_dir
-                logs = self.trainer.log_dir if self._only == "fit" else Path(root, self.domain, "version_0")
-                checkpoint = newest(Path(logs or root))
+            if checkpoint in ("auto", "last"):
+                checkpoint = self._newest(checkpoint)
                 config["ckpt_path"] = self.config_init[self._only]["ckpt_path"] = checkpoint
             file = checkpoint if checkpoint and found(Path(checkpoint)).exists() else None
             whole = isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy)
@@ -290,6 +299,26 @@ class TaskCLI(LightningCLI):
                     "that a fit would start from",
                     stacklevel=2,
                 )
+
+    def _newest(self, wanted: str) -> str | None:
+        """The checkpoint that "auto" means, or "last", for which those of a trainer's own callbacks come first.
+
+        A fit may find none, and begins afresh, as Lightning says of "last"; raises ValueError for all else.
+        """
+        trainer = self.trainer
+        root = Path(trainer.default_root_dir)
+        own = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and wanted == "last"]
+        paths = [path for saver in own for path in saver._find_last_checkpoints(trainer)]
+        if paths:
+            return max(paths, key=lambda path: get_filesystem(path).modified(path))
+        logs = Path((trainer.log_dir if self._only == "fit" else root / self.domain / "version_0") or root)
+        checkpoint = newest(logs)
+        told = f"--ckpt_path {wanted}: no last.ckpt in {logs.parent if logs.name.startswith('version_') else logs}"
+        if checkpoint is None and self._only != "fit":
+            raise ValueError(f"{told}; give the path of a checkpoint")
+        if checkpoint is None and wanted == "last":
+            warnings.warn(f"{told}, so that training begins afresh", stacklevel=2)
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with CSV and TensorBoard logs and checkpoints, unless the config names its own."""
