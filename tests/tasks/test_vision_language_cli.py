@@ -256,3 +256,17 @@ def test_what_cannot_be_exported_is_told_before_training(tmp_path: Path, capsys:
     options = [*quick(tmp_path, 1), "--model.convert", '["to_dense"]', "--model.export", tmp_path / "out"]
     assert cli("fit", *options) == 2
     assert "export: save_pretrained: vision_language/limoe_tiny was changed by to_dense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, ("{}", "a picture of {}", "this is {}")),
+        ({"classes": ["a three", "an eight"]}, ("{}", "a picture of {}", "this is {}")),
+        ({"classes": ["cat", "dog"]}, ("a photo of a {}.",)),
+        ({"classes": ["cat", "dog"], "templates": ["some {}"]}, ("some {}",)),
+        ({"source": "my/pairs", "classes": ["a three"]}, ("a photo of a {}.",)),
+    ],
+)
+def test_only_digits_are_spoken_of_as_digits_are(given: dict[str, Any], said: tuple[str, ...]) -> None:
+    assert VisionLanguageData(**given).templates == said
