@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,8 @@ class InstructionTask(Task):
         stage: which parameters to train, as in MoE-LLaVA's stage 1 (the projector), 2 (all but the vision tower) or 3
             (MLPs and gates); all by default.
         max_new_tokens: length of what `predict` answers.
-        predictions: the file that `predict` writes: path, question and answer.
+        predictions: the file that `predict` writes: path, question and answer. Of an image that turns out damaged when
+            it is decoded a warning tells, and its answers are empty.
         training: arguments of `tasks.training.Task`: learning rate, schedule and so on.
     """
 
@@ -249,9 +251,14 @@ class InstructionTask(Task):
         """Path, question and the model's answer."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         processor = data.chat.processor
-        images, question = [open_image(batch["path"])], batch["question"]
-        found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system)
-        return [{"path": batch["path"], "question": batch["question"], "answer": found}]
+        question, found = batch["question"], ""
+        try:
+            images = [open_image(batch["path"])]
+        except (OSError, ValueError) as error:  # beyond the head, which was read before any work
+            warnings.warn(f"{error}: question {question!r} is not answered", stacklevel=2)
+        else:
+            found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system)
+        return [{"path": batch["path"], "question": question, "answer": found}]
 
     def show_predictions(self, predictions: list[Any]) -> None:
         """Write the file of answers, those of all processes."""
