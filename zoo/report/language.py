@@ -44,8 +44,8 @@ def summary(run: Run) -> str:
     for what, point in (("at equal steps", steps), ("at equal training time", time)):
         if point:
             unit = f" ({point.place:.0f})" if point is steps else f" ({point.place:.0f} s)"
-            gain = f"{'-':>12}" if point.astray else f"{100 * point.gain:>11.1f}%"
-            lines.append(f"{what + unit:<30}{point.moe:>10.3f}{point.dense:>10.3f}{gain}")
+            told = "-" if point.astray else f"{100 * point.gain:.1f}%"
+            lines.append(f"{what + unit:<30}{point.moe:>10.3f}{point.dense:>10.3f}{told:>12}")
     if time is None:
         return "stopped before both models were evaluated: nothing to compare yet"
     rates = [speed(trains[name]) for name in ("moe", "dense")]
