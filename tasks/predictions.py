@@ -26,7 +26,7 @@ def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
     found = [row for batch in zip_longest(*parts, fillvalue=[]) for part in batch for row in part]
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", newline="") as out:
+    with path.open("x", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, list(found[0]) if found else [])
         writer.writeheader()
         writer.writerows(found)
