@@ -254,7 +254,8 @@ class TaskCLI(LightningCLI):
         begun = next(callback for callback in trainer.callbacks if isinstance(callback, Begun))
         with _one_line(*MISTAKES, unless=lambda: begun.yes):
             try:
-                super()._run_subcommand(subcommand)
+                with self._keeping_predictions():
+                    super()._run_subcommand(subcommand)
             except Exception as error:
                 if not begun.yes and trainer.is_global_zero and trainer.loggers:
                     remove_unused(Path(trainer.log_dir or ""))
@@ -265,6 +266,22 @@ class TaskCLI(LightningCLI):
                     raise
                 told = told if len(told) < LONG else f"{told[:LONG]}..."
                 raise ValueError(f"the checkpoint is of another model: {told}") from error
+
+    @contextmanager
+    def _keeping_predictions(self) -> Iterator[None]:
+        """Whatever stops `predict`, an image that cannot be read or Ctrl-C: write what there is to the file it makes.
+
+        With several processes, which would wait for one that has stopped, nothing is written.
+        """
+        try:
+            yield
+        except BaseException:
+            trainer: Any = self.trainer
+            found = trainer.predict_loop.predictions if self._only == "predict" and trainer.world_size == 1 else []
+            if found and isinstance(found[0], list):  # of rows; not what was written, or can be read, already
+                print("stopped early; kept:", end=" ", flush=True)
+                self.model.show_predictions(found)
+            raise
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
