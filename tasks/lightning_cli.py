@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import get_loader
 from jsonargparse._typehints import ActionTypeHint
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -24,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import Before, Begun, SaveLast
 from tasks.cli import TASKS
+from tasks.cli_options import ArgumentMistake, Network, Parser, Table, by_option
 from tasks.folders import check_writable, remove_unused
 from zoo import extras
-from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found, is_sharded
 
@@ -98,79 +96,6 @@ def _one_line(*kinds: type[Exception], unless: Callable[[], bool] = lambda: Fals
         raise ArgumentMistake(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-class ArgumentMistake(Exception):
-    """What a user wrote cannot be run as it is."""
-
-
-def _by_option(args: Sequence[str]) -> list[list[str]]:
-    """Arguments of a command line, each option with its values."""
-    groups: list[list[str]] = []
-    for arg in args:
-        if arg.startswith("--") or not groups:
-            groups.append([arg])
-        else:
-            groups[-1].append(arg)
-    return groups
-
-
-class Parser(LightningArgumentParser):
-    """Turns jsonargparse's errors into one line that names the key and the nearest known ones."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise ArgumentMistake."""
-        found = re.search(r"arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
-        if found:
-            message = str(unknown("option", found[1] or found[2], self._option_names()))
-        raise ArgumentMistake(" ".join(message.split())) from ex
-
-    def _option_names(self) -> list[str]:
-        """Dotted names of all options of this parser and of its subcommands."""
-        names = []
-        for action in self._actions:
-            names += [o.lstrip("-") for o in action.option_strings if o.startswith("--")]
-            for parser in (getattr(action, "choices", None) or {}).values() if action.dest == "subcommand" else ():
-                names += parser._option_names()
-        return [name for name in names if not name.endswith(".help")]
-
-
-class Table(ActionTypeHint):
-    """An option that is a table, such as model.router: one given whole replaces it, a dotted one changes an entry.
-
-    jsonargparse takes a table with a class_path for a class of its own: a second one ends in an AttributeError, and
-    entries of init_args come to lie beside them.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Set what one option says, over what a config file or an earlier option said."""
-        if len(args) != 4:
-            return super().__call__(*args, **kwargs)
-        parser, config, value, option = args
-        name = next((o for o in self.option_strings if str(option).startswith(f"{o}.")), None)
-        told: Any = config.get(self.dest)
-        if name is not None and isinstance(told, dict | None):
-            told = dict(told or {})
-            *outer, last = str(option).removeprefix(f"{name}.").split(".")
-            if last in ("class_path", "name") and not outer:
-                told = {}  # the arguments were another class's
-            inner = told
-            for key in outer:
-                inner[key] = dict(inner.get(key) or {})
-                inner = inner[key]
-            inner[last] = get_loader(parser.parser_mode)(value) if isinstance(value, str) else value
-            value, option = told, name
-        if isinstance(config.get(self.dest), dict):
-            config[self.dest] = None
-        return super().__call__(parser, config, value, option)
-
-
-class Network(ActionTypeHint):
-    """An option that is a name or a module: help does not list the hundreds of kinds of modules that there are."""
-
-    def extra_help(self) -> str:
-        """Nothing."""
-        return ""
-
-
 class SaveConfig(SaveConfigCallback):
     """Keep a training run's configuration beside its logs, and nothing of other runs."""
 
@@ -236,7 +161,7 @@ class TaskCLI(LightningCLI):
             self.config[router] = None  # not to be taken for a class by jsonargparse
         super()._parse_ckpt_path()
         again = [self._only]
-        for option, *values in _by_option(self._args[1:]):
+        for option, *values in by_option(self._args[1:]):
             name = option.partition("=")[0].removeprefix("--").removesuffix("+")
             if name.count(".") == 1 and name.startswith("model."):
                 self.config[f"{self._only}.{name}"] = said[f"{self._only}.{name}"]
