@@ -9,6 +9,7 @@ import shlex
 import lightning.pytorch as pl
 
 from tasks.cli import run_script
+from tasks.folders import check_free
 from tasks.language import LanguageData, LanguageTask
 from tasks.numbers import count
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--steps", type=count, default=500)
     parser.add_argument("--sequence-length", type=count, default=256)
     args = parser.parse_args()
+    check_free("--out", args.out)
 
     data = LanguageData(args.source or "stdlib", tokenizer="bpe:4096", sequence_length=args.sequence_length)
     task = LanguageTask(

@@ -10,6 +10,7 @@ import argparse
 import lightning.pytorch as pl
 
 from tasks.cli import run_script
+from tasks.folders import check_free
 from tasks.numbers import count
 from tasks.recommendation import RecommendationData, RecommendationTask
 
@@ -24,6 +25,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=count, default=1024)
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
+    check_free("--out", args.out)
 
     data = RecommendationData(args.source, args.schema, batch_size=args.batch_size)
     task = RecommendationTask(args.network, lr=args.lr, warmup_steps=args.steps // 20, export=args.out)

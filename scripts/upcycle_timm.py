@@ -8,6 +8,7 @@ import argparse
 import lightning.pytorch as pl
 
 from tasks.cli import run_script
+from tasks.folders import check_free
 from tasks.numbers import count
 from tasks.vision import VisionData, VisionTask
 from zoo.data.images_transforms import Augment
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=count, default=32)
     parser.add_argument("--scratch", action="store_true", help="do not fetch timm's weights")
     args = parser.parse_args()
+    check_free("--out", args.out)
 
     augment = Augment(crop=(0.3, 1.0), flip=0.5)
     data = VisionData(args.source, image_size=args.image_size, batch_size=args.batch_size, augment=augment)

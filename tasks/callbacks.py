@@ -16,6 +16,8 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from zoo.data import Loader
+
 
 class ExactResume(Callback):
     """Make a resumed run continue bit for bit: random states of every process, and gradients not yet used.
@@ -23,10 +25,13 @@ class ExactResume(Callback):
     What Lightning keeps (weights, optimizer, schedule, counters) and what the loader keeps (its position) are not
     enough: dropout and router noise draw from generators, and a checkpoint inside an accumulation window would lose
     the window's first gradients. With several processes those are lost: make checkpoints at optimizer steps there.
+    Epochs, too: Lightning takes one that was stopped in its middle for a whole one, forgets where the loader is when
+    an epoch has ended or the schedule asked how long one is, and counts batches by their number whatever their size.
     """
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
+        self._resumed = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to the checkpoint."""
@@ -44,10 +49,37 @@ class ExactResume(Callback):
                 if (counts := {k: v for k, v in vars(module).items() if k.endswith("_since_update") and v is not None})
             }
         checkpoint["exact_resume"] = extra
+        batches = trainer.fit_loop.epoch_loop.batch_progress
+        whole = batches.is_last_batch or batches.current.ready >= trainer.num_training_batches
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        if epochs["current"]["processed"] == epochs["current"]["started"]:
+            for counts in epochs.values():
+                counts["processed"] -= not whole
+                counts["completed"] = counts["processed"]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep it until the first batch: what happens before may still draw random numbers."""
         self._loaded = checkpoint.get("exact_resume")
+        self._resumed = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the loader go on where it was, and Lightning count as many of its batches as are behind it."""
+        fit: Any = trainer.fit_loop
+        loader = trainer.train_dataloader
+        if places := fit._combined_loader_states_to_load:
+            fit._combined_loader._load_state_dicts(places)
+            fit._combined_loader_states_to_load = []
+        resumed, self._resumed = self._resumed, False
+        if not (resumed and isinstance(loader, Loader)):
+            return
+        batches = fit.epoch_loop.batch_progress
+        if loader.batches_done >= trainer.num_training_batches:
+            loader.next_epoch()
+            batches.is_last_batch = False
+        counts = batches.current
+        missing = loader.batches_done - counts.ready
+        for name in ("ready", "started", "processed", "completed"):
+            setattr(counts, name, getattr(counts, name) + missing)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put it back."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any, Literal
 
 import torch
@@ -46,7 +47,8 @@ class InstructionTask(Task):
         stage: which parameters to train, as in MoE-LLaVA's stage 1 (the projector), 2 (all but the vision tower) or 3
             (MLPs and gates); all by default.
         max_new_tokens: length of what `predict` answers.
-        predictions: the file that `predict` writes: path, question and answer.
+        predictions: the file that `predict` writes: path, question and answer. Of an image that turns out damaged when
+            it is decoded a warning tells, and its answers are empty.
         training: arguments of `tasks.training.Task`: learning rate, schedule and so on.
     """
 
@@ -73,6 +75,7 @@ class InstructionTask(Task):
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._subcommand = "fit"
         self._shares = ModalityShares()
+        self._number_since_update: Tensor | None = None  # by this name `ExactResume` keeps it
         if isinstance(pretrained, dict) and set(pretrained) != {"language_model", "vision_tower"}:
             raise ValueError(
                 f"pretrained: expected a folder, or language_model and vision_tower, got {', '.join(pretrained)}"
@@ -186,16 +189,34 @@ class InstructionTask(Task):
         return F.cross_entropy(*self.logits(batch))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Mean negative log-likelihood of the answers' tokens, of all processes together, plus auxiliary losses."""
+        """Mean negative log-likelihood of the answers' tokens, plus auxiliary losses.
+
+        Every answer token weighs the same, whichever process and micro-batch it is in.
+        """
         with zoo.moe.record(self.model) as step:
             logits, targets = self.logits(batch)
         nats = F.cross_entropy(logits, targets, reduction="sum")
         number = torch.tensor(float(len(targets)), device=nats.device)
-        # Every answer token weighs the same, whichever process it is on: gradients are averaged over processes.
-        mean = nats / self.trainer.strategy.reduce(number, reduce_op="mean").clamp(min=1)
-        self.log("loss", mean.detach(), prog_bar=True, logger=False)
-        self.log("train/loss", mean.detach())
-        return self.with_auxiliary(mean, step)
+        self.log_loss(nats, number, batch_idx)
+        # Gradients are averaged over processes.
+        number = self.trainer.strategy.reduce(number, reduce_op="mean").clamp(min=1)
+        return self.with_auxiliary(nats / number, step) * self._share(number, batch_idx)
+
+    def _share(self, number: Tensor, batch_idx: int) -> Tensor | float:
+        """The weight of a micro-batch of so many tokens; gradients of those before it in the step shrink to match.
+
+        Lightning takes the mean over as many micro-batches as a step has, whatever is in them.
+        """
+        if (window := self.trainer.accumulate_grad_batches) == 1:
+            return 1.0
+        before = self._number_since_update if batch_idx % window else None
+        total = number if before is None else before + number
+        self._number_since_update = total
+        if before is not None:
+            for parameter in self.model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(before / total)
+        return window * number / total
 
     def on_validation_epoch_start(self) -> None:
         """Start anew."""
@@ -217,7 +238,7 @@ class InstructionTask(Task):
         numbers = batch["answers"] + torch.arange(rows, device=targets.device)[:, None] * (length + 1)
         numbers = numbers[:, 1:][batch["labels"][:, 1:] != IGNORE]
         answers, place = numbers.unique(return_inverse=True)
-        missed = torch.zeros(len(answers), device=targets.device).index_add(0, place, wrong.float())
+        missed = torch.zeros(len(answers), dtype=torch.long, device=targets.device).index_add(0, place, wrong.long())
         nats = F.cross_entropy(logits.double(), targets, reduction="sum")
         counts = (len(targets), wrong.sum(), len(answers), (missed == 0).sum())
         self.add_to_evaluation(step, torch.stack([nats, *(torch.as_tensor(c).to(nats) for c in counts)]))
@@ -249,9 +270,14 @@ class InstructionTask(Task):
         """Path, question and the model's answer."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         processor = data.chat.processor
-        images, question = [open_image(batch["path"])], batch["question"]
-        found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system)
-        return [{"path": batch["path"], "question": batch["question"], "answer": found}]
+        question, found = batch["question"], ""
+        try:
+            images = [open_image(batch["path"])]
+        except (OSError, ValueError) as error:  # beyond the head, which was read before any work
+            warnings.warn(f"{error}: question {question!r} is not answered", stacklevel=2)
+        else:
+            found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system)
+        return [{"path": batch["path"], "question": question, "answer": found}]
 
     def show_predictions(self, predictions: list[Any]) -> None:
         """Write the file of answers, those of all processes."""

@@ -173,9 +173,7 @@ class LanguageTask(Task):
             logits = self.logits(batch)
         nats = self.nats(batch, logits)
         targets = (batch["labels"] >= 0).sum()
-        mean = nats.detach().sum() / targets.clamp(min=1)
-        self.log("loss", mean, prog_bar=True, logger=False)
-        self.log("train/loss", mean)
+        self.log_loss(nats.sum(), targets, batch_idx)
         if self._teacher is not None:
             of_teacher = self._teacher.logits(lambda model: self.logits(batch, model), logits)
             soft = soft_loss(logits, of_teacher, self._teacher.temperature).where(batch["labels"] >= 0, 0.0)

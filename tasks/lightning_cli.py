@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import get_loader
 from jsonargparse._typehints import ActionTypeHint
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from tasks.callbacks import Before, Begun, SaveLast
 from tasks.cli import TASKS
+from tasks.cli_options import ArgumentMistake, Network, Parser, Table, by_option
 from tasks.folders import check_writable, remove_unused
 from zoo import extras
-from zoo.nearest import unknown
 from zoo.parallel import ExpertParallelStrategy
 from zoo.parallel.checkpoint import found, is_sharded
 
@@ -97,71 +96,6 @@ def _one_line(*kinds: type[Exception], unless: Callable[[], bool] = lambda: Fals
         raise ArgumentMistake(" ".join(str(error).split()) or type(error).__name__) from error
 
 
-class ArgumentMistake(Exception):
-    """What a user wrote cannot be run as it is."""
-
-
-def _by_option(args: Sequence[str]) -> list[list[str]]:
-    """Arguments of a command line, each option with its values."""
-    groups: list[list[str]] = []
-    for arg in args:
-        if arg.startswith("--") or not groups:
-            groups.append([arg])
-        else:
-            groups[-1].append(arg)
-    return groups
-
-
-class Parser(LightningArgumentParser):
-    """Turns jsonargparse's errors into one line that names the key and the nearest known ones."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise ArgumentMistake."""
-        found = re.search(r"arguments: --([^\s=]+)|does not accept option '([^']+)'", message)
-        if found:
-            message = str(unknown("option", found[1] or found[2], self._option_names()))
-        raise ArgumentMistake(" ".join(message.split())) from ex
-
-    def _option_names(self) -> list[str]:
-        """Dotted names of all options of this parser and of its subcommands."""
-        names = []
-        for action in self._actions:
-            names += [o.lstrip("-") for o in action.option_strings if o.startswith("--")]
-            for parser in (getattr(action, "choices", None) or {}).values() if action.dest == "subcommand" else ():
-                names += parser._option_names()
-        return [name for name in names if not name.endswith(".help")]
-
-
-class Table(ActionTypeHint):
-    """An option that is a table, such as model.router: one given whole replaces it, a dotted one changes an entry.
-
-    jsonargparse takes a table with a class_path for a class of its own: a second one ends in an AttributeError, and
-    entries of init_args come to lie beside them.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Set what one option says, over what a config file or an earlier option said."""
-        if len(args) != 4:
-            return super().__call__(*args, **kwargs)
-        parser, config, value, option = args
-        name = next((o for o in self.option_strings if str(option).startswith(f"{o}.")), None)
-        told: Any = config.get(self.dest)
-        if name is not None and isinstance(told, dict | None):
-            told = dict(told or {})
-            *outer, last = str(option).removeprefix(f"{name}.").split(".")
-            if last in ("class_path", "name") and not outer:
-                told = {}  # the arguments were another class's
-            inner = told
-            for key in outer:
-                inner[key] = dict(inner.get(key) or {})
-                inner = inner[key]
-            inner[last] = get_loader(parser.parser_mode)(value) if isinstance(value, str) else value
-            value, option = told, name
-        if isinstance(config.get(self.dest), dict):
-            config[self.dest] = None
-        return super().__call__(parser, config, value, option)
-
-
 class SaveConfig(SaveConfigCallback):
     """Keep a training run's configuration beside its logs, and nothing of other runs."""
 
@@ -203,6 +137,8 @@ class TaskCLI(LightningCLI):
         for action in parser._actions:
             if isinstance(action, ActionTypeHint) and action.dest in TABLES:
                 action.__class__ = Table
+            elif action.dest == "model.network":
+                action.__class__ = Network
         if tasks := TASKS.get(self.domain):
             own = next((name for name, row in tasks.items() if row[0] == self._task.__name__), None)
             parser.add_argument("--task", default=own, help=f"one of {', '.join(tasks)}")
@@ -225,7 +161,7 @@ class TaskCLI(LightningCLI):
             self.config[router] = None  # not to be taken for a class by jsonargparse
         super()._parse_ckpt_path()
         again = [self._only]
-        for option, *values in _by_option(self._args[1:]):
+        for option, *values in by_option(self._args[1:]):
             name = option.partition("=")[0].removeprefix("--").removesuffix("+")
             if name.count(".") == 1 and name.startswith("model."):
                 self.config[f"{self._only}.{name}"] = said[f"{self._only}.{name}"]
@@ -243,7 +179,8 @@ class TaskCLI(LightningCLI):
         begun = next(callback for callback in trainer.callbacks if isinstance(callback, Begun))
         with _one_line(*MISTAKES, unless=lambda: begun.yes):
             try:
-                super()._run_subcommand(subcommand)
+                with self._keeping_predictions():
+                    super()._run_subcommand(subcommand)
             except Exception as error:
                 if not begun.yes and trainer.is_global_zero and trainer.loggers:
                     remove_unused(Path(trainer.log_dir or ""))
@@ -254,6 +191,22 @@ class TaskCLI(LightningCLI):
                     raise
                 told = told if len(told) < LONG else f"{told[:LONG]}..."
                 raise ValueError(f"the checkpoint is of another model: {told}") from error
+
+    @contextmanager
+    def _keeping_predictions(self) -> Iterator[None]:
+        """Whatever stops `predict`, an image that cannot be read or Ctrl-C: write what there is to the file it makes.
+
+        With several processes, which would wait for one that has stopped, nothing is written.
+        """
+        try:
+            yield
+        except BaseException:
+            trainer: Any = self.trainer
+            found = trainer.predict_loop.predictions if self._only == "predict" and trainer.world_size == 1 else []
+            if found and isinstance(found[0], list):  # of rows; not what was written, or can be read, already
+                print("stopped early; kept:", end=" ", flush=True)
+                self.model.show_predictions(found)
+            raise
 
     def instantiate_classes(self) -> None:
         """Build task, data and trainer, and check them; mistakes are one line, not a traceback."""
@@ -272,10 +225,8 @@ class TaskCLI(LightningCLI):
             if self._only == "fit" and (root := config["trainer"]["default_root_dir"]):
                 check_writable("trainer.default_root_dir", root)
             super().instantiate_classes()
-            if checkpoint == "auto":
-                root = self.trainer.default_root_dir
-                logs = self.trainer.log_dir if self._only == "fit" else Path(root, self.domain, "version_0")
-                checkpoint = newest(Path(logs or root))
+            if checkpoint in ("auto", "last"):
+                checkpoint = self._newest(checkpoint)
                 config["ckpt_path"] = self.config_init[self._only]["ckpt_path"] = checkpoint
             file = checkpoint if checkpoint and found(Path(checkpoint)).exists() else None
             whole = isinstance(self.trainer.strategy, DDPStrategy | SingleDeviceStrategy)
@@ -290,6 +241,26 @@ class TaskCLI(LightningCLI):
                     "that a fit would start from",
                     stacklevel=2,
                 )
+
+    def _newest(self, wanted: str) -> str | None:
+        """The checkpoint that "auto" means, or "last", for which those of a trainer's own callbacks come first.
+
+        A fit may find none, and begins afresh, as Lightning says of "last"; raises ValueError for all else.
+        """
+        trainer = self.trainer
+        root = Path(trainer.default_root_dir)
+        own = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and wanted == "last"]
+        paths = [path for saver in own for path in saver._find_last_checkpoints(trainer)]
+        if paths:
+            return max(paths, key=lambda path: get_filesystem(path).modified(path))
+        logs = Path((trainer.log_dir if self._only == "fit" else root / self.domain / "version_0") or root)
+        checkpoint = newest(logs)
+        told = f"--ckpt_path {wanted}: no last.ckpt in {logs.parent if logs.name.startswith('version_') else logs}"
+        if checkpoint is None and self._only != "fit":
+            raise ValueError(f"{told}; give the path of a checkpoint")
+        if checkpoint is None and wanted == "last":
+            warnings.warn(f"{told}, so that training begins afresh", stacklevel=2)
+        return checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """A trainer with CSV and TensorBoard logs and checkpoints, unless the config names its own."""

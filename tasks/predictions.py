@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ def write_predictions(file: str, trainer: Any, predictions: list[Any]) -> None:
         return
     # A batch of all processes is consecutive images, share by share; several may have the same one.
     parts = [part for _, part in sorted(dict(told).items())]
-    found = [row for batch in zip(*parts) for part in batch for row in part]
+    found = [row for batch in zip_longest(*parts, fillvalue=[]) for part in batch for row in part]
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", newline="") as out:
+    with path.open("x", newline="", encoding="utf-8") as out:
         writer = csv.DictWriter(out, list(found[0]) if found else [])
         writer.writeheader()
         writer.writerows(found)

@@ -105,6 +105,7 @@ class Task(LightningModule):
         self.model = network if isinstance(network, nn.Module) else None
         self._compiled = False
         self._sums: Tensor | None = None
+        self._window: Tensor | None = None
         self._said: list[dict[str, Any]] = []
         self._resumed = False
         self._balance = LayerBalance()
@@ -333,6 +334,18 @@ class Task(LightningModule):
             balance.update(step)
             self._log_balance("train", balance, prog_bar=True)
         return loss
+
+    def log_loss(self, total: Tensor, number: Tensor, batch_idx: int) -> None:
+        """Log the mean loss of a step so far: `total` over `number` of its micro-batches; in logs, of all processes."""
+        sums = torch.stack([total.detach().float(), number.float()])
+        window = self.trainer.accumulate_grad_batches
+        self._window = sums if batch_idx % window == 0 or self._window is None else self._window + sums
+        told = self._window
+        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            told = self.trainer.strategy.reduce(told.clone(), reduce_op="sum")  # which is in place
+        mean = told[0] / told[1].clamp(min=1)
+        self.log("loss", mean, prog_bar=True, logger=False)
+        self.log("train/loss", mean)
 
     def add_to_evaluation(self, step: Step, sums: Tensor, real: Tensor | None = None) -> None:
         """Add a batch's sums [any length], and its balance over the rows that are `real` [B], to the evaluation's."""

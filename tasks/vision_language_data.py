@@ -23,6 +23,7 @@ from .training import share_of
 
 NO_AUGMENTATION = Augment()
 PHOTO = ("a photo of a {}.",)
+DIGITS = tuple(with_article(digit) for digit in range(10))
 
 
 class VisionLanguageData(LightningDataModule):
@@ -34,7 +35,8 @@ class VisionLanguageData(LightningDataModule):
             shards as webdataset has them; a folder may hold all of it in train, val and test folders.
         zero_shot: images to classify by the names of their classes, as `data.source` of zoo vision; for digits pictures
             of one digit by default.
-        templates: what is said of a class, with {} for its name; several are averaged.
+        templates: what is said of a class, with {} for its name; several are averaged. "a photo of a {}." by default,
+            and what captions of drawn pictures say of digits.
         tokenizer: "words" (those of the training texts), "words:SIZE" (the most frequent), "bytes", a folder, or a hub
             repository; by default that of the folder that the model is read from, or "words".
         text_length: tokens of the longest text, start and end among them; the model's by default.
@@ -98,7 +100,7 @@ class VisionLanguageData(LightningDataModule):
             return None
         alone = digit_scenes(**{**self.scenes, "digits": (1, 1)}, held_out=self.held_out)
         splits = {name: _one_digit(scenes) for name, scenes in alone.items()}
-        return Images("one digit on a grid", tuple(with_article(digit) for digit in range(10)), splits)
+        return Images("one digit on a grid", DIGITS, splits)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -125,7 +127,8 @@ class VisionLanguageData(LightningDataModule):
         """What is said of a class."""
         if self.given_templates:
             return tuple(self.given_templates)
-        return TEMPLATES if self.source == "digits" and self.zero_shot_source is None else PHOTO
+        drawn = self.source == "digits" and self.zero_shot_source is None and {*(self.given_classes or ())} <= {*DIGITS}
+        return TEMPLATES if drawn else PHOTO
 
     def check(self, subcommand: str) -> None:
         """Raise what is wrong with the arguments, as far as it shows before any image is decoded."""

@@ -54,6 +54,8 @@ def test_there_is_a_tiny_and_a_real_model_of_every_family():
     assert {name for name in MODELS if not name.endswith("_tiny")} == set(PUBLISHED)
     assert set(zoo.list_models("language/*")) == {f"language/{name}" for name in MODELS}
     assert zoo.list_models("nothing*") == []
+    with pytest.raises(TypeError, match=r"list_models: expected a pattern such as 'language/\*', got 3"):
+        zoo.list_models(3)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

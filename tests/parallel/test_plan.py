@@ -154,6 +154,31 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     assert plan.flops + attention == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+def test_a_head_that_is_the_embeddings_is_multiplied_by() -> None:
+    sizes = {**SMALL, "vocab_size": 4096, "tie_word_embeddings": True}
+    model = zoo.create_model("language/mixtral_tiny", **sizes, attn_implementation="eager")
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    ids = torch.randint(0, 256, (2, 128))
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    plan = estimate(facts(model), Sizes(), Work(256, 128, recompute=False, compute=4), Machine())
+    attention = 3 * 2 * 128 * facts(model).attention * 3 * 256
+    assert plan.flops + attention == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_classes_are_foretold_once_an_image_and_positions_are_no_products(frozen: bool) -> None:
+    sizes = {"img_size": 64, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 3000}
+    sizes |= {"representation_size": 0, "moe_layers": [1], "capacity": 4.0}
+    model = zoo.create_model("vision/vmoe_small_patch32_224", **sizes)
+    model.head.requires_grad_(not frozen)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(4, 3, 64, 64)).sum().backward()
+    plan = estimate(facts(model), Sizes(), Work(4 * 64, 64, recompute=False, compute=4), Machine())
+    pixels = 2 * 3 * 64 * 48 * 256  # of which nobody asks for the gradient
+    assert plan.flops - pixels == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
 @pytest.mark.parametrize("kind", ["LoRA", "MoELoRA", "in experts"])
 def test_operations_with_frozen_weights_are_those_that_torch_counts(kind: str) -> None:
     """No gradients of frozen weights."""

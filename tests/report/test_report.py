@@ -144,8 +144,9 @@ def test_spaces_and_line_ends_of_tokens_can_be_seen():
 
 
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_a_run_whose_loss_went_astray_has_a_report(run_folder, bad):
-    for path in run_folder.glob("language/*/*.csv"):
+@pytest.mark.parametrize("who", ["*", "moe", "dense"])
+def test_a_run_whose_loss_went_astray_has_a_report(run_folder, bad, who):
+    for path in run_folder.glob(f"language/{who}/*.csv"):
         head, *lines = path.read_text().splitlines()
         if (at := head.split(",").index("bits_per_byte") if "bits_per_byte" in head else None) is not None:
             cells = [line.split(",") for line in lines]
@@ -154,7 +155,13 @@ def test_a_run_whose_loss_went_astray_has_a_report(run_folder, bad):
     page = build(run_folder).read_text()
     parsed(page)
     assert not any(re.search(r"\b(nan|inf)\b", picture) for picture in re.findall(r"<svg.*?</svg>", page, re.S))
-    assert re.search(rf"at equal steps \(\d+\) +{bad} +{bad}", summary(run_folder))
+    assert not re.search(r"\b(nan|inf|-inf)(\.\d)?%", page)
+    told = {"moe": "the mixture of experts", "dense": "the dense twin"}
+    told["*"] = " and ".join(told.values())
+    assert f"the loss of {told[who]} is not finite" in page
+    assert f"nothing to compare: the loss of {told[who]} is not finite" in summary(run_folder)
+    values = {"*": f"{bad} +{bad}", "moe": rf"{bad} +\d\.\d+", "dense": rf"\d\.\d+ +{bad}"}[who]
+    assert re.search(rf"at equal steps \(\d+\) +{values} +-$", summary(run_folder), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])

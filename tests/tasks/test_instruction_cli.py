@@ -291,6 +291,22 @@ def test_what_cannot_be_asked_is_told_before_anything_is_answered(
     assert told in errors[0]
 
 
+def test_an_image_that_breaks_when_decoded_costs_no_other_answer(stages: dict[int, Path], tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "acd":
+        Image.effect_noise((64, 64), 50).convert("RGB").save(f"{name}.png")
+    Path("b.png").write_bytes(Path("a.png").read_bytes()[:2000])  # its head is whole
+    start = ["--task=instruction", "--model.pretrained", str(stages[3]), "--data.show=[.]"]
+    asked = ["--data.questions=[how many?, what is it?]", "--model.predictions=answers.csv"]
+    monkeypatch.setattr("tasks.instruction.answer", lambda model, processor, images, text, *more: f"{images[0].size}")
+    with pytest.warns(UserWarning, match=r"b\.png: not an image that can be read .*: question 'how many\?' is not"):
+        assert main(["vision_language", "predict", *start, *asked]) == 0
+    with Path("answers.csv").open() as file:
+        rows = [(Path(row["path"]).name, row["question"], row["answer"]) for row in csv.DictReader(file)]
+    wanted = [(f"{name}.png", text) for name in "abcd" for text in ("how many?", "what is it?")]
+    assert rows == [(*row, "" if row[0] == "b.png" else "(64, 64)") for row in wanted]
+
+
 def test_predict_asks_after_what_the_system_says(stages: dict[int, Path], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (16, 16)).save("a.png")

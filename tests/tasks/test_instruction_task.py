@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from PIL import Image
@@ -113,7 +115,7 @@ def test_gradients_averaged_over_processes_are_those_of_all_answers_together(qwe
     counts = [int((part["labels"] >= 0).sum()) for part in parts]
     assert counts[0] != counts[1]
     reduce = SimpleNamespace(reduce=lambda number, reduce_op: torch.tensor(sum(counts) / 2))
-    task._trainer = SimpleNamespace(strategy=reduce, log_every_n_steps=10**6, global_step=0)
+    task._trainer = SimpleNamespace(strategy=reduce, log_every_n_steps=10**6, global_step=0, accumulate_grad_batches=1)
     task.with_auxiliary = lambda loss, step: loss
 
     def gradients(loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -127,6 +129,65 @@ def test_gradients_averaged_over_processes_are_those_of_all_answers_together(qwe
         mean = sum(part.get(name, torch.zeros(())) for part in found) / 2
         close = 1e-5 * float(whole.abs().max()) + 1e-8
         torch.testing.assert_close(mean, whole, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_accumulated_gradients_are_those_of_all_answers_together(tmp_path, steps: int) -> None:
+    """Answers of very unequal lengths; the reference takes the tokens of each step together. The last step is short."""
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "zero"]
+    records = []
+    for i in range(14):
+        said = " ".join(words[(i * j) % 10] for j in range(1 + 5 * (i % 4)))
+        turns = [{"from": "human", "value": "how many?"}, {"from": "gpt", "value": said}]
+        records.append({"conversations": turns})
+    (tmp_path / "train.json").write_text(json.dumps(records))
+    seen: list[dict[str, Any]] = []
+    expected: list[dict[str, Any]] = []
+
+    class Look(pl.Callback):
+        def __init__(self) -> None:
+            self.rows: list[Any] = []
+
+        def on_train_batch_start(self, trainer, task, batch, batch_idx) -> None:
+            self.rows = [*self.rows, batch]
+
+        def on_before_optimizer_step(self, trainer, task, optimizer) -> None:
+            seen.append({n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None})
+            seen[-1]["loss"] = trainer.callback_metrics["train/loss"]
+            with torch.enable_grad():
+                nats, tokens = 0.0, 0
+                for batch in self.rows:
+                    given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+                    logits = task.model(**given, use_cache=False).logits[:, :-1].double()
+                    labels = batch["labels"][:, 1:]
+                    nats = nats + F.cross_entropy(logits[labels >= 0], labels[labels >= 0], reduction="sum")
+                    tokens += int((labels >= 0).sum())
+                names, parameters = zip(*((n, p) for n, p in task.model.named_parameters() if n in seen[-1]))
+                found = torch.autograd.grad(nats / tokens, parameters)
+            expected.append({**dict(zip(names, found)), "loss": (nats / tokens).detach()})
+            self.rows = []
+
+    task = InstructionTask("vision_language/moe_llava_tiny", overrides={"moe": False}, warmup_steps=1)
+    data = InstructionData(str(tmp_path), batch_size=2, held_out=0.0)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    options = {"accelerator": "cpu", "enable_checkpointing": False, "log_every_n_steps": 1, **quiet}
+    pl.Trainer(max_steps=steps, accumulate_grad_batches=3, callbacks=[Look()], **options).fit(task, data)
+    assert len(seen) == steps
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            close = 1e-5 * float(value.abs().max()) + 1e-8
+            torch.testing.assert_close(ours[name].double(), value.double(), rtol=0, atol=close, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_evaluations_in_other_precisions(precision: str) -> None:
+    task = InstructionTask("vision_language/moe_llava_tiny")
+    data = InstructionData(pictures={"train": 4, "val": 4, "test": 4})
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = pl.Trainer(accelerator="cpu", precision=precision, **quiet)  # type: ignore[arg-type]
+    [figures] = trainer.validate(task, data, verbose=False)
+    assert figures["val/perplexity"] == pytest.approx(math.exp(figures["val/loss"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("places", [None, 4])

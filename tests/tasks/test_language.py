@@ -254,6 +254,36 @@ def test_logs_have_balance_layer_by_layer(make, tmp_path):
     assert {"loss", "tokens/s", "balance"} <= bar.keys()
 
 
+def test_the_logged_loss_is_that_of_all_micro_batches_of_a_step(make):
+    """Against float64 log-probabilities; targets of the last micro-batch alone would give another mean."""
+    seen = []
+
+    class Look(pl.Callback):
+        def __init__(self):
+            self.rows = []
+
+        def on_train_batch_start(self, trainer, task, batch, batch_idx):
+            self.rows.append(batch)
+
+        def on_before_optimizer_step(self, trainer, task, optimizer):
+            total = number = 0
+            for batch in self.rows:
+                inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+                with torch.no_grad():
+                    logits = task.model(**inputs, use_cache=False).logits.double()
+                told = batch["labels"] >= 0
+                total += -logits.log_softmax(-1)[told].gather(1, batch["labels"][told][:, None]).sum()
+                number += int(told.sum())
+            seen.append((float(trainer.callback_metrics["train/loss"]), float(total / number)))
+            self.rows = []
+
+    trainer = make.trainer(max_steps=5, accumulate_grad_batches=3, callbacks=[Look()])
+    trainer.fit(make.task(), make.data(batch_size=13))  # seven batches an epoch: the third step is short
+    assert len(seen) == 5
+    for logged, expected in seen:
+        assert logged == pytest.approx(expected, rel=1e-6)
+
+
 def test_what_was_exported_generates_the_same_in_transformers(make, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -375,6 +375,46 @@ def test_fit_help_shows_options_with_their_meaning(capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "--model.schedule {cosine,wsd,constant}" in shown
     assert "peak learning rate" in shown
+    # That a network may be a module does not list all kinds of modules; Lightning's own options list theirs.
+    network = shown[shown.index("--model.network NETWORK") : shown.index("--model.pretrained PRETRAINED")]
+    assert "torch.nn.Linear" not in network
+    assert "EarlyStopping" in shown
+
+
+@pytest.mark.parametrize("wanted", ["last", "auto"])
+@pytest.mark.parametrize("subcommand", ["validate", "test", "predict"])
+def test_no_last_checkpoint_to_evaluate_is_a_mistake(wanted, subcommand, text, tmp_path, capsys):
+    args = [*small(text, tmp_path), "--data.prompts=[a]", "--ckpt_path", wanted]
+    assert cli(subcommand, CONFIGS / "mixtral_tiny.yaml", *args) == 2
+    told = capsys.readouterr()
+    assert f"error: --ckpt_path {wanted}: no last.ckpt in {tmp_path / 'language'}" in told.err
+    assert told.out == ""
+
+
+@pytest.mark.parametrize("logger", [[], ["--trainer.logger=false"]])
+def test_last_is_the_newest_checkpoint_there_is(logger, text, tmp_path, recwarn):
+    config, options = CONFIGS / "mixtral_tiny.yaml", [*small(text, tmp_path), *logger, "--ckpt_path=last"]
+    assert cli("fit", config, *options) == 0
+    begins = [w for w in recwarn if "begins afresh" in str(w.message)]
+    assert len(begins) == 1
+    assert cli("fit", config, *options, "--trainer.max_steps=5") == 0
+    assert cli("test", config, *options) == 0
+    first, *more = sorted(tmp_path.rglob("last.ckpt"))
+    assert [torch.load(path)["global_step"] for path in (first, *more)] == ([5] if logger else [3, 5])
+    seen = [str(w.message) for w in recwarn]
+    assert not any("neither --ckpt_path" in message or "no last checkpoint" in message for message in seen)
+
+
+def test_last_is_that_of_a_callback_with_a_folder_of_its_own(text, tmp_path):
+    own = ["--trainer.callbacks=lightning.pytorch.callbacks.ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    own += [f"--trainer.callbacks.dirpath={tmp_path / 'own'}", "--trainer.callbacks.every_n_train_steps=1"]
+    own += ["--ckpt_path=last"]
+    config, options = CONFIGS / "mixtral_tiny.yaml", small(text, tmp_path)
+    assert cli("fit", config, *options, *own) == 0
+    # A younger one, of another model, is not the callback's.
+    assert cli("fit", config, *options, "--trainer.max_steps=1", "--model.overrides.num_hidden_layers=1") == 0
+    assert cli("fit", config, *options, *own, "--trainer.max_steps=5") == 0
+    assert torch.load(tmp_path / "own" / "last.ckpt", weights_only=False)["global_step"] == 5
 
 
 def test_more_processes_are_started_with_the_users_own_arguments(monkeypatch, tmp_path):

@@ -204,3 +204,95 @@ def test_a_resumed_run_goes_by_its_own_learning_rate_decay_and_betas(make, tmp_p
         for group in groups:
             assert group["betas"] == (0.7, 0.8)
             assert group["lr"] == pytest.approx(rate, rel=1e-12)
+
+
+class StopAt(pl.Callback):
+    """As Ctrl-C, early stopping or a limit of time do."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
+class Seen(pl.Callback):
+    """Rows of each epoch, by what Lightning calls it."""
+
+    def __init__(self):
+        self.rows = {}
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.setdefault(trainer.current_epoch, []).extend(batch["input_ids"].tolist())
+
+
+EACH = {"every_n_train_steps": 3, "save_top_k": -1, "filename": "at"}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "saver"),
+    [
+        ({"callbacks": lambda folder: [StopAt(5), SaveLast()]}, "checkpoints/last.ckpt"),
+        ({"max_epochs": 1, "callbacks": lambda folder: [SaveLast()]}, "checkpoints/last.ckpt"),
+        ({"max_epochs": 1, "callbacks": lambda folder: [ModelCheckpoint(folder, filename="at")]}, "at.ckpt"),
+        ({"callbacks": lambda folder: [StopAt(4), ModelCheckpoint(folder, **EACH)]}, "at.ckpt"),
+        ({"max_steps": 3, "callbacks": lambda folder: [SaveLast()]}, "checkpoints/last.ckpt"),
+        ({"limit_train_batches": 2, "callbacks": lambda folder: [StopAt(4), SaveLast()]}, "checkpoints/last.ckpt"),
+        ({"limit_train_batches": 2, "callbacks": lambda folder: [StopAt(3), SaveLast()]}, "checkpoints/last.ckpt"),
+    ],
+    ids=["middle", "end", "saved at the end", "saved after the last batch", "steps", "limited", "limited, middle"],
+)
+@pytest.mark.parametrize("goal", [{"max_epochs": 4}, {"max_epochs": 4, "max_steps": 100}])
+def test_epochs_go_on_where_they_were(make, tmp_path, trainer, saver, goal):
+    """An epoch of three batches, or of two; the reference is a run that never stopped."""
+    fixed = {"limit_train_batches": trainer["limit_train_batches"]} if "limit_train_batches" in trainer else {}
+
+    def fit(callbacks, path=None, **options):
+        pl.seed_everything(1 if path is None else 999, verbose=False)
+        task, seen = make.task(router=make.noisy, schedule_steps=12), Seen()
+        keeps = any(isinstance(c, ModelCheckpoint) for c in callbacks)
+        options = {"enable_checkpointing": keeps, "callbacks": [seen, *callbacks], **fixed, **options}
+        options["limit_val_batches"] = 1  # at the end of each epoch
+        run = make.trainer(**options)
+        run.fit(task, make.data(batch_size=30), ckpt_path=path)
+        return state_of(task), seen.rows, run.current_epoch
+
+    straight, rows, epochs = fit([], **goal)
+    assert [len(part) for part in rows.values()] == [30 * fixed.get("limit_train_batches", 3)] * 4
+    fit(trainer["callbacks"](tmp_path), **{**goal, **{n: v for n, v in trainer.items() if n.startswith("max_")}})
+    resumed, rest, ended = fit([], tmp_path / saver, **goal)
+    assert ended == epochs == 4
+    assert all(part == rows[epoch][-len(part) :] for epoch, part in rest.items())
+    assert list(rest) == list(rows)[-len(rest) :]
+    assert_same(resumed, straight)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_another_batch_size_repeats_and_skips_nothing(make, tmp_path, size):
+    """The rest of the epoch's rows, in their order, as far as they fill batches."""
+    whole, rest = Seen(), Seen()
+    run(make, 20, data={"batch_size": 4}, callbacks=[whole])
+    run(make, 5, save_at=5, folder=tmp_path, data={"batch_size": 4})
+    [checkpoint] = tmp_path.glob("*step=5.ckpt")
+    trainer = make.trainer(max_epochs=1, callbacks=[rest])  # the schedule asks how long an epoch is
+    trainer.fit(make.task(router=make.noisy), make.data(batch_size=size), ckpt_path=checkpoint)
+    rows = len(make.data().packed("train")) - 20
+    assert len(rest.rows[0]) == rows // size * size
+    assert rest.rows[0][:40] == whole.rows[0][20:60]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"sequence_length": 16}, r"sequence_length was 32 and is 16"),
+        ({"seed": 3}, r"seed was 0 and is 3; their epoch begins anew"),
+    ],
+)
+def test_a_place_among_other_rows_is_not_gone_on_from(make, tmp_path, data, message):
+    fresh, resumed = Seen(), Seen()
+    run(make, 5, save_at=5, folder=tmp_path)
+    [checkpoint] = tmp_path.glob("*step=5.ckpt")
+    run(make, 2, data=data, callbacks=[fresh])
+    with pytest.warns(UserWarning, match=message):
+        run(make, 7, ckpt_path=checkpoint, data=data, callbacks=[resumed])
+    assert resumed.rows == fresh.rows

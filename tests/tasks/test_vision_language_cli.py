@@ -256,3 +256,32 @@ def test_what_cannot_be_exported_is_told_before_training(tmp_path: Path, capsys:
     options = [*quick(tmp_path, 1), "--model.convert", '["to_dense"]', "--model.export", tmp_path / "out"]
     assert cli("fit", *options) == 2
     assert "export: save_pretrained: vision_language/limoe_tiny was changed by to_dense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, ("{}", "a picture of {}", "this is {}")),
+        ({"classes": ["a three", "an eight"]}, ("{}", "a picture of {}", "this is {}")),
+        ({"classes": ["cat", "dog"]}, ("a photo of a {}.",)),
+        ({"classes": ["cat", "dog"], "templates": ["some {}"]}, ("some {}",)),
+        ({"source": "my/pairs", "classes": ["a three"]}, ("a photo of a {}.",)),
+    ],
+)
+def test_only_digits_are_spoken_of_as_digits_are(given: dict[str, Any], said: tuple[str, ...]) -> None:
+    assert VisionLanguageData(**given).templates == said
+
+
+def test_what_was_predicted_before_an_image_breaks_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i in range(7):
+        Image.effect_noise((64, 64), 50).save(f"{i}.png")
+    Path("5.png").write_bytes(Path("5.png").read_bytes()[:1000])  # its head is whole
+    options = [*quick(tmp_path), "--data.images=[.]", "--data.classes=[a one, a two]", "--data.batch_size=2"]
+    with pytest.raises(ValueError, match=r"5\.png"):
+        cli("predict", *options)
+    assert "stopped early; kept: 4 rows in predictions.csv" in capsys.readouterr().out
+    with Path("predictions.csv").open() as file:
+        assert [Path(row["path"]).name for row in csv.DictReader(file)] == [f"{i}.png" for i in range(4)]

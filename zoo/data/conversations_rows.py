@@ -90,6 +90,7 @@ class ConversationRows:
         numbers = np.arange(len(source)) if numbers is None else numbers
         self.pad = next((i for i in (chat.tokenizer.pad_token_id, chat.tokenizer.eos_token_id) if i is not None), 0)
         self.rows = [[int(n)] for n in numbers]
+        self.facts = {"length": limit}  # of packed rows
         if limit is not None:
             assert sizes is not None
             self.rows = [[int(numbers[i]) for i in row] for row in pack(sizes[numbers].tolist(), limit)]

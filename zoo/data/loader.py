@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sized
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ class Loader:
     `state_dict` counts the rows handed out in the running epoch, so a run continues with the next one, with any number
     of workers, and on another number of ranks. When shuffled, rows that do not fill a global batch are left for the
     next epoch; otherwise none are left, and index -1 stands in where ranks would differ in length.
+    A place among other rows means nothing: with another number of them, another seed, or where the data set's `facts`
+    (names and plain values, if it has any) differ, the epoch begins anew, with a warning that names the difference.
     """
 
     def __init__(
@@ -46,6 +50,21 @@ class Loader:
         per_batch = self.batch_size * self.world_size
         return len(self.data) // per_batch if self.shuffle else -(-len(self.data) // per_batch)
 
+    @property
+    def batches_done(self) -> int:
+        """Batches of the running epoch that are no longer to come; another batch size, or other ranks, made some."""
+        return len(self) - len(range(self.rows_done, self._stop, self.batch_size * self.world_size))
+
+    @property
+    def _stop(self) -> int:
+        """A batch begins before this row."""
+        count, step = len(self.data), self.batch_size * self.world_size
+        return count - step + 1 if self.shuffle else count
+
+    @cached_property
+    def _facts(self) -> dict[str, Any]:
+        return {"rows": len(self.data), "seed": self.seed, **getattr(self.data, "facts", {})}
+
     def __iter__(self) -> Iterator[Any]:
         if not self._resumed:
             self.epoch, self.rows_done = self.epoch + 1, 0
@@ -70,7 +89,7 @@ class Loader:
         """Row numbers of the batches that are left in this epoch."""
         count, step = len(self.data), self.batch_size * self.world_size
         if not self.shuffle:
-            for at in range(self.rows_done, count, step):
+            for at in range(self.rows_done, self._stop, step):
                 rows = list(range(at, min(at + step, count)))
                 rows += [-1] * (-len(rows) % self.world_size)
                 share = len(rows) // self.world_size
@@ -78,15 +97,27 @@ class Loader:
             return
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(count, generator=generator)
-        for at in range(self.rows_done, count - step + 1, step):
+        for at in range(self.rows_done, self._stop, step):
             mine = at + self.rank * self.batch_size
             yield order[mine : mine + self.batch_size].tolist()
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the running epoch stands."""
-        return {"epoch": self.epoch, "rows_done": self.rows_done}
+    def state_dict(self) -> dict[str, Any]:
+        """Where the running epoch stands, and of which rows."""
+        return {"epoch": self.epoch, "rows_done": self.rows_done, "facts": self._facts}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from there at the next `iter`."""
         self.epoch, self.rows_done = state["epoch"], state["rows_done"]
         self._resumed = True
+        before = state.get("facts", self._facts)  # which those of older checkpoints do not tell
+        changed = [n for n in dict.fromkeys([*before, *self._facts]) if before.get(n) != self._facts.get(n)]
+        if changed and self.rows_done:
+            told = ", ".join(f"{name} was {before.get(name)} and is {self._facts.get(name)}" for name in changed)
+            warnings.warn(
+                f"the data are not those that the checkpoint was in: {told}; their epoch begins anew", stacklevel=2
+            )
+            self.rows_done = 0
+
+    def next_epoch(self) -> None:
+        """Leave the rest of the epoch out at the next `iter`."""
+        self.epoch, self.rows_done, self._resumed = self.epoch + 1, 0, True

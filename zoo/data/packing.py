@@ -37,6 +37,7 @@ class Sources:
     def __init__(self, parts: Sequence[Packed]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts])
+        self.facts = {name: [part.facts[name] for part in parts] for name in parts[0].facts}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -58,6 +59,7 @@ class Packed:
 
     def __init__(self, tokens: Tokens, length: int, pad: int, tail: bool = False) -> None:
         self.tokens, self.length, self.pad = tokens, length, pad
+        self.facts = {"sequence_length": length, "tokens": len(tokens.ids)}
         targets = len(tokens.ids) - 1
         self.size = -(-targets // length) if tail else targets // length
         if self.size < 1:

@@ -17,6 +17,8 @@ DOMAINS = ("language", "recommendation", "vision", "vision_language")
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all models that match a shell-style pattern, such as "language/*" or "*tiny"."""
+    if not isinstance(pattern, str):
+        raise TypeError(f"list_models: expected a pattern such as 'language/*', got {pattern!r}")
     names = [f"{domain}/{name}" for domain in DOMAINS for name in _domain(domain).MODELS]
     return sorted(name for name in names if fnmatchcase(name, pattern))
 

@@ -71,12 +71,20 @@ class Facts:
                     for p in mine
                 ]
             )
-        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        tied = getattr(head, "weight", None)  # what is looked up in it, every token is multiplied by as well
+        tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not tied]
+        # What timm's models add to tokens, or put beside them.
+        tables += [p for n in ("pos_embed", "cls_token", "reg_token") if (p := getattr(model, n, None)) is not None]
         self.embedded = sum(table.numel() for table in tables)
         # Products of their backward that nobody computes: gradients of weights that stay as they are.
         learnt = sum(table.numel() for table in tables if table.requires_grad)
         self.frozen = 0 if learning is None else (active - self.embedded) - (learning - learnt)
         self.active = active
+        # An image's classes are foretold once, not once a token.
+        classes = list(getattr(model, "get_classifier", nn.Identity)().parameters())
+        self.once = sum(p.numel() for p in classes)
+        self.once_frozen = 0 if learning is None else sum(p.numel() for p in classes if not p.requires_grad)
         # Every process has all experts in few bits.
         self.coded = sum(b.nbytes for m in model.modules() if isinstance(m, QuantisedExperts) for b in m.buffers())
         config = getattr(model, "config", None)
@@ -93,6 +101,8 @@ class Facts:
     def at(self, sequence: int) -> Facts:
         """The same for sequences of so many tokens: in Soft MoE experts compute slots, as many whatever the tokens."""
         found = copy(self)
+        found.active -= self.once - self.once // sequence
+        found.frozen -= self.once_frozen - self.once_frozen // sequence
         found.stacks = [replace(s, k=s.experts * s.slots / sequence) if s.slots else s for s in self.stacks]
         for stack in (s for s in found.stacks if s.slots):
             idle = round(sum(math.prod(shape[1:]) for shape in stack.shapes) * (stack.experts - stack.k))

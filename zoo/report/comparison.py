@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .run import Row, at
@@ -19,6 +20,12 @@ class Point:
     def gain(self) -> float:
         """How much less the mixture of experts needs, as a share of the dense twin's; negative when it needs more."""
         return 1 - self.moe / self.dense
+
+    @property
+    def astray(self) -> str:
+        """Whose figure is not finite, so that there is nothing to compare; empty where both are."""
+        figures = {"the mixture of experts": self.moe, "the dense twin": self.dense}
+        return " and ".join(who for who, value in figures.items() if not math.isfinite(value))
 
 
 def equal_steps(moe: list[Row], dense: list[Row], key: str = "bits_per_byte") -> Point | None:

@@ -44,14 +44,17 @@ def summary(run: Run) -> str:
     for what, point in (("at equal steps", steps), ("at equal training time", time)):
         if point:
             unit = f" ({point.place:.0f})" if point is steps else f" ({point.place:.0f} s)"
-            lines.append(f"{what + unit:<30}{point.moe:>10.3f}{point.dense:>10.3f}{100 * point.gain:>11.1f}%")
+            told = "-" if point.astray else f"{100 * point.gain:.1f}%"
+            lines.append(f"{what + unit:<30}{point.moe:>10.3f}{point.dense:>10.3f}{told:>12}")
     if time is None:
         return "stopped before both models were evaluated: nothing to compare yet"
     rates = [speed(trains[name]) for name in ("moe", "dense")]
     if all(rates):
         gain = 100 * (rates[0] / rates[1] - 1)
         lines.append(f"{'training speed, tokens/s':<30}{rates[0]:>10,.0f}{rates[1]:>10,.0f}{gain:>11.1f}%")
-    if time.gain <= 0:
+    if time.astray:
+        lines.append(f"nothing to compare: the loss of {time.astray} is not finite")
+    elif time.gain <= 0:
         lines.append("the mixture of experts did not win at equal training time in this run")
     samples = run.document("language", "moe", "samples.json") or []
     lines += [f"\n--- text by the mixture of experts ---\n{sample['text'].rstrip()}" for sample in samples[:1]]
@@ -81,6 +84,8 @@ def _tiles(curves: dict[str, list[Row]], trains: dict[str, list[Row]]) -> str:
 
 
 def _gain(point: Point, where: str) -> str:
+    if point.astray:
+        return _tile('<span class="bad">diverged</span>', f"the loss of {point.astray} is not finite {where}")
     kind, word = ("good", "fewer") if point.gain > 0 else ("bad", "more")
     return _tile(f'<span class="{kind}">{100 * abs(point.gain):.1f}%</span>', f"{word} bits per byte {where}")
 
@@ -112,7 +117,7 @@ def _table(curves: dict[str, list[Row]], trains: dict[str, list[Row]], about: di
 
 def _compared(what: str, point: Point) -> list[str]:
     kind = "good" if point.gain > 0 else "bad"
-    change = f'<span class="{kind}">{-100 * point.gain:+.1f}%</span>'
+    change = "" if point.astray else f'<span class="{kind}">{-100 * point.gain:+.1f}%</span>'
     return [f"<b>{escape(what)}</b>", f"<b>{point.moe:.3f}</b>", f"<b>{point.dense:.3f}</b>", change]
 
 
