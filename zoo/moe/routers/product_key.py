@@ -122,7 +122,8 @@ class ProductKeyRouter(Router):
         normed = F.batch_norm(real, mean, var, scale, shift, fresh, norm.momentum or 0.0, norm.eps)
         if fresh and not is_recomputation():  # checkpointing must not move the statistics a second time
             for statistic, moved in zip(kept, (mean, var)):
-                statistic.copy_(moved)
+                if moved is not None:
+                    statistic.copy_(moved)
         return normed if mask is None else torch.zeros_like(queries).masked_scatter(mask[:, None], normed)
 
     def _best(self, queries: Tensor) -> tuple[Tensor, Tensor]:
