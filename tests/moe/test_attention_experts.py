@@ -198,12 +198,18 @@ def test_compiled_and_checkpointed_it_does_the_same(make: Any) -> None:
     same(train_step(layer, lambda x: checkpoint(layer, x, use_reentrant=False), x), expected)
 
 
-@pytest.mark.parametrize("name", ["MoA", "JetMoE", "SwitchHead"])
-def test_where_all_choices_are_kept_it_compiles_in_one_graph(name: str) -> None:
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_capacity_it_compiles_in_one_graph(name: str) -> None:
     torch._dynamo.reset()
     layer, x = made(LAYERS[name], causal=True), tokens()
     expected = train_step(layer, layer, x)
-    same(train_step(layer, torch.compile(layer, backend="aot_eager", fullgraph=True), x), expected)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    same(train_step(layer, compiled, x), expected)
+    one = x[:1, :1].contiguous()  # one token, one query a head
+    same(train_step(layer, compiled, one), train_step(layer, layer, one))
+    mask = torch.tensor([[True] * 4 + [False] * 2] * len(x))
+    masked = train_step(layer, lambda x: layer(x, mask=mask), x)
+    same(train_step(layer, lambda x: compiled(x, mask=mask), x), masked)
 
 
 @every_layer

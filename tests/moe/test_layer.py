@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.moe import MLP, Capacity, Experts, MoE, Router, Routing, record
 from zoo.moe.kernels import ACTIVATIONS, get_activation
-from zoo.moe.routers import TopKRouter
+from zoo.moe.routers import LoryRouter, MEORouter, RandomRouter, SMEARRouter, TopKRouter
 
 
 def moe(dtype: torch.dtype = torch.float64, activation: str = "swiglu", bias: bool = False, **options: Any) -> MoE:
@@ -265,9 +265,39 @@ def test_a_decision_that_is_none_or_for_other_tokens_is_named(returned: Any, err
         assert layer(torch.randn(14, 6)).shape == (14, 6)
 
 
-def test_an_exported_layer_takes_any_number_of_tokens() -> None:
-    model = nn.Sequential(MoE(TopKRouter(6, 4), Experts(4, 6, 5))).eval()
-    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=2, max=64)}
-    program = torch.export.export(model, (torch.randn(3, 5, 6),), dynamic_shapes={"input": sizes})
-    x = torch.randn(4, 9, 6)
-    torch.testing.assert_close(program.module()(x), model(x))
+class WithMask(nn.Module):
+    def __init__(self, layer: MoE) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.layer(x, mask=mask)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    "router",
+    [
+        lambda: TopKRouter(6, 4),
+        lambda: SMEARRouter(6, 4),
+        lambda: MEORouter(6, 4),
+        lambda: LoryRouter(6, 4, segment=4),
+        lambda: RandomRouter(6, 4),
+        lambda: RandomRouter(6, 4, inference_level="sentence"),
+        lambda: RandomRouter(6, 4, inference_level="batch"),
+    ],
+    ids=["topk", "smear", "meo", "lory", "token", "sentence", "batch"],
+)
+def test_an_exported_layer_takes_any_number_of_tokens(router: Any, masked: bool) -> None:
+    model = WithMask(MoE(router(), Experts(4, 6, 5))).eval()
+    sizes = {0: torch.export.Dim("batch", min=2, max=64), 1: torch.export.Dim("length", min=5, max=64)}
+    mask = torch.ones(3, 5, dtype=torch.bool) if masked else None
+    shapes = {"x": sizes, "mask": sizes if masked else None}
+    program = torch.export.export(model, (torch.randn(3, 5, 6), mask), dynamic_shapes=shapes)
+    for shape in ((4, 9), (2, 6), (3, 13)):
+        x, mask = torch.randn(*shape, 6), torch.rand(shape) > 0.3 if masked else None
+        found = []
+        for call in (program.module(), model):
+            torch.manual_seed(1)
+            found.append(call(x, mask))
+        torch.testing.assert_close(*found)

@@ -64,7 +64,7 @@ DROPS = {"capacity": 1.0, "losses": {"load_balance": {"weight": 0.3, "global_bat
 ZERO = {"num_experts": 8, "experts": "ZeroComputationExperts", "router": {"name": "MoEPlusPlusRouter", "k": 2}}
 PEER = {
     "num_local_experts": 16,
-    "experts": "NeuronExperts",
+    "experts": {"name": "NeuronExperts", "bias": True},
     "router": {"name": "ProductKeyRouter", "k": 2, "heads": 2},
     "losses": None,
 }
@@ -75,7 +75,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "mixtral, 3 experts": lambda: language("mixtral", num_local_experts=3),
     # Over 4 processes parts of 2, 2, 2 and 1.
     "mixtral, 7 experts": lambda: language("mixtral", num_local_experts=7),
-    # Experts of one neuron: they have no rows that processes could share out.
+    # Experts of one neuron: they have no rows that processes could share out, and of biases one number.
     "mixtral, PEER": lambda: language("mixtral", **PEER),
     "olmoe": lambda: language("olmoe"),
     "olmoe, MoE++": lambda: language("olmoe", **ZERO),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -119,7 +120,7 @@ def _check(layer: str, x: Tensor, dim: int, mask: Tensor | None) -> None:
     tokens = x.shape[:-1]
     # Sequences transposed, or of another length, would be read as a mask of other tokens.
     apart = len(tokens) > 1 and mask.dim() > 1 and mask.shape[0] != tokens[0]
-    if mask.numel() != tokens.numel() or apart:
+    if mask.numel() != math.prod(tokens) or apart:  # Size.numel would fix sizes that torch.export leaves open
         raise ValueError(f"{layer}: expected a mask {list(tokens)}, one a token, got {list(mask.shape)}")
 
 

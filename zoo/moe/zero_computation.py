@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .experts import Experts
+from .kernels import transformed
 from .routing import Routing
 
 
@@ -60,6 +61,8 @@ class ZeroComputationExperts(nn.Module):
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """Weighted sum [T, D] of what each token's experts make of tokens x [T, D]."""
         x = x * self.input_scale
+        if transformed.is_active():
+            return self._every_token(x, routing)
         mlps = self.mlp.num_experts
         bounds = routing.offsets[mlps:].tolist()
         first = bounds[0]
@@ -80,6 +83,17 @@ class ZeroComputationExperts(nn.Module):
                 out = share[:, :1] * out + share[:, 1:] * self.constant[i].to(x.dtype)
             y = y.index_add(0, token, (weight[start:end, None] * out).to(y.dtype))
         return y
+
+    def _every_token(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same where no size may hang on what the gate decided: every expert computes every token."""
+        mlps, weight = self.mlp.num_experts, routing.dense().to(x.dtype)
+        y = self.mlp(x, Routing.from_matrix(weight[:, :mlps], torch.ones_like(weight[:, :mlps], dtype=torch.bool)))
+        for i in range(self.num_constant):
+            share = (x @ self.constant_weight[i].to(x.dtype).T).softmax(-1)
+            out = share[:, :1] * x + share[:, 1:] * self.constant[i].to(x.dtype)
+            y = y + weight[:, mlps + i, None] * out
+        copies = weight[:, mlps + self.num_constant :][:, : self.num_copy]
+        return y + copies.sum(-1, keepdim=True) * x
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""

@@ -231,7 +231,7 @@ def meshes(facts: Facts, world: int, per_node: int) -> Iterator[Sizes]:
         for expert in (n for n in _divisors(world // tensor) if experts % n == 0):
             for shard in _divisors(world // tensor // expert):
                 shapes = [shape for stack in facts.stacks for shape in stack.shapes]
-                if all(divided(shape, shard * tensor) is not None for shape in shapes):
+                if all(divided(shape, shard * tensor, expert) is not None for shape in shapes):
                     yield Sizes(world // tensor // expert // shard, shard, expert, tensor)
 
 
@@ -242,7 +242,7 @@ def check(facts: Facts, sizes: Sizes) -> None:
         if part * (sizes.expert - 1) >= stack.experts:
             raise ValueError(f"expert={sizes.expert}: {stack.experts} experts leave some processes without any")
         for shape in stack.shapes:
-            if divided(shape, parts) is None:
+            if divided(shape, parts, sizes.expert) is None:
                 raise ValueError(f"experts' {shape[1]} rows do not divide into shard * tensor = {parts} parts")
     for heads in (facts.heads, facts.kv_heads):
         if heads % sizes.tensor:

@@ -88,7 +88,9 @@ def parallelize(
     if mixed_precision is not None:
         options["mp_policy"] = mixed_precision
     parts = sizes.shard * sizes.tensor
-    cut: dict[str, Any] = {"shard_placement_fn": lambda parameter: Shard(divided(parameter.shape, parts) or 1)}
+    cut: dict[str, Any] = {
+        "shard_placement_fn": lambda parameter: Shard(divided(parameter.shape, parts, sizes.expert) or 0)
+    }
     for experts in stacks.values():
         fully_shard(experts, mesh=mesh.experts["replicate", "shard"], **cut, **options)
     staying = {**options, "reshard_after_forward": False}
@@ -156,12 +158,13 @@ def spreadable(model: nn.Module) -> Iterator[tuple[str, Experts]]:
             yield name, module
 
 
-def divided(shape: Sequence[int], parts: int) -> int | None:
-    """The dimension of a weight of stacked experts, not that of the experts, that so many processes cut; None if none.
+def divided(shape: Sequence[int], parts: int, expert: int) -> int | None:
+    """The dimension of a weight of stacked experts, in `expert` parts already, that more processes cut; None if none.
 
-    That is rows, or columns where experts have too few rows, as those of one neuron.
+    That is rows, or columns where experts have too few rows, as those of one neuron; the experts where that has a bias.
     """
-    return next((dim for dim in range(1, len(shape)) if shape[dim] % parts == 0), None)
+    inner = (dim for dim in range(1, len(shape)) if shape[dim] % parts == 0)
+    return next(inner, None if shape[0] % (parts * expert) else 0)
 
 
 @torch.no_grad()
@@ -175,7 +178,7 @@ def _spread(name: str, experts: Experts, mesh: Mesh, chunks: int, within: int, s
         )
     parts = sizes.shard * sizes.tensor
     for parameter, value in experts.named_parameters():
-        if divided(value.shape, parts) is None:
+        if divided(value.shape, parts, sizes.expert) is None:
             raise ValueError(
                 f"{name}.{parameter}: {value.shape[1]} rows do not divide into shard * tensor = {parts} parts"
             )

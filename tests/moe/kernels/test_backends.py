@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from kernel_cases import Case, assert_as_exact_as_a_loop, error, make_case
 
 from zoo.moe import Routing
-from zoo.moe.kernels import ACTIVATIONS, moe_mlp
+from zoo.moe.kernels import ACTIVATIONS, cpu, moe_mlp
 from zoo.moe.kernels.ops import backend_module
 
 BACKENDS = ("cpu", "grouped_mm")
@@ -18,6 +18,14 @@ LOW = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_and_gradients_are_as_exact_as_a_loops(backend, activation):
     assert_as_exact_as_a_loop(make_case(93, 40, 24, 6, 2, activation, True), backend, torch.float32)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 60])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_both_loops_over_small_experts_are_as_exact(monkeypatch, activation, limit):
+    monkeypatch.setattr(cpu, "TINY", limit)
+    for choice in (None, torch.randint(3, 5, (93, 2)), torch.full((93, 1), 2)):
+        assert_as_exact_as_a_loop(make_case(93, 40, 24, 6, 2, activation, True, choice=choice), "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

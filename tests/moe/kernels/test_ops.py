@@ -57,6 +57,22 @@ def test_opcheck_finds_nothing(backend, tokens):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tiny", [0, 1 << 60])
+def test_gradients_lie_as_their_weights_do(monkeypatch, backend, tiny):
+    monkeypatch.setattr(cpu, "TINY", tiny)
+    leaves, routing = problem()
+    for name in ("w_in", "w_out"):
+        leaves[name] = leaves[name].detach().mT.contiguous().mT.requires_grad_()
+    detached = [leaves[k].detach() for k in KEYS]
+    indices = (routing.token_index, routing.offsets, "swiglu", backend)
+    y, pre = moe_mlp_op(*detached, *indices, True)
+    inputs = (torch.randn_like(y), *detached, pre, *indices, [True] * 6)
+    torch.library.opcheck(moe_mlp_backward_op, inputs)
+    for found, leaf in zip(moe_mlp_backward_op(*inputs), detached):
+        assert found.stride() == leaf.stride()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_graph_is_whole_and_gives_the_same(backend, dynamic):
     leaves, routing = problem()

@@ -9,8 +9,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 
-from zoo.moe import PEER, Capacity, Experts, LoRAExperts, MoA, MoE
-from zoo.moe.routers import DenseRouter, ReMoERouter, SinkhornRouter, SoftRouter, TopKRouter
+from zoo.moe import PEER, Capacity, Experts, LoRAExperts, MoA, MoE, ZeroComputationExperts
+from zoo.moe.routers import (
+    DenseRouter,
+    ExpertChoiceRouter,
+    MoEPlusPlusRouter,
+    ReMoERouter,
+    SinkhornRouter,
+    SoftRouter,
+    TopKRouter,
+)
 
 LAYERS = {
     "gated": lambda: MoE(TopKRouter(6, 5, 2), Experts(5, 6, 4, bias=True)),
@@ -23,6 +31,9 @@ LAYERS = {
     "any number": lambda: MoE(ReMoERouter(6, 5, 2), Experts(5, 6, 4)),
     "balanced": lambda: MoE(SinkhornRouter(6, 5), Experts(5, 6, 4)),
     "neurons": lambda: PEER(6, 16, 2, heads=2, key_dim=4),
+    "neurons, batch norm": lambda: PEER(6, 16, 2, heads=2, key_dim=4, query_norm="batch"),
+    "experts choose, capped": lambda: MoE(ExpertChoiceRouter(6, 5, max_experts=2), Experts(5, 6, 4)),
+    "some cost nothing": lambda: MoE(MoEPlusPlusRouter(6, 7, 3), ZeroComputationExperts(7, 6, 4)),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
 

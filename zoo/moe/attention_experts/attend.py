@@ -94,8 +94,17 @@ def attend(
         if position is None:
             position = torch.arange(keys - queries, keys, device=query.device)
         seen = _visible(position, keys, causal, mask)
-    grouped = query.shape[1] != key.shape[1]
-    return F.scaled_dot_product_attention(query, key, value, seen, dropout, whole, enable_gqa=grouped)
+    # Not the comparison itself: traced, it is no bool.
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    return F.scaled_dot_product_attention(query, key, value, seen, dropout, whole, **grouped)
+
+
+def busiest(counts: Tensor) -> int:
+    """The largest of the counts [N], N > 0, at least one; compiled, at least two, so that one graph does for all."""
+    least = 2 if torch.compiler.is_compiling() else 1
+    most = int(counts.max().clamp(min=least))
+    torch._check(most >= least)
+    return most
 
 
 def _visible(position: Tensor, keys: int, causal: bool, mask: Tensor | None) -> Tensor:

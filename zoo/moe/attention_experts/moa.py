@@ -12,7 +12,7 @@ from ..kernels import grouped_linear
 from ..layer import Recorded
 from ..routers.base import Router
 from ..routing import Routing
-from .attend import Cache, attend, checked
+from .attend import Cache, attend, busiest, checked
 from .positions import Rotary, rotate
 
 
@@ -91,7 +91,7 @@ class MoA(Recorded):
         place, most = _places(routing)
         query = grouped_linear(tokens.index_select(0, routing.token_index), self.q_proj, routing.offsets)
         # Zeros where a token has fewer experts than another: what comes of them is not read.
-        query = query.new_zeros(len(tokens) * most, query.shape[1]).index_copy(0, place, query)
+        query = query.new_zeros(tokens.shape[0] * most, query.shape[1]).index_copy(0, place, query)
         query = query.view(*x.shape[:2], most, self.num_heads, self.head_dim)
         key, value = self.kv_proj(x).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(2)
         if rotary is not None:
@@ -122,7 +122,7 @@ def _places(routing: Routing) -> tuple[Tensor, int]:
     most = routing.asked
     if not isinstance(most, int) or count != tokens * most:
         met = torch.bincount(routing.token_index, minlength=tokens)
-        most = int(met.max()) if count else 1
+        most = busiest(met) if tokens else 1
         first = most * torch.arange(tokens, device=order.device) - (met.cumsum(0) - met)
         place = place + first.index_select(0, routing.token_index.index_select(0, order))
     return torch.empty_like(place).index_copy(0, order, place), most

@@ -14,7 +14,7 @@ from ..kernels import grouped_linear
 from ..layer import Recorded
 from ..routers.topk import TopKRouter
 from ..routing import Routing
-from .attend import Cache, attend, checked
+from .attend import Cache, attend, busiest, checked
 from .positions import Rotary, rotate
 
 LOSSES = {"transformers": 0.01}
@@ -160,7 +160,7 @@ class MoH(Recorded):
         # Each head's queries of a sequence side by side, filled up to as many as the busiest head has of one.
         segment = routing.expert_index * batch + token // max(length, 1)
         counts = torch.bincount(segment, minlength=routing.num_experts * batch)
-        most = int(counts.max()) if token.numel() else 1
+        most = busiest(counts) if batch else 1
         nth = torch.arange(token.numel(), device=token.device) - (counts.cumsum(0) - counts).index_select(0, segment)
         place = (token // max(length, 1) * routing.num_experts + routing.expert_index) * most + nth
         shape = (batch, routing.num_experts, most)

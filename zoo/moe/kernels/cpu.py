@@ -9,6 +9,7 @@ about equal load with M rows each (see `blocks`). What the speed rests on, besid
   The backward gains where it rearranges gradients of pre-activations less often, and loses as much if experts are big;
 - combine weights scale tokens and their gradients, [M, D], never hidden units;
 - the results of all experts are summed per token by `embedding_bag`, one pass that accumulates in float32;
+- small experts with few rows are left to torch's grouped GEMM, whose loop over them is not Python's;
 - large buffers come from `memory`, which reuses pages: fresh ones cost up to half as much as the GEMMs.
 """
 
@@ -26,6 +27,8 @@ from .products import FEW_ROWS, LOW_PRECISION, bmm, cast, linear, linear_of_few,
 FEW_UNPADDED = 8
 # Elements of all outputs together up to which index_add beats sorting the assignments by token.
 FEW_OUTPUTS = 1 << 15
+# Multiplications that a forward takes of a busy expert, on average, up to which torch's loop over experts costs less.
+TINY = 1 << 20
 # Elements of w_in of one expert up to which forward and backward together gain from pre-activations by columns.
 SMALL_EXPERT = 1 << 19
 
@@ -73,11 +76,23 @@ def _combine(rows: Tensor, steps: Plan, token_index: Tensor, weight: Tensor, tok
 
 def _torch_is_quicker(x: Tensor, w_in: Tensor, w_out: Tensor, offsets: Tensor) -> bool:
     """Whether `_few` would do the products of torch's grouped GEMM, whose loop over all experts costs less."""
-    if len(x) == 1 or x.dtype != torch.float32 or not x.dtype == w_in.dtype == w_out.dtype or reads_by_onednn(w_in[0]):
+    if len(x) == 1 or reads_by_onednn(w_in[0]) or not _torch_can(x, w_in, w_out):
         return False
-    if not (w_in.is_contiguous() and w_out.is_contiguous()) or grouped_mm.unsupported(x, w_in, w_out, ""):
-        return False
-    return max(offsets.diff().tolist()) <= 2 * very_few(w_in[0])
+    few = w_in.is_contiguous() and w_out.is_contiguous() and max(offsets.diff().tolist()) <= 2 * very_few(w_in[0])
+    return few or _is_tiny(x, w_in, w_out, offsets)
+
+
+def _torch_can(x: Tensor, w_in: Tensor, w_out: Tensor) -> bool:
+    """Whether torch's grouped GEMM takes these, in float32."""
+    same = x.dtype == w_in.dtype == w_out.dtype == torch.float32
+    return same and not grouped_mm.unsupported(x, w_in, w_out, "")
+
+
+def _is_tiny(x: Tensor, w_in: Tensor, w_out: Tensor, offsets: Tensor) -> bool:
+    """Whether calls, of which torch's grouped GEMM needs fewest, would take longer than products."""
+    loads = [load for load in offsets.diff().tolist() if load]
+    work = sum(loads) * (w_in[0].numel() + w_out[0].numel())
+    return bool(loads) and work <= TINY * len(loads) and _torch_can(x, w_in, w_out)
 
 
 def _few(
@@ -128,8 +143,13 @@ def forward(
             tensors = (x, w_in, w_out, b_in, b_out, weight, token_index, offsets)
             return grouped_mm.forward(*tensors, activation, False)
         return _few(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, act), x.new_empty(0, wide)
+    count = token_index.numel()
+    kept = kept_rows(count, experts, dtype) if save else 0
+    if save and _is_tiny(x, w_in, w_out, offsets):
+        y, rows = grouped_mm.forward(x, w_in, w_out, b_in, b_out, weight, token_index, offsets, activation, True)
+        return y, rows if kept == count else torch.nn.functional.pad(rows, (0, 0, 0, kept - count))
     steps, columns = plan(token_index, offsets, w_in, w_out, dtype), _by_columns(w_in, dtype, save)
-    largest, kept = steps.largest, kept_rows(token_index.numel(), experts, dtype) if save else 0
+    largest = steps.largest
     pre = memory.empty((kept if save else largest, wide), dtype)
     sizes = [(len(steps.token), width), (largest, width), (largest, hidden_dim)]
     out_rows, x_rows, hidden_rows = memory.blocks(sizes, dtype)
@@ -164,6 +184,10 @@ def backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, w_in, w_out, b_in, b_out and weight; an empty tensor for each that is not needed."""
+    if _is_tiny(x, w_in, w_out, offsets):
+        pre = pre[: token_index.numel()]
+        saved = (dy, x, w_in, w_out, b_in, b_out, weight, pre, token_index, offsets)
+        return grouped_mm.backward(*saved, activation, needs)
     act, dtype = get_activation(activation), x.dtype
     nothing = x.new_empty(0)
     need_x, need_in, need_out, need_b_in, need_b_out, need_weight = needs

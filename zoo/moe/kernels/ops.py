@@ -83,7 +83,15 @@ def _backward(  # type: ignore[no-untyped-def]
         **_places(backend, place),
     )
     inputs = (x, w_in, w_out, b_in, b_out, weight)
-    return [g if n and t is not None else x.new_empty(0) for g, n, t in zip(grads, needs, inputs)]
+    grads = [g if n and t is not None else x.new_empty(0) for g, n, t in zip(grads, needs, inputs)]
+    return [grads[0], *(_laid_like(g, t) for g, t in zip(grads[1:5], inputs[1:5])), grads[5]]
+
+
+def _laid_like(grad: Tensor, weight: Tensor | None) -> Tensor:
+    """A gradient laid out as compiled code, which sees `_backward_fake`, expects it."""
+    if weight is None or not grad.numel() or grad.stride() == torch.empty_like(weight, device="meta").stride():
+        return grad
+    return torch.empty_like(weight).copy_(grad)
 
 
 def _backward_fake(  # type: ignore[no-untyped-def]

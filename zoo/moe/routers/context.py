@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ def per_token(router: str, context: Mapping[str, Any], name: str, x: Tensor, lim
     value = context.get(name)
     if value is None:
         raise missing(router, name)
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])  # Size.numel would fix open sizes in torch.export
     value = torch.as_tensor(value, device=x.device).long()
     if value.dim() == 0:
         found = value.expand(tokens)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..capacity import Capacity, as_capacity
+from ..kernels import transformed
 from ..routing import Routing
 from .capped import capped_plan, within_cap
 from .context import label_sources
@@ -142,6 +143,8 @@ class ExpertChoiceRouter(LinearRouter):
         if self.max_experts is not None:
             within = within_cap(scores, chosen, self.max_experts)
             taken = within if taken is None else taken & within
+        if taken is not None and transformed.is_batched(taken):
+            weight, taken = weight.where(taken.flatten(), 0), None  # under vmap sizes hang on no values
         if taken is None:
             return token, bounds * (groups * places), weight
         offsets = F.pad(taken.flatten(1).sum(-1).cumsum(0), (1, 0)).to(torch.int32)

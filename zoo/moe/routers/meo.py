@@ -68,7 +68,7 @@ class MEORouter(TopKRouter):
                 added = added.flatten(0, 1)
             pooled, known = pool(x, mask)
             routing = super().forward(pooled, mask=None if mask is None else known)
-        return Blend(routing.dense(), sequence_offsets(x), x.shape[:2].numel(), flat, routing.losses, added)
+        return Blend(routing.dense(), sequence_offsets(x), x.shape[0] * x.shape[1], flat, routing.losses, added)
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:

@@ -63,7 +63,7 @@ class SMEARRouter(Router):
             if self.training and self.dropout:
                 probs = probs * (torch.rand_like(probs) >= self.dropout) + 1e-10
                 probs = probs / probs.sum(-1, keepdim=True)
-        return Blend(probs, sequence_offsets(x), x.shape[:2].numel(), None if mask is None else mask.flatten())
+        return Blend(probs, sequence_offsets(x), x.shape[0] * x.shape[1], None if mask is None else mask.flatten())
 
     def extra_repr(self) -> str:
         """Sizes for `print(model)`."""
@@ -143,9 +143,8 @@ class LoryRouter(Router):
 
 def _shifted(own: Tensor, known: Tensor) -> Tensor:
     """Each segment's predecessor's probabilities [B, P, E], or its own where that has no token (known [B, P])."""
-    before = torch.cat([own[:, :1], own[:, :-1]], dim=1)
-    follows = torch.cat([torch.zeros_like(known[:, :1]), known[:, :-1]], dim=1)
-    return torch.where(follows.unsqueeze(-1), before, own.detach())
+    follows = F.pad(known, (1, 0))[:, :-1]
+    return torch.where(follows.unsqueeze(-1), own.roll(1, dims=1), own.detach())
 
 
 def prepared(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import autocast
+from ..kernels import transformed
 from ..routing import Routing
 from .base import Router, is_recomputation
 
@@ -23,8 +24,8 @@ class ProductKeyRouter(Router):
     scores, or with score="sigmoid" their sigmoids; heads are summed, and may choose the same expert.
 
     query_norm puts the queries through batch norm ("batch": the paper reports that it spreads the use of experts;
-    statistics are over tokens that are not masked) or layer norm ("layer"). Defaults: 8 heads, k = 16, key_dim 128.
-    Context: mask. Raises ValueError unless E is a square, key_dim even and k at most n.
+    statistics are over tokens that are not masked, and not kept under torch.func) or layer norm ("layer"). Defaults: 8
+    heads, k = 16, key_dim 128. Context: mask. Raises ValueError unless E is a square, key_dim even and k at most n.
     """
 
     def __init__(
@@ -114,12 +115,15 @@ class ProductKeyRouter(Router):
         # One token has no variance: then by what was seen before.
         fresh = self.training and real.shape[0] > 1
         kept = [statistic for statistic in (norm.running_mean, norm.running_var) if statistic is not None]
-        mean, var = (statistic.to(queries.dtype, copy=True) for statistic in kept)
+        if fresh and transformed.is_active():
+            kept = []  # a transform lets nothing be changed in place, and under vmap each sample has its own
+        mean, var = (statistic.to(queries.dtype, copy=True) for statistic in kept) if kept else (None, None)
         scale, shift = norm.weight.to(queries.dtype), norm.bias.to(queries.dtype)
         normed = F.batch_norm(real, mean, var, scale, shift, fresh, norm.momentum or 0.0, norm.eps)
         if fresh and not is_recomputation():  # checkpointing must not move the statistics a second time
-            kept[0].copy_(mean)
-            kept[1].copy_(var)
+            for statistic, moved in zip(kept, (mean, var)):
+                if moved is not None:
+                    statistic.copy_(moved)
         return normed if mask is None else torch.zeros_like(queries).masked_scatter(mask[:, None], normed)
 
     def _best(self, queries: Tensor) -> tuple[Tensor, Tensor]:

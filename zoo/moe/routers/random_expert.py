@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -44,7 +45,7 @@ class RandomRouter(Router):
     def forward(self, x: Tensor, **context: Any) -> Routing:
         """Draw experts for tokens x [T, D] or [B, S, D]."""
         level = self.train_level if self.training else self.inference_level
-        tokens = x.shape[:-1].numel()
+        tokens = math.prod(x.shape[:-1])
         if level == "sentence" and x.dim() != 3:
             raise ValueError("RandomRouter: one draw a sentence needs tokens as [B, S, D], got one list of tokens")
         if level == "partition":
