@@ -93,9 +93,9 @@ def models(args: Sequence[str]) -> int:
 
 
 def _models() -> dict[str, str]:
-    from zoo.models.registry import describe_model, list_models
+    from zoo.models.registry import list_models
 
-    return {name: describe_model(name) for name in list_models()}
+    return dict.fromkeys(list_models(), "")
 
 
 # Layers that come with a gate of their own.

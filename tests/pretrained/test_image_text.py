@@ -15,14 +15,12 @@ from torch import nn
 from transformers import AutoModelForImageTextToText
 
 import zoo
-from zoo.models.image_text import MODELS, OUTSIDE, configuration
-from zoo.models.registry import describe_model
+from zoo.models.image_text import MODELS, configuration
 from zoo.moe import IsolatedMoE, MoE
 from zoo.pretrained.context import decoder_of
 from zoo.pretrained.image_text import class_of
 
-ALL = sorted(name for name in MODELS if name.endswith("_tiny") and name != "moe_llava_tiny")
-NAMES = [name for name in ALL if MODELS[name][0] not in OUTSIDE]
+NAMES = sorted(name for name in MODELS if name.endswith("_tiny") and name != "moe_llava_tiny")
 WITH_LOSS = ("qwen3_vl_moe_tiny", "ernie4_5_vl_tiny")
 GENERATE = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
@@ -107,9 +105,10 @@ def test_gradients_are_those_of_transformers(checkpoints, name):
     gate = decoder_of(ours).layers[-1]
     moe = next(m for m in gate.modules() if isinstance(m, MoE))
     where = next(key for key, module in ours.named_modules() if module is moe)
-    where = where.replace("parts.0", "text_moe")
+    where = where.replace("parts.0", "text_moe").removesuffix(".experts")  # which are Gemma 4's layer's own
+    gates = ("gate", "router", "proj") if name == "gemma4_tiny" else ("gate", "router")
     theirs_gate = next(
-        p for key, p in grads.items() if key.startswith(f"{where}.") and key.split(".")[-2] in ("gate", "router")
+        p for key, p in grads.items() if key.startswith(f"{where}.") and key.split(".")[-2] in gates and p.dim() > 1
     )
     assert error(moe.router.weight.grad, theirs_gate.grad) < 1e-4
     down, other = moe.experts.down_proj.grad, grads[f"{where}.experts.down_proj"].grad
@@ -309,24 +308,6 @@ def test_a_dense_model_is_transformers_own(tmp_path):
     assert all(torch.equal(t, tensors(tmp_path / "b")[key]) for key, t in tensors(tmp_path / "a").items())
     with pytest.raises(ValueError, match="llama: router, losses and capacity are for sparse blocks"):
         zoo.from_pretrained(tmp_path / "a", losses={"switch": 0.01})
-
-
-@pytest.mark.parametrize("name", [name for name in ALL if name not in NAMES])
-def test_families_without_a_row_run_their_experts_on_our_kernels(name, tmp_path):
-    torch.manual_seed(0)
-    expected = theirs(name)
-    expected.save_pretrained(tmp_path / "a")
-    ours = zoo.from_pretrained(tmp_path / "a")
-    assert moes(ours) == []
-    assert decoder_of(ours).config._experts_implementation == "zoo"
-    assert "experts on our kernels" in describe_model(f"vision_language/{name}")
-    inputs = batch(family(name))
-    with torch.no_grad():
-        assert error(ours(**inputs).logits, expected(**inputs).logits) < 1e-5
-    zoo.save_pretrained(ours, tmp_path / "b")
-    assert all(torch.equal(t, tensors(tmp_path / "b")[key]) for key, t in tensors(tmp_path / "a").items())
-    with pytest.raises(ValueError, match="router, losses and capacity are for sparse blocks of ours"):
-        zoo.create_model(f"vision_language/{name}", losses={"switch": 0.01})
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from .numbers_said import say_timm
 from .origin import made_by
 
 # What a gate may hold a row an expert of.
-PER_EXPERT = ("weight", "bias", "noise_weight", "selection_bias")
+PER_EXPERT = ("weight", "bias", "noise_weight", "selection_bias", "expert_scale")
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -112,7 +112,7 @@ def _check(name: str, moe: MoE, num_new: int) -> None:
         raise ValueError(f"grow: {name} is spread over processes; grow the model before it is")
     known = isinstance(router, (TopKRouter, LinearRouter)) and not isinstance(router, PrototypeRouter)
     tensors = {n: t for n, t in {**dict(router.named_parameters()), **dict(router.named_buffers())}.items() if t.dim()}
-    odd = [n for n in tensors if n.removeprefix(FROZEN).removeprefix(NEW) not in PER_EXPERT]
+    odd = [n for n in tensors if n.removeprefix(FROZEN).removeprefix(NEW) not in (*PER_EXPERT, *router.of_tokens)]
     sizes = {t.shape[0] for n in PER_EXPERT if (t := getattr(router, n, None)) is not None} if known else set()
     if not known or odd or sizes != {router.num_experts}:
         what = f" ({odd[0]} {list(tensors[odd[0]].shape)})" if odd else ""
@@ -159,9 +159,9 @@ def _grown_router(
         if value is None:
             continue
         more = _grown(value, origin, is_new, (noise, init == "random"))
+        if name in ("selection_bias", "expert_scale") and init == "random":
+            more[[i for i, new in enumerate(is_new) if new]] = value.mean()
         if name == "selection_bias":
-            if init == "random":
-                more[[i for i, new in enumerate(is_new) if new]] = value.mean()
             setattr(grown, name, more)
             continue
         setattr(grown, name, nn.Parameter(more, value.requires_grad))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..nearest import unknown
-from .image_text_sizes import MODELS, OUTSIDE
+from .image_text_sizes import MODELS
 
 if TYPE_CHECKING:
     import torch
@@ -47,12 +47,6 @@ def build(
     if moe is False:
         return image_text.put_layers(model, **given)
     return moe_llava.sparse(model, **given, **(moe or {}))
-
-
-def describe(name: str) -> str:
-    """What `zoo models` says of a model."""
-    family = MODELS[name][0]
-    return f"{family}: gates of transformers, experts on our kernels" if family in OUTSIDE else ""
 
 
 def configuration(name: str, **fields: Any) -> Any:

@@ -46,10 +46,6 @@ def _rope(sections: list[int], theta: float = 1e4, **more: Any) -> dict[str, Any
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": sections, **more}
 
 
-# Families whose gates our core does not express: Gemma 4's normalises and scales its input, has a scale an expert, and
-# sits beside a dense MLP in the layer itself. Their experts run on our kernels, behind transformers' own gates.
-OUTSIDE = ("gemma4",)
-
 # name: (family, configuration)
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl_moe_tiny": (

@@ -23,13 +23,6 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in names if fnmatchcase(name, pattern))
 
 
-def describe_model(name: str) -> str:
-    """One line on a model of `list_models` where there is something to know, else an empty string."""
-    domain, _, model = name.partition("/")
-    module = _domain(domain)
-    return module.describe(model) if hasattr(module, "describe") else ""
-
-
 @extras.named()
 def create_model(name: str, **overrides: Any) -> nn.Module:
     """Build a model by name with fresh weights; overrides are those of the domain's `build`.

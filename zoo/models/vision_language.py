@@ -65,8 +65,3 @@ def build(name: str, **overrides: Any) -> nn.Module:
     model: Any = LIMoE(**{**arguments, **overrides})
     model.made_with = {"network": f"vision_language/{name}", "overrides": overrides}  # for `zoo.save_pretrained`
     return model
-
-
-def describe(name: str) -> str:
-    """What `zoo models` says of a model."""
-    return image_text.describe(name) if name in image_text.MODELS else ""

@@ -13,7 +13,13 @@ from .grown import no_stack
 from .layer import MoE
 from .routers import GShardRouter, PrototypeRouter, Router
 
-ROWS = ("weight", "bias", "noise_weight", "selection_bias")  # what gates call a tensor with a row an expert
+ROWS = (
+    "weight",
+    "bias",
+    "noise_weight",
+    "selection_bias",
+    "expert_scale",
+)  # what gates call a tensor with a row an expert
 COUNTS = ("k", "k_min", "k_max", "eval_k")
 
 
@@ -30,7 +36,7 @@ def rows_of(name: str, moe: MoE) -> dict[str, Tensor]:
     for inner, tensor in tensors:
         if inner in ROWS and tensor.shape[:1] == (moe.router.num_experts,):
             found[f"router.{inner}"] = tensor
-        elif tensor.numel() > 1:
+        elif tensor.numel() > 1 and inner not in moe.router.of_tokens:
             what = f"{inner} {list(tensor.shape)}"
             raise ValueError(f"{name}: experts of a {type(router).__name__} cannot be dropped, its {what} mixes them")
     if isinstance(router, PrototypeRouter):

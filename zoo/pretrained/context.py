@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..moe import IsolatedMoE, MoE
-from ..moe.routers import MoEPlusPlusRouter, ScoredHashRouter, TopKRouter
+from ..moe.routers import Gemma4Router, MoEPlusPlusRouter, ScoredHashRouter, TopKRouter
 from ..moe.routers.moe_plus_plus import GatingResidual
 from .generating import KEY, take_context
 
@@ -85,7 +85,13 @@ def _tell_tokens(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     modality = torch.zeros_like(ids)
     for token in {token for token in seen if token is not None}:
         modality = modality.masked_fill(ids == token, 1)
-    return args, {**kwargs, KEY: {"token_ids": ids, "modality": modality, **(kwargs.get(KEY) or {})}}
+    told = {"token_ids": ids, "modality": modality}
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2:  # Gemma 4 makes several of it, before its language model is called
+        real = mask[:, -ids.shape[1] :].bool()
+        if torch.compiler.is_compiling() or not bool(real.all()):
+            told["mask"] = real
+    return args, {**kwargs, KEY: {**told, **(kwargs.get(KEY) or {})}}
 
 
 def _tell_modality(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -141,7 +147,11 @@ def _use(moe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple
         context = {key: value for key, value in context.items() if key != "mask"}
     if "record_logits" in context:
         context = {key: value for key, value in context.items() if key != "record_logits"}
-        _record_logits(moe, args[0], context.get("modality"))
+        _record_logits(moe, kwargs.get("seen", args[0]), context.get("modality"))
+    rows = next((t for t in (context.get("mask"), context.get("token_ids")) if t is not None), None)
+    x = args[0]
+    if rows is not None and rows.dim() == 2 == x.dim() and rows.numel() == x.shape[0]:
+        args = (x.view(*rows.shape, x.shape[-1]), *args[1:])  # Gemma 4 calls its experts with one row of tokens
     return args, {**context, **kwargs}
 
 
@@ -150,7 +160,7 @@ def _mask_is_idle(moe: MoE | IsolatedMoE) -> bool:
     if isinstance(moe, IsolatedMoE):
         return all(_mask_is_idle(part) for part in moe.parts)  # type: ignore[arg-type]
     # A gate with a forward pass of its own may look at other tokens than the one it routes.
-    by_itself = type(moe.router).forward in (TopKRouter.forward, ScoredHashRouter.forward)
+    by_itself = type(moe.router).forward in (TopKRouter.forward, ScoredHashRouter.forward, Gemma4Router.forward)
     dropless = by_itself and moe.router.capacity is None
     return dropless and not moe.training and not moe._recording
 
@@ -185,5 +195,7 @@ def _record_logits(moe: Any, x: Tensor, modality: Tensor | None) -> None:
 
 def _logits(router: Any, x: Tensor) -> Tensor:
     x = x.reshape(-1, x.shape[-1]).to(router.dtype or x.dtype)
+    if isinstance(router, Gemma4Router):
+        return router._logits(x).softmax(-1)  # its probabilities, in transformers too
     bias = None if router.bias is None else router.bias.to(x.dtype)
     return F.linear(x, router.weight.to(x.dtype), bias)

@@ -56,16 +56,22 @@ def adopt_blocks(
     config, found = decoder.config, []
     names = {module: name for name, module in model.named_modules()}
     for number, layer in enumerate(decoder.layers):
-        for place in PLACES:
+        for place in ("experts",) if row.apart else PLACES:
             block = getattr(layer, place, None)
-            if block is None or not (hasattr(block, "experts") or (row.parts and hasattr(block, row.parts[0]))):
+            if block is None or not (
+                row.apart or hasattr(block, "experts") or (row.parts and hasattr(block, row.parts[0]))
+            ):
                 continue
+            block = layer if row.apart else block
             gate = make
             if make is None:
                 kind, arguments = row.gate_of(config, number)
                 gate = partial(partial, kind, **{**arguments, **(router_args or {})})
             ours = _ours(block, row, config, gate, backend)
             setattr(layer, place, _dense(ours, config) if dense else ours)
+            if row.apart:
+                layer.router = Seen()
+                getattr(layer, place).register_forward_pre_hook(told_apart, with_kwargs=True)
             layer.is_moe_layer = False  # Llama 4's layer expects two results where it is
             if row.pair:
                 getattr(layer, place).register_forward_hook(in_pair)
@@ -106,12 +112,28 @@ def without_ids(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[A
     return args, {name: value for name, value in kwargs.items() if name != "input_ids"}
 
 
+class Seen(nn.Module):
+    """Stands where a layer has its gate, and hands on what that would see."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens in place of logits, weights and experts."""
+        return x, x, x
+
+
+def told_apart(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A hook for what stands where a layer calls its experts with tokens, and with what its gate gave: see `Seen`."""
+    x, seen, *_ = args
+    return (x,), {**kwargs, "seen": seen} if isinstance(module, MoE) else kwargs
+
+
 def stand_alike(module: nn.Module, new: nn.Module) -> None:
     """Let what takes the place of an MLP or a `MoE` be called, and answer, as that."""
     if in_pair in module._forward_hooks.values():
         new.register_forward_hook(in_pair)
     if without_ids in module._forward_pre_hooks.values():
         new.register_forward_pre_hook(without_ids, with_kwargs=True)
+    if told_apart in module._forward_pre_hooks.values():
+        new.register_forward_pre_hook(told_apart, with_kwargs=True)
 
 
 def _ours(block: Any, row: SparseBlock, config: Any, make: Any, backend: str) -> MoE | IsolatedMoE:
@@ -196,6 +218,9 @@ def _take_over(router: Router, block: Any, row: SparseBlock) -> None:
         ours, theirs = getattr(router, name, None), getattr(gate, name, None)
         if isinstance(ours, nn.Parameter) and isinstance(theirs, nn.Parameter) and ours.shape == theirs.shape:
             setattr(router, name, theirs)
+    for ours, path in row.beside:
+        if isinstance(getattr(router, ours, None), nn.Parameter):
+            setattr(router, ours, _submodule_tensor(block, path))
     bias, target = _submodule_tensor(block, row.bias), getattr(router, "selection_bias", None)
     if bias is not None and target is not None and target.numel() == bias.numel():
         router.selection_bias = bias.detach().reshape(target.shape).to(target.dtype).clone()
@@ -229,7 +254,7 @@ def tensors_of_transformers(model: Any, state: Mapping[str, Tensor] | None = Non
 
 
 def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[str, Tensor]:
-    inside = block
+    inside = block.rpartition(".")[0] if row.apart else block
     if name.startswith("parts."):
         _, number, name = name.split(".", 2)
         inside = f"{block}.{row.parts[int(number)]}"
@@ -245,6 +270,8 @@ def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[st
         return f"{inside}.{name}", _to_theirs(name.removeprefix("experts."), tensor, row)
     if name in ("router.weight", "router.bias"):
         return f"{inside}.{row.gate}.{name.removeprefix('router.')}", tensor
+    if (path := dict(row.beside).get(name.removeprefix("router."))) is not None:
+        return f"{inside}.{path}", tensor
     if name == "router.table":
         return f"{inside}.{row.gate}.{TABLE}", tensor
     if name == "router.selection_bias":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..moe.kernels.activations import CLAMP_ALPHA, CLAMP_LIMIT
-from ..moe.routers import ScoredHashRouter, SparseMixerRouter, TopKRouter
+from ..moe.routers import Gemma4Router, ScoredHashRouter, SparseMixerRouter, TopKRouter
 from ..nearest import unknown
-from .language import _deepseek_v3, _softmax, activation_of
+from .language import ACTIVATIONS, _deepseek_v3, _softmax, activation_of
 
 
 def normalized(config: Any) -> dict[str, Any]:
@@ -165,6 +165,23 @@ def phimoe(config: Any, layer: int) -> tuple[type[TopKRouter], dict[str, Any]]:
         "threshold": config.router_jitter_noise,
         "jitter": config.input_jitter_noise,
     }
+
+
+def gemma4(config: Any, layer: int) -> tuple[type[TopKRouter], dict[str, Any]]:
+    """Gemma 4: softmax over what the gate normalises itself, with a factor an expert."""
+    return Gemma4Router, {"k": config.top_k_experts, "eps": config.rms_norm_eps}
+
+
+def gemma4_choices(config: Any) -> dict[str, Any]:
+    """Gemma 4: how many experts a token meets."""
+    return {"k": config.top_k_experts}
+
+
+def gemma4_activation(config: Any) -> str:
+    """Gemma's name of the activation is hidden_activation."""
+    if config.hidden_activation not in ACTIVATIONS:
+        raise unknown(f"expert activation of {config.model_type}", config.hidden_activation, ACTIVATIONS)
+    return ACTIVATIONS[config.hidden_activation]
 
 
 def limited(config: Any) -> str:

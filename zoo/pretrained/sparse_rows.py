@@ -20,8 +20,10 @@ class SparseBlock:
     `transposed` where they are [E, D, 2F] and [E, F, D], `interleaved` where gates and ups take turns, and have
     `biases` or not. `parts` where it has blocks of its own for text and for what was seen; `weigh_input` as in
     `Experts`; `pair` where it gives a second result, which nothing reads; `ids` where it is told input_ids; `latent`
-    are the linear layers around its experts, where their tokens are narrower. `special`
-    gives the class of a layer's gate and its arguments where that is no `TopKRouter` with those of `router`, else None.
+    are the linear layers around its experts, where their tokens are narrower; `apart` where gate and experts are the
+    layer's own, and read different tokens; `beside` are parameters that our gate has besides, and their paths.
+    `special` gives the class of a layer's gate and its arguments where that is no `TopKRouter` with those of `router`,
+    else None.
     `beyond` is true of the configurations whose blocks are none of ours: these models keep transformers' gates.
     """
 
@@ -39,6 +41,8 @@ class SparseBlock:
     pair: bool = False
     ids: bool = False
     latent: tuple[str, str] | None = None
+    apart: bool = False
+    beside: tuple[tuple[str, str], ...] = ()
     activation: Callable[[Any], str] = activation_of
     special: Callable[[Any, int], tuple[type[TopKRouter], dict[str, Any]] | None] = lambda config, layer: None
     beyond: Callable[[Any], bool] = lambda config: False
@@ -167,6 +171,15 @@ BLOCKS: dict[str, SparseBlock] = {
         activation=gates.limited,
         ids=True,
         special=gates.deepseek_v4_hash,
+    ),
+    "gemma4_text": SparseBlock(
+        "Gemma4Text",
+        gates.gemma4_choices,
+        gate="router.proj",
+        apart=True,
+        beside=(("scale_in", "router.scale"), ("expert_scale", "router.per_expert_scale")),
+        activation=gates.gemma4_activation,
+        special=gates.gemma4,
     ),
     "phimoe": SparseBlock("Phimoe", gates.unnormalized, gate="router", special=gates.phimoe),
 }

@@ -22,6 +22,7 @@ from zoo.moe.routers import (
     DynamicRouter,
     EMoERouter,
     ExpertChoiceRouter,
+    Gemma4Router,
     GShardRouter,
     HashRouter,
     HierarchicalRouter,
@@ -170,6 +171,7 @@ GATES: dict[str, Gate] = {
         lambda d, e: HashRouter(d, e, table=range(8), feature="previous"),
         context=lambda x, cluster: {"token_ids": cluster},
     ),
+    "Gemma 4": Gate(lambda d, e: Gemma4Router(d, e, losses=BALANCE), active=2),
     "hash, scored (DeepSeek-V4)": Gate(
         lambda d, e: ScoredHashRouter(d, e, table=[[c, (c + 3) % 8] for c in range(8)]),
         context=lambda x, cluster: {"token_ids": cluster},

@@ -11,6 +11,7 @@ from .dselect_k import DSelectKRouter
 from .dynamic import DynamicRouter
 from .emoe import EMoERouter
 from .expert_choice import ExpertChoiceRouter
+from .gemma import Gemma4Router
 from .gshard import GShardRouter
 from .hash import HashRouter
 from .hierarchical import HierarchicalRouter
@@ -61,6 +62,7 @@ __all__ = [
     "EMoERouter",
     "ExpertChoiceRouter",
     "GShardRouter",
+    "Gemma4Router",
     "HashRouter",
     "HierarchicalRouter",
     "LLaMAMoERouter",

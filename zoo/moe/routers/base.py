@@ -52,11 +52,13 @@ class Router(nn.Module, ABC):
 
     merges says that a decision averages experts into one (`Blend`), so that processes cannot share them out;
     unit_weights that every expert a token meets counts with weight one; label names the keyword of the context by which
-    a gate goes instead of by x, a whole number below num_labels.
+    a gate goes instead of by x, a whole number below num_labels. of_tokens names parameters that are of what a gate
+    reads, and have no row an expert.
     """
 
     merges = False
     unit_weights = False
+    of_tokens: tuple[str, ...] = ()
     label = ""
     num_labels = 0
 
