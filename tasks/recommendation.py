@@ -66,6 +66,7 @@ class RecommendationTask(Task):
     """
 
     unit = "rows"
+    writes_parts = True
     reads = "recommendation"
     weighting: FixedWeighting
 

@@ -71,6 +71,7 @@ class Task(LightningModule):
     unit = "samples"  # what throughput counts
     reads = "transformers"  # the layout of the folders that it starts from
     generates = False  # whether `predict` calls the model until a text ends
+    writes_parts = False  # whether in `predict` each process writes a file of its own
     left_alone: Collection[str] = ()  # names of the model's parameters that another optimizer has
     model: Any
 
@@ -172,7 +173,8 @@ class Task(LightningModule):
                 f"predict: {processes} processes with a model in parts cannot generate texts of unequal length; use "
                 "one, with trainer.devices 1"
             )
-        if subcommand == "predict" and isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        apart = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+        if subcommand == "predict" and apart and not self.writes_parts:
             raise ValueError(
                 "predict: processes that trainer.strategy forks or spawns keep their predictions to themselves; use ddp"
             )
