@@ -252,8 +252,7 @@ class VisionTask(Task):
             of_embedding = self.model.embedding_loss(targets)
             self.log("train/loss_embedding", of_embedding.detach())
             loss = loss + of_embedding
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        self.log("train/loss", loss.detach())
+        self.log_loss(loss * len(images), torch.tensor(len(images), device=loss.device), batch_idx)
         if self._teacher is not None:
             seen = self._as_teacher_sees(images)
             soft = self.soft_loss(logits, self._teacher.logits(lambda model: model(seen), logits)).mean()

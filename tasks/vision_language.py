@@ -151,8 +151,8 @@ class ContrastiveTask(Task):
         with zoo.moe.record(self.model) as step:
             out = self.model(batch["image"], batch["ids"], batch["mask"])
         loss = contrastive_loss(out.image, out.text, out.scale, data_group(self.trainer))
-        self.log("loss", loss.detach(), prog_bar=True, logger=False)
-        self.log_dict({"train/loss": loss.detach(), "train/temperature": 1 / out.scale.detach()})
+        self.log_loss(loss, torch.ones_like(loss), batch_idx)
+        self.log("train/temperature", 1 / out.scale.detach())
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             shares = ModalityShares()
             shares.update(step, self._labels(batch))

@@ -448,3 +448,25 @@ def test_what_cannot_be_exported_is_told_before_training(tmp_path):
     with pytest.raises(ArgumentMistake, match="export: save_pretrained: no published layout has a place for blocks"):
         trainer.fit(task, make_data())
     assert trainer.global_step == 0
+
+
+def test_the_logged_loss_is_that_of_all_images_of_a_step(tmp_path):
+    task, seen = make_task(overrides={"dense": True}), []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            with torch.no_grad():
+                logits = module.model(batch["image"]).double()
+            self.sums = [
+                *(self.sums if batch_idx % 3 else []),
+                F.cross_entropy(logits, batch["label"], reduction="sum"),
+            ]
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            expected = float(sum(self.sums)) / (16 * len(self.sums))
+            seen.append((float(trainer.callback_metrics["train/loss"]), expected))
+
+    make_trainer(tmp_path, max_steps=2, accumulate_grad_batches=3, callbacks=[Watch()]).fit(task, make_data())
+    assert len(seen) == 6
+    for logged, expected in seen:
+        assert logged == pytest.approx(expected, rel=1e-5)
