@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,17 @@ def answer(
     text: str,
     max_new_tokens: int = 128,
     system: str | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> str:
-    """The likeliest answer, without the question; raises as `check_length`, and where image tokens fit no image."""
+    """The likeliest answer, without the question; `told` goes to `generate` too.
+
+    Raises as `check_length`, and where image tokens fit no image.
+    """
     inputs = prepare(processor, images, text, system)
     check_length(model, inputs, max_new_tokens)
     tokenizer = processor.tokenizer
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     on_device = {key: v.to(model.device) if isinstance(v, torch.Tensor) else v for key, v in inputs.items()}
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": padding}
-    out = model.generate(**on_device, **options)
+    out = model.generate(**on_device, **options, **(told or {}))
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

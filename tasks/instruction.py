@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
-from tasks import frozen
+from tasks import frozen, labels
 from tasks.answering import answer, open_image
 from tasks.modalities import ModalityShares, keep_shares, log_shares
 from tasks.predictions import check_predictions, write_predictions
@@ -25,9 +25,9 @@ from zoo.data.packing import IGNORE, flash_lengths
 from zoo.models import moe_llava
 from zoo.parallel.parts import is_spread
 from zoo.pretrained import llava
-from zoo.pretrained.generating import hears
+from zoo.pretrained.generating import KEY, hears
 
-BESIDE = ("labels", "answers", "real")  # what a batch holds besides the model's inputs
+BESIDE = ("labels", "answers", "real", "source")  # what a batch holds besides the model's inputs
 
 
 class InstructionTask(Task):
@@ -171,7 +171,7 @@ class InstructionTask(Task):
         inputs = {name: value for name, value in batch.items() if name not in BESIDE}
         # Gates are told what is padding: packed rows have no attention mask, and rows that fill a batch up attend.
         if hears(self.model):
-            inputs["moe_context"] = {"mask": batch["real"].bool()}  # type: ignore[assignment]
+            inputs[KEY] = {"mask": batch["real"].bool(), **labels.told(self.model, batch).get(KEY, {})}  # type: ignore[assignment]
         if "attention_mask" not in batch and "flash" in str(self.model.config._attn_implementation):
             inputs |= flash_lengths(batch["position_ids"])
         # A token is foretold at the place before it. Places before no answer in any row do not pass the head.
@@ -239,21 +239,32 @@ class InstructionTask(Task):
         numbers = numbers[:, 1:][batch["labels"][:, 1:] != IGNORE]
         answers, place = numbers.unique(return_inverse=True)
         missed = torch.zeros(len(answers), dtype=torch.long, device=targets.device).index_add(0, place, wrong.long())
-        nats = F.cross_entropy(logits.double(), targets, reduction="sum")
-        counts = (len(targets), wrong.sum(), len(answers), (missed == 0).sum())
-        self.add_to_evaluation(step, torch.stack([nats, *(torch.as_tensor(c).to(nats) for c in counts)]))
+        nats = F.cross_entropy(logits.double(), targets, reduction="none")
+        row, row_of_answer = numbers // (length + 1), answers // (length + 1)
+        source = batch.get("source", torch.zeros(rows, dtype=torch.int64, device=targets.device))
+        sums = nats.new_zeros(max(len(self._sources()), 1), 5)
+        per_token = torch.stack([nats, torch.ones_like(nats), wrong.to(nats)], dim=1)
+        sums[:, :3].index_add_(0, source[row], per_token)
+        per_answer = torch.stack([torch.ones_like(missed), missed == 0], dim=1).to(nats)
+        sums[:, 3:].index_add_(0, source[row_of_answer], per_answer)
+        self.add_to_evaluation(step, sums.flatten())
 
     test_step = validation_step
 
     def evaluated(self, sums: list[float]) -> tuple[dict[str, float], str]:
         """Loss and perplexity a token, tokens foretold, and answers of which every token is the likeliest.
 
-        With a dropless gate those are the answers that greedy generation gives.
+        With a dropless gate those are the answers that greedy generation gives. Where sources have names, of each of
+        them too.
         """
-        nats, tokens, wrong, answers, right = sums
-        loss = nats / max(tokens, 1)
-        figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": 1 - wrong / max(tokens, 1)}
-        return {**figures, "answers_right": right / max(answers, 1)}, "answers_right"
+        rows = [sums[at : at + 5] for at in range(0, len(sums), 5)]
+        figures = _figures([sum(column) for column in zip(*rows)])
+        for name, row in zip(self._sources(), rows):
+            figures |= {f"{figure}/{name}": value for figure, value in _figures(row).items()}
+        return figures, "answers_right"
+
+    def _sources(self) -> list[str]:
+        return getattr(getattr(self._trainer, "datamodule", None), "names", [])
 
     def modality_shares(self) -> dict[str, Any]:
         """Which experts the images and texts of the latest evaluation went to, by layer and modality."""
@@ -276,7 +287,8 @@ class InstructionTask(Task):
         except (OSError, ValueError) as error:  # beyond the head, which was read before any work
             warnings.warn(f"{error}: question {question!r} is not answered", stacklevel=2)
         else:
-            found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system)
+            told = labels.told(self.model, batch)
+            found = answer(self.model, processor, images, question, self.hparams["max_new_tokens"], data.system, told)
         return [{"path": batch["path"], "question": question, "answer": found}]
 
     def show_predictions(self, predictions: list[Any]) -> None:
@@ -289,6 +301,13 @@ class InstructionTask(Task):
         if self.hparams["export"] and self.trainer.is_global_zero:
             processor = self.trainer.datamodule.chat.processor  # type: ignore[attr-defined]
             processor.save_pretrained(self.hparams["export"])
+
+
+def _figures(sums: list[float]) -> dict[str, float]:
+    nats, tokens, wrong, answers, right = sums
+    loss = nats / max(tokens, 1)
+    figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": 1 - wrong / max(tokens, 1)}
+    return {**figures, "answers_right": right / max(answers, 1)}
 
 
 def _stop_at(config: Any, token: int | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,14 @@ def check(model: nn.Module, data: Any) -> None:
                 f"{what}, and {type(data).__name__} has none; train in Python, calling the model with moe_context"
             )
         if not names:
-            raise ValueError(f"{what}: give data.source as texts by name, {{NAME: TEXTS, ...}}, each name a label")
+            raise ValueError(f"{what}: give data.source by name, {{NAME: ..., ...}}, each name a label")
         if len(names) > router.num_labels:
             raise ValueError(f"{what}, of which it knows {router.num_labels}; data.source has {len(names)}")
+
+
+def check_sources(names: Sequence[str], state: Mapping[str, Any]) -> None:
+    """Raise ValueError where the sources of a checkpoint's data had other numbers than these."""
+    if names and state.get("sources", names) not in (list(names), []):
+        raise ValueError(
+            f"the checkpoint was trained on the sources {state['sources']}, in this order, got {list(names)}"
+        )

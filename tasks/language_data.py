@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
@@ -12,11 +11,12 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.utils.data import DataLoader
 
+from tasks import labels
 from tasks.generation import prompt_ids
 from tasks.training import share_of
 from zoo.data import Corpus, Loader, Packed, Tokenizer, open_corpus, open_tokenizer, tokenize
 from zoo.data.corpus import joined
-from zoo.data.mixing import Mixture
+from zoo.data.mixing import Mixture, in_order
 from zoo.data.packing import Sources
 from zoo.nearest import unknown
 
@@ -69,7 +69,7 @@ class LanguageData(LightningDataModule):
         self.source, self.tokenizer_name, self.text_column = source, tokenizer, text_column
         self.sequence_length, self.batch_size, self.num_workers = sequence_length, batch_size, num_workers
         self.seed, self.prompts = seed, prompts or []
-        self.weights = None if weights is None else _checked(weights, self.names)
+        self.weights = None if weights is None else in_order(weights, self.names)
 
     @cached_property
     def corpora(self) -> list[Corpus]:
@@ -155,29 +155,9 @@ class LanguageData(LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise ValueError when the checkpoint was trained with another tokenizer, or sources had other numbers."""
-        if self.names and state_dict.get("sources", self.names) not in (self.names, []):
-            raise ValueError(
-                f"the checkpoint was trained on the sources {state_dict['sources']}, in this order, got {self.names}"
-            )
+        labels.check_sources(self.names, state_dict)
         if state_dict["tokenizer"] != self.tokenizer.fingerprint:
             raise ValueError(
                 f"the checkpoint was trained with another tokenizer than {self.tokenizer_name!r} "
                 f"of {self.corpus.description}"
             )
-
-
-def _checked(weights: Mapping[str, float], names: list[str]) -> list[float]:
-    """The weights in the order of the sources; raises ValueError for one that is missing, surplus or no weight."""
-    if not names:
-        raise ValueError("weights: expected sources with names, such as {law: my/law, code: stdlib}")
-    for name in weights:
-        if name not in names:
-            raise unknown("source of weights", name, names)
-    if missing := [name for name in names if name not in weights]:
-        raise ValueError(f"weights: none for {', '.join(missing)}; expected one of each source, 0 for none of its text")
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"weights: expected numbers from 0, got {weight} for {name}")
-    if not any(weights.values()):
-        raise ValueError("weights: expected one above 0, all are 0")
-    return [weights[name] for name in names]

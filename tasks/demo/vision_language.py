@@ -66,7 +66,7 @@ def _prepare(name: str, folder: Path, config: Path, seconds: float) -> None:
 
 def _description(data: Any) -> str:
     """What is trained on."""
-    return data.pairs.description if hasattr(data, "pairs") else data.conversations.description
+    return data.pairs.description if hasattr(data, "pairs") else data.conversations[0].description
 
 
 def _train(

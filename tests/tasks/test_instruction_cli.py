@@ -209,7 +209,7 @@ def test_a_packed_run_resumes_where_it_was(stages: dict[int, Path], tmp_path: Pa
 def test_llavas_files_and_lora_experts(stages: dict[int, Path], tmp_path: Path, capsys) -> None:
     """LLaVA's JSON with none, one and two images a conversation trains LoRA experts, with a processor of its own."""
     data = InstructionData(pictures=PICTURES, digits=(1, 2))
-    scenes = data.conversations.split("train")
+    scenes = data.conversations[0].split("train")
     records = []
     for i in range(16):
         shown = [f"{i}.png"] * (i % 3)

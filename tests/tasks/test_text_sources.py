@@ -131,7 +131,7 @@ def test_adapters_by_label_from_a_config(kind, two, make, tmp_path):
 
 def test_without_labels_such_gates_are_refused_before_training(two, make):
     data, task = make.data(), task_of(make)
-    with pytest.raises(ValueError, match=r"DomainRouter goes by a label, 'domain': give data.source as texts by name"):
+    with pytest.raises(ValueError, match=r"DomainRouter goes by a label, 'domain': give data.source by name"):
         task.check(data)
     three = {**two, "third": next(iter(two.values()))}
     with pytest.raises(ValueError, match=r"TaskRouter goes by a label, 'task', of which it knows 2; data.source has 3"):

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from .cache import cached
 from .chat import Chat, Example
 from .conversations import ConversationSource
-from .packing import IGNORE
+from .mixing import Mixture
+from .packing import IGNORE, Sources
 
 
 def lengths(source: ConversationSource, chat: Chat) -> np.ndarray:
@@ -141,6 +142,34 @@ class ConversationRows:
         for name in dict.fromkeys(name for e in examples for name in e.images):
             batch[name] = _joined(name, [e for e in examples if name in e.images])
         return batch
+
+
+class NamedConversationRows:
+    """Rows of several sources in an order; a batch says which sources its rows are of, `source` [B], by `numbers`."""
+
+    def __init__(self, order: Sources | Mixture, numbers: Sequence[int]) -> None:
+        self.order, self.numbers, self.facts = order, numbers, order.facts
+
+    @property
+    def epoch(self) -> int:
+        """Of which epoch the rows are, where they differ."""
+        return getattr(self.order, "epoch", 0)
+
+    @epoch.setter
+    def epoch(self, number: int) -> None:
+        self.order.epoch = number  # type: ignore[union-attr]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[int, int, list[Example]]:
+        source, row = self.order.locate(index)
+        return (self.numbers[source], *self.order.parts[source][row])
+
+    def collate(self, rows: Sequence[tuple[int, int, list[Example]]]) -> dict[str, Tensor]:
+        """A batch of rows."""
+        batch = self.order.parts[0].collate([row for _, *row in rows])
+        return {**batch, "source": torch.tensor([source for source, *_ in rows])}
 
 
 def _labels(example: Example, counts: bool) -> Tensor:

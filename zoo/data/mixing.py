@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..nearest import unknown
 
 
 class Mixture:
@@ -22,18 +25,25 @@ class Mixture:
         self.parts, self.seed, self.epoch = parts, seed, 0
         self.shares = shares_of(sum(len(part) for part in parts), weights)
         self.ends = np.cumsum(self.shares)
+        told: set[str] = set().union(*(getattr(part, "facts", {}) for part in parts))
+        self.facts = {name: [part.facts[name] for part in parts] for name in sorted(told)} | {"shares": self.shares}
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        source, row = self.locate(index)
+        return {**self.parts[source][row], "source": torch.tensor(source)}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source of a sequence of this epoch, and its number there."""
         if index < 0:  # padding, which is no source's
-            return {**self.parts[0][index], "source": torch.tensor(0)}
+            return 0, index
         source = int(np.searchsorted(self.ends, index, side="right"))
-        part, share = self.parts[source], self.shares[source]
+        share = self.shares[source]
         met = self.epoch * share + index - (int(self.ends[source]) - share)
-        return {**part[self._row(source, *divmod(met, len(part)))], "source": torch.tensor(source)}
+        return source, self._row(source, *divmod(met, len(self.parts[source])))
 
     def _row(self, source: int, turn: int, place: int) -> int:
         """The sequence in that place of a source's order number `turn`."""
@@ -53,3 +63,20 @@ def shares_of(total: int, weights: Sequence[float]) -> list[int]:
     for i in most_cut[: total - sum(found)]:
         found[i] += 1
     return found
+
+
+def in_order(weights: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    """Weights in the order of the sources' names; raises ValueError for one missing or surplus, or that is none."""
+    if not names:
+        raise ValueError("weights: expected sources with names, such as {law: my/law, code: stdlib}")
+    for name in weights:
+        if name not in names:
+            raise unknown("source of weights", name, names)
+    if missing := [name for name in names if name not in weights]:
+        raise ValueError(f"weights: none for {', '.join(missing)}; expected one of each source, 0 for none of it")
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"weights: expected numbers from 0, got {weight} for {name}")
+    if not any(weights.values()):
+        raise ValueError("weights: expected one above 0, all are 0")
+    return [weights[name] for name in names]

@@ -34,7 +34,7 @@ def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
 class Sources:
     """Sequences of several sources, one after another, each with the number of its own as `source`, an int64 scalar."""
 
-    def __init__(self, parts: Sequence[Packed]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts])
         self.facts = {name: [part.facts[name] for part in parts] for name in parts[0].facts}
@@ -43,10 +43,13 @@ class Sources:
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        source, row = self.locate(index)
+        return {**self.parts[source][row], "source": torch.tensor(source)}
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The source of a sequence, and its number there."""
         source = int(np.searchsorted(self.ends, index, side="right"))  # 0 for the padding at -1
-        part = self.parts[source]
-        row = index if index < 0 else index - int(self.ends[source]) + len(part)
-        return {**part[row], "source": torch.tensor(source)}
+        return source, index if index < 0 else index - int(self.ends[source]) + len(self.parts[source])
 
 
 class Packed:
