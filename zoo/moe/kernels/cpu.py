@@ -21,7 +21,17 @@ from torch import Tensor
 from . import grouped_mm, memory
 from .activations import Activation, get_activation
 from .blocks import Block, Plan, kept_rows, plan
-from .products import FEW_ROWS, LOW_PRECISION, bmm, cast, linear, linear_of_few, reads_by_onednn, very_few
+from .products import (
+    FEW_ROWS,
+    LARGER_WEIGHT,
+    LOW_PRECISION,
+    bmm,
+    cast,
+    linear,
+    linear_of_few,
+    reads_by_onednn,
+    very_few,
+)
 
 # Rows an expert has on average up to which there are few, FEW_ROWS in float32: above, oneDNN would compile too much.
 FEW_UNPADDED = 8
@@ -76,7 +86,7 @@ def _combine(rows: Tensor, steps: Plan, token_index: Tensor, weight: Tensor, tok
 
 def _torch_is_quicker(x: Tensor, w_in: Tensor, w_out: Tensor, offsets: Tensor) -> bool:
     """Whether `_few` would do the products of torch's grouped GEMM, whose loop over all experts costs less."""
-    if len(x) == 1 or reads_by_onednn(w_in[0]) or not _torch_can(x, w_in, w_out):
+    if len(x) == 1 or reads_by_onednn(w_in[0], LARGER_WEIGHT) or not _torch_can(x, w_in, w_out):
         return False
     few = w_in.is_contiguous() and w_out.is_contiguous() and max(offsets.diff().tolist()) <= 2 * very_few(w_in[0])
     return few or _is_tiny(x, w_in, w_out, offsets)

@@ -20,6 +20,8 @@ FEW_ROWS = 32
 SMALL_WEIGHT = 1 << 20
 # The same from which oneDNN reads a weight faster than MKL.
 LARGE_WEIGHT = 1 << 17
+# The same for one row, and from which MKL reads it faster when it turns a product of two rows or a few.
+LARGER_WEIGHT = 1 << 19
 # Rows up to which MKL, turning the product, reads it faster yet, if there are two.
 TURNED = 4
 # Multiplications of a product from which oneDNN's speed in float32 outweighs what a call of it costs.
@@ -94,6 +96,9 @@ def _by_onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out [M, N] = a [M, K] @ b [K, N] in float32."""
     rows = max(1, RESULT // out.shape[1])
     longest = LONGEST if len(a) > 1 else len(b)
+    if len(a) <= rows and len(b) <= longest:  # to cut into one piece takes longer than a small product
+        out.copy_(torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b).mT, None, "none", [], ""))
+        return
     for left, part in zip(a.split(rows), out.split(rows)):
         total = None
         for u, v in zip(left.split(longest, 1), b.split(longest)):
@@ -122,7 +127,7 @@ def linear(x: Tensor, w: Tensor, out: Tensor) -> None:
 def linear_of_few(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor) -> None:
     """out [M, N] = x [M, K] @ w [N, K] transposed + b, for few rows: the time goes into reading w, once if possible."""
     rows, w = len(x), cast(w, x.dtype)
-    if reads_by_onednn(w) and (rows == 1 or rows > TURNED):
+    if (rows > TURNED and reads_by_onednn(w)) or (rows == 1 and reads_by_onednn(w, LARGER_WEIGHT)):
         _by_onednn(x, w.T, out)
     elif rows == 1 and (has_amx() or x.dtype not in LOW_PRECISION):
         torch.mv(w, x[0], out=out[0])
@@ -138,12 +143,12 @@ def _turns(rows: int, w: Tensor) -> bool:
     """Whether W @ x.T and a transposition beat x @ W.T, for a few rows."""
     if w.dtype in LOW_PRECISION:
         return has_amx() or rows > 16 or (rows > 4 and w.shape[1] >= 1024)
-    return reads_by_onednn(w) or rows > very_few(w)
+    return reads_by_onednn(w, LARGER_WEIGHT) or rows > very_few(w)
 
 
-def reads_by_onednn(w: Tensor) -> bool:
+def reads_by_onednn(w: Tensor, least: int = LARGE_WEIGHT) -> bool:
     """Whether oneDNN reads weights of this size in float32 quicker than MKL."""
-    return w.dtype == torch.float32 and w.numel() >= LARGE_WEIGHT and onednn_float32()
+    return w.dtype == torch.float32 and w.numel() >= least and onednn_float32()
 
 
 def very_few(w: Tensor) -> int:
