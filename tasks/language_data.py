@@ -109,7 +109,7 @@ class LanguageData(LightningDataModule):
         if stage == TrainerFn.FITTING:
             self.packed("train")  # raises what only training would find out after the sanity check
 
-    def packed(self, split: str) -> Packed | Sources | Mixture:
+    def packed(self, split: str) -> Packed | Sources:
         """The sequences of a split, of one source each: for training what fills whole ones, else everything."""
         tokens = [tokenize(corpus, split, self.tokenizer) for corpus in self.corpora]
         parts = [Packed(t, self.sequence_length, self.tokenizer.pad, tail=split != "train") for t in tokens]

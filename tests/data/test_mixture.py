@@ -17,7 +17,7 @@ class Rows:
     """Stands for the sequences of one source."""
 
     def __init__(self, source: int, size: int) -> None:
-        self.source, self.size = source, size
+        self.source, self.size, self.facts = source, size, {"source": source}
 
     def __len__(self) -> int:
         return self.size

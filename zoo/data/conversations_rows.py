@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from .cache import cached
 from .chat import Chat, Example
 from .conversations import ConversationSource
-from .mixing import Mixture
 from .packing import IGNORE, Sources
 
 
@@ -147,7 +146,7 @@ class ConversationRows:
 class NamedConversationRows:
     """Rows of several sources in an order; a batch says which sources its rows are of, `source` [B], by `numbers`."""
 
-    def __init__(self, order: Sources | Mixture, numbers: Sequence[int]) -> None:
+    def __init__(self, order: Sources, numbers: Sequence[int]) -> None:
         self.order, self.numbers, self.facts = order, numbers, order.facts
 
     @property

@@ -7,34 +7,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..nearest import unknown
+from .packing import Sources
 
 
-class Mixture:
+class Mixture(Sources):
     """Sequences of several sources, `weights` of each: an epoch has as many as all sources hold together.
 
     A source with more than its share is gone through over several epochs, one with less several times in one: its
     sequences come in random orders, by `seed`, one order after another, so that over time each is met equally often.
-    Each sequence says which source it is of, as `source`, an int64 scalar. The loader tells the `epoch`.
+    The loader tells the `epoch`.
     """
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float], seed: int = 0) -> None:
-        self.parts, self.seed, self.epoch = parts, seed, 0
-        self.shares = shares_of(sum(len(part) for part in parts), weights)
+        super().__init__(parts)
+        self.seed, self.epoch = seed, 0
+        self.shares = shares_of(len(self), weights)
         self.ends = np.cumsum(self.shares)
-        told: set[str] = set().union(*(getattr(part, "facts", {}) for part in parts))
-        self.facts = {name: [part.facts[name] for part in parts] for name in sorted(told)} | {"shares": self.shares}
+        self.facts |= {"shares": self.shares}
         self._orders: dict[tuple[int, int], np.ndarray] = {}
-
-    def __len__(self) -> int:
-        return int(self.ends[-1])
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        source, row = self.locate(index)
-        return {**self.parts[source][row], "source": torch.tensor(source)}
 
     def locate(self, index: int) -> tuple[int, int]:
         """The source of a sequence of this epoch, and its number there."""
