@@ -152,11 +152,11 @@ class NamedConversationRows:
     @property
     def epoch(self) -> int:
         """Of which epoch the rows are, where they differ."""
-        return getattr(self.order, "epoch", 0)
+        return self.order.epoch
 
     @epoch.setter
     def epoch(self, number: int) -> None:
-        self.order.epoch = number  # type: ignore[union-attr]
+        self.order.epoch = number
 
     def __len__(self) -> int:
         return len(self.order)

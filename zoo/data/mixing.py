@@ -22,7 +22,7 @@ class Mixture(Sources):
 
     def __init__(self, parts: Sequence[Any], weights: Sequence[float], seed: int = 0) -> None:
         super().__init__(parts)
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
         self.shares = shares_of(len(self), weights)
         self.ends = np.cumsum(self.shares)
         self.facts |= {"shares": self.shares}

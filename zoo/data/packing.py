@@ -34,6 +34,8 @@ def flash_lengths(position_ids: Tensor) -> dict[str, Any]:
 class Sources:
     """Sequences of several sources, one after another, each with the number of its own as `source`, an int64 scalar."""
 
+    epoch = 0  # which one the order is of, where that matters
+
     def __init__(self, parts: Sequence[Any]) -> None:
         self.parts = parts
         self.ends = np.cumsum([len(part) for part in parts])

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from ..moe import MLP, Experts, IsolatedMoE, LatentExperts, MoE, Router
 from ..moe.grown import joined_state
-from ..moe.routers import ScoredHashRouter
 from . import few_bits
 from .context import decoder_of, moe_of
 from .language import check_router
 from .sparse_rows import BLOCKS, SparseBlock
 
-TABLE = "tid2eid"  # DeepSeek-V4's name of the table that its hash layers look tokens up in
 LATENT = ("experts.to_latent.", "experts.from_latent.")
 PLACES = ("mlp", "feed_forward", "block_sparse_moe", "mixer")
 
@@ -219,15 +217,15 @@ def _take_over(router: Router, block: Any, row: SparseBlock) -> None:
         if isinstance(ours, nn.Parameter) and isinstance(theirs, nn.Parameter) and ours.shape == theirs.shape:
             setattr(router, name, theirs)
     for ours, path in row.beside:
-        if isinstance(getattr(router, ours, None), nn.Parameter):
-            setattr(router, ours, _submodule_tensor(block, path))
+        own, theirs = getattr(router, ours, None), _submodule_tensor(block, path)
+        if isinstance(own, nn.Parameter):
+            setattr(router, ours, theirs)
+        # A fresh DeepSeek-V4 of transformers has a table of zeros: all tokens would meet one expert, several times.
+        elif own is not None and theirs is not None and (theirs.is_meta or bool(theirs.any())):
+            setattr(router, ours, theirs.detach().clone())
     bias, target = _submodule_tensor(block, row.bias), getattr(router, "selection_bias", None)
     if bias is not None and target is not None and target.numel() == bias.numel():
         router.selection_bias = bias.detach().reshape(target.shape).to(target.dtype).clone()
-    table = getattr(gate, TABLE, None)
-    # A fresh model of transformers has zeros there: every token would meet one expert, several times.
-    if isinstance(router, ScoredHashRouter) and table is not None and (table.is_meta or bool(table.any())):
-        router.table = table.detach().clone()
 
 
 def _submodule_tensor(module: Any, path: str) -> Tensor | None:
@@ -272,8 +270,6 @@ def _theirs(block: str, name: str, tensor: Tensor, row: SparseBlock) -> tuple[st
         return f"{inside}.{row.gate}.{name.removeprefix('router.')}", tensor
     if (path := dict(row.beside).get(name.removeprefix("router."))) is not None:
         return f"{inside}.{path}", tensor
-    if name == "router.table":
-        return f"{inside}.{row.gate}.{TABLE}", tensor
     if name == "router.selection_bias":
         # ERNIE keeps a row for each group of experts, of which there is one.
         return f"{inside}.{row.bias}", tensor[None] if "moe_statics" in row.bias else tensor

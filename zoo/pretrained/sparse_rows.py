@@ -21,7 +21,7 @@ class SparseBlock:
     `biases` or not. `parts` where it has blocks of its own for text and for what was seen; `weigh_input` as in
     `Experts`; `pair` where it gives a second result, which nothing reads; `ids` where it is told input_ids; `latent`
     are the linear layers around its experts, where their tokens are narrower; `apart` where gate and experts are the
-    layer's own, and read different tokens; `beside` are parameters that our gate has besides, and their paths.
+    layer's own, and read different tokens; `beside` are tensors that our gate has besides, and their paths.
     `special` gives the class of a layer's gate and its arguments where that is no `TopKRouter` with those of `router`,
     else None.
     `beyond` is true of the configurations whose blocks are none of ours: these models keep transformers' gates.
@@ -170,6 +170,7 @@ BLOCKS: dict[str, SparseBlock] = {
         shared="shared_experts",
         activation=gates.limited,
         ids=True,
+        beside=(("table", "gate.tid2eid"),),
         special=gates.deepseek_v4_hash,
     ),
     "gemma4_text": SparseBlock(
