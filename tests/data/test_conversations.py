@@ -76,11 +76,42 @@ def test_what_precedes_the_first_question_is_left_out_but_the_system() -> None:
     assert parse(system, "x").turns[0] == ("system", "Be brief.")
 
 
+def test_the_names_of_chat_services_say_the_same() -> None:
+    ours = parse(record("<image>\nWhat?", "This.", "<image>\nAnd <image>\nthat?", "Those.", image=["a", "b", "c"]), "x")
+    flat = [{"role": role, "content": text} for role, text in ours.turns]
+    assert parse({"messages": flat, "images": ["a", "b", "c"]}, "x") == ours
+
+    def shown(path: str) -> dict:
+        return {"type": "image", "image": path}
+
+    def said(text: str) -> dict:
+        return {"type": "text", "text": text}
+
+    parts = [
+        {"role": "user", "content": [shown("a"), said("What?")]},
+        {"role": "assistant", "content": "This."},
+        {"role": "user", "content": [shown("b"), said("And "), shown("c"), said("that?")]},
+        {"role": "assistant", "content": [said("Those.")]},
+    ]
+    assert parse({"messages": parts}, "x") == ours
+    unnamed = [
+        {**turn, "content": [{"type": "image"} if p == shown("a") else p for p in turn["content"]]}
+        for turn in parts[:1]
+    ]
+    assert parse({"messages": [*unnamed, parts[1]], "images": ["a"]}, "x").images == ("a",)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "expected parts of type text or image"),
+        ({"messages": [{"role": "user", "content": 3}]}, "expected turns"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
+            "1 times",
+        ),
         ([], "expected a record"),
-        ({"image": "a.png"}, 'a list "conversations"'),
+        ({"image": "a.png"}, 'a list "conversations" or "messages"'),
         (record("<image>\nWhat?", id=7, image="a.png"), r"x \(id 7\): ends with a question, expected an answer"),
         (record("What?", "This.", "And?"), "ends with a question"),
         ({"conversations": []}, "has no question, expected an answer"),

@@ -3,7 +3,9 @@
     [{"id": "7", "image": "a/b.jpg", "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
                                                        {"from": "gpt", "value": "A cat."}]}, ...]
 
-"image" may be a list, or missing where nothing is shown; each has its "<image>" in a question, in the same order.
+"image" may be a list, or missing where nothing is shown; each has its "<image>" in a question, in the same order. The
+names of chat services are understood too: "messages" of "role" and "content", which is a text or a list of
+{"type": "text", "text": ...} and {"type": "image", "image": path}, and "images".
 """
 
 from __future__ import annotations
@@ -60,18 +62,20 @@ class ConversationSource(Protocol):
 
 
 def parse(record: Any, where: str) -> Conversation:
-    """A record of LLaVA's as a conversation.
+    """A record of LLaVA's, or with the names of chat services, as a conversation.
 
     Raises ValueError naming `where` for one without an answer, whose turns do not alternate, or whose "<image>"s are
     not as many as its images. What is said before the first question, other than by the system, is left out, as LLaVA
     does with conversations that begin in the middle.
     """
-    if not isinstance(record, Mapping) or not isinstance(record.get("conversations"), list):
-        raise ValueError(f'{where}: expected a record with a list "conversations"')
+    said = record.get("conversations", record.get("messages")) if isinstance(record, Mapping) else None
+    if not isinstance(said, list):
+        raise ValueError(f'{where}: expected a record with a list "conversations" or "messages"')
     name = f"{where} (id {record['id']})" if "id" in record else where
-    given = record.get("image")
-    images = () if given is None else (given,) if isinstance(given, str) else tuple(given)
-    turns = [_turn(turn, name) for turn in record["conversations"]]
+    given = record.get("image", record.get("images"))
+    inside: list[str] = []
+    turns = [_turn(turn, name, inside) for turn in said]
+    images = tuple(inside) if given is None else (given,) if isinstance(given, str) else tuple(given)
     system = [turn for turn in turns[:1] if turn[0] == "system"]
     rest = turns[len(system) :]
     if rest and rest[0][0] == "assistant":
@@ -93,12 +97,31 @@ def parse(record: Any, where: str) -> Conversation:
     return Conversation(name, images, (*system, *rest))
 
 
-def _turn(turn: Any, name: str) -> tuple[str, str]:
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
-        raise ValueError(f'{name}: expected turns {{"from": ..., "value": text}}, got {str(turn)[:80]}')
-    if turn.get("from") not in ROLES:
-        raise ValueError(f"{name}: a turn is from {turn.get('from')!r}, expected one of {', '.join(ROLES)}")
-    return ROLES[turn["from"]], turn["value"]
+def _turn(turn: Any, name: str, images: list[str]) -> tuple[str, str]:
+    """Role and text of a turn; paths of images that stand in it are added to `images`."""
+    told = turn if isinstance(turn, Mapping) else {}
+    role, text = told.get("from", told.get("role")), told.get("value", told.get("content"))
+    if isinstance(text, list):
+        text = "".join(_part(part, name, images) for part in text)
+    if not isinstance(text, str):
+        raise ValueError(
+            f'{name}: expected turns {{"from": ..., "value": text}} or {{"role": ..., "content": text or parts}}, got '
+            f"{str(turn)[:80]}"
+        )
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{name}: a turn is from {role!r}, expected one of {', '.join(ROLES)}")
+    return ROLES[role], text
+
+
+def _part(part: Any, name: str, images: list[str]) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    if kind == "image":
+        if isinstance(path := part.get("image", part.get("path")), str):
+            images.append(path)
+        return f"{IMAGE_TOKEN}\n"
+    raise ValueError(f"{name}: expected parts of type text or image, got {str(part)[:80]}")
 
 
 @dataclass(frozen=True)
