@@ -39,9 +39,10 @@ class InstructionData(LightningDataModule):
 
     Args:
         source: "digits" (questions about scikit-learn's handwritten digits on a grid), a .json or .jsonl file as
-            LLaVA's, or with "messages" as chat services have them, or a folder with train.json, val.json and test.json. Or several of these by name, such as
-            {vqa: my/vqa, ocr: my/ocr.json}: then each name is evaluated by itself too, and its place, from 0, is what
-            gates and adapters go by that are told a task, a cluster or another label.
+            LLaVA's, or with "messages" as chat services have them, or a folder with train.json, val.json and test.json.
+            Or several of these by name, such as {vqa: my/vqa, ocr: my/ocr.json}: then each name is evaluated by itself
+            too, and its place, from 0, is what gates and adapters go by that are told a task, a cluster or another
+            label.
         images: the folder that paths of images begin in, one of each source where they have names; that of the source
             by default.
         processor: a folder or hub repository with the model's processor; by default that of the folder that the model
