@@ -125,7 +125,7 @@ class LanguageTask(Task):
         """Raise what would keep the trained model from being exported, where asked for, or from reading the tokens."""
         if carries_state(model):
             warnings.warn(
-                f"{model.config.model_type} carries a state from token to token, which does not end with a document: "
+                f"{model.config.model_type} carries something from token to token, which does not end with a document: "
                 "where several share a sequence, later ones hear of those before them",
                 stacklevel=2,
             )

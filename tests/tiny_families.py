@@ -46,6 +46,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 3},
+    },
     "diffusion_gemma": GEMMA,
     "gemma4": {
         **GEMMA,

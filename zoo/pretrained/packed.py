@@ -1,7 +1,8 @@
 """Sequences of several documents in transformers' language models: which families keep documents apart, and how.
 
 Most see from positions that start again where a document begins, and mask attention so. Some build their masks without
-looking at positions, but take ready ones. Others carry a state from token to token, documents or not.
+looking at positions, but take ready ones. Others carry a state from token to token, or attend to several tokens as one
+(DeepSeek-V4), documents or not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .context import decoder_of
 MASKS_GIVEN = ("afmoe", "gpt_oss")
 CARRIES_STATE = (
     "bailing_hybrid",
+    "deepseek_v4",
     "granitemoehybrid",
     "jamba",
     "kimi_linear",
